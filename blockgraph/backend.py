@@ -1,0 +1,199 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Backend: a root of the graph, held by an export, a job or an emulator.
+
+Every request of the outside enters here. A drain closes the gates of the backends above the drained nodes and waits
+until what is in flight has ended; requests that arrive meanwhile wait at the gate and go on afterwards, in the graph
+as it then is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from blockgraph.errors import OutOfRange, ReadOnly
+from blockgraph.extent import BlockStatus
+from blockgraph.flags import Flag
+from blockgraph.perm import ALL, Perm, Role
+
+if TYPE_CHECKING:
+    from blockgraph.node import Child, Node
+
+ROOT_ROLE = Role.FILTERED | Role.PRIMARY
+
+
+class Backend:
+    """A root. Made by `Graph.backend` (or a transaction), ended by `close`.
+
+    Use it from the graph's loop thread; `blockgraph.api` has the form for other threads.
+
+    Attributes:
+        name: unique among roots.
+        need, share: permissions of its edge.
+        stays: the edge stays at its node when a filter is inserted above that node (jobs).
+        owner: who holds it, for messages: "export 'guest'", "job 'b0'".
+        root: the edge; its `node` changes with the graph.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        need: Perm = Perm.CONSISTENT_READ,
+        share: Perm = ALL,
+        stays: bool = False,
+        owner: str | None = None,
+    ) -> None:
+        self.name = name
+        self.need = need
+        self.share = share
+        self.stays = stays
+        self.owner = owner or name
+        self.root: Child
+        self._closed_gates = 0
+        self._gate: asyncio.Event | None = None
+        self._in_flight = 0
+        self._idle: asyncio.Event | None = None
+
+    def __repr__(self) -> str:
+        return f"<Backend {self.name} -> {self.root.node.name}>"
+
+    @property
+    def node(self) -> Node:
+        """The node it is attached to now."""
+        return self.root.node
+
+    @property
+    def writable(self) -> bool:
+        """Writes are permitted."""
+        return bool(self.need & Perm.WRITE) and not self.node.read_only
+
+    def size(self) -> int:
+        """Length of the disk, bytes."""
+        return self.root.node.size()
+
+    # Gate.
+
+    def close_gate(self) -> None:
+        """New requests wait from now on; nests."""
+        self._closed_gates += 1
+
+    def open_gate(self) -> None:
+        """Undo one close_gate."""
+        self._closed_gates -= 1
+        if not self._closed_gates and self._gate is not None:
+            self._gate.set()
+            self._gate = None
+
+    async def wait_idle(self) -> None:
+        """Until no request is in flight; meaningful while the gate is closed."""
+        while self._in_flight:
+            if self._idle is None:
+                self._idle = asyncio.Event()
+            await self._idle.wait()
+
+    async def enter(self) -> None:
+        """Pass the gate; pair with `leave`."""
+        while self._closed_gates:
+            if self._gate is None:
+                self._gate = asyncio.Event()
+            await self._gate.wait()
+        self._in_flight += 1
+
+    def leave(self) -> None:
+        """The request that entered is over."""
+        self._in_flight -= 1
+        if not self._in_flight and self._idle is not None:
+            self._idle.set()
+            self._idle = None
+
+    # Requests. Offsets and lengths in bytes, any alignment.
+
+    async def pread(self, offset: int, length: int) -> bytes:
+        """The bytes of [offset, offset + length).
+
+        Raises:
+            OutOfRange: not inside the disk.
+            IOFailure: could not be read.
+        """
+        buf = bytearray(self._check("pread", offset, length))
+        await self.pread_into(offset, memoryview(buf))
+        return bytes(buf)
+
+    async def pread_into(self, offset: int, buf: memoryview) -> None:
+        """Fill `buf` (writable, contiguous, itemsize 1)."""
+        self._check("pread", offset, len(buf))
+        await self.enter()
+        try:
+            await self.root.node.pread(offset, buf)
+        finally:
+            self.leave()
+
+    async def pwrite(self, offset: int, buf: memoryview | bytes | bytearray, flags: Flag = Flag.NONE) -> None:
+        """Write `buf`; durable after a later flush, or at once with FUA.
+
+        The buffer must not change until this returns.
+        """
+        view = memoryview(buf).cast("B") if not isinstance(buf, memoryview) else buf
+        self._check("pwrite", offset, len(view), write=True)
+        await self.enter()
+        try:
+            await self.root.pwrite(offset, view, flags)
+        finally:
+            self.leave()
+
+    async def write_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
+        """Make the range read as zeroes. Flags: FUA, MAY_UNMAP, NO_FALLBACK."""
+        self._check("write_zeroes", offset, length, write=True)
+        await self.enter()
+        try:
+            await self.root.pwrite_zeroes(offset, length, flags)
+        finally:
+            self.leave()
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The range is no longer needed; advisory."""
+        self._check("discard", offset, length, write=True)
+        await self.enter()
+        try:
+            await self.root.discard(offset, length)
+        finally:
+            self.leave()
+
+    async def flush(self) -> None:
+        """Make every completed write durable."""
+        await self.enter()
+        try:
+            await self.root.flush()
+        finally:
+            self.leave()
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """What the range contains from `offset` on; the answer may be shorter than the range."""
+        self._check("block_status", offset, length)
+        await self.enter()
+        try:
+            return await self.root.block_status(offset, length)
+        finally:
+            self.leave()
+
+    async def truncate(self, size: int) -> None:
+        """Change the size; needs RESIZE."""
+        if size < 0:
+            raise OutOfRange(f"negative size {size}", node=self.node.name, op="truncate")
+        await self.enter()
+        try:
+            await self.root.truncate(size)
+        finally:
+            self.leave()
+
+    def _check(self, op: str, offset: int, length: int, *, write: bool = False) -> int:
+        node = self.root.node
+        if offset < 0 or length < 0 or offset + length > node.size():
+            raise OutOfRange(
+                f"outside the disk of {node.size()} bytes", node=node.name, op=op, offset=offset, length=length
+            )
+        if write and not self.need & Perm.WRITE:
+            raise ReadOnly(f"{self.owner} is read-only", node=node.name, op=op, offset=offset, length=length)
+        return length

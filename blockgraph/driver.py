@@ -1,0 +1,454 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""What a driver is.
+
+A driver serves the requests of one node. It talks to its children through its edges (`self.file`, `self.backing`,
+...) and to nothing else, and trusts its arguments: `node` has checked, aligned and tracked every request.
+
+* A *protocol* reaches bytes: derive from `Protocol`, give size, pread, pwrite, flush.
+* A *format* lays bytes out: derive from `Format`, give `size` and `map`; `allocate` makes it writable.
+* A *filter* shows its child's bytes: derive from `Filter`; what is not overridden forwards. Overriding `pread` or
+  `pwrite` is enough to see every such request: `map` then withholds the range from whoever would bypass them.
+
+Third parties register drivers through the entry-point group `blockgraph.drivers`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol as TypingProtocol
+
+from blockgraph.errors import OptionError, Unsupported
+from blockgraph.extent import BlockStatus, Extent, Status
+from blockgraph.flags import Flag
+from blockgraph.options import NodeOptions
+from blockgraph.perm import ALL, Perm, Role, cow_child, filtered_child, storage_child
+
+if TYPE_CHECKING:
+    from blockgraph.node import Child, Node
+
+
+class ChildSpec(NamedTuple):
+    """A child that a driver has.
+
+    Attributes:
+        role: why.
+        required: the description must give it.
+        implied: the image itself may name it when the description omits it (`Driver.implied`).
+    """
+
+    role: Role
+    required: bool = True
+    implied: bool = False
+
+
+class ImpliedChild(NamedTuple):
+    """A child that an image names in its own metadata; opened only through the graph's open policy.
+
+    Attributes:
+        filename: as stored: a path (relative to the image's own), "json:{...}" or a URL.
+        format: driver name stored beside it, None when the image does not say.
+    """
+
+    filename: str
+    format: str | None
+
+
+class Info(NamedTuple):
+    """Facts about a node that copying loops and tools ask for.
+
+    Attributes:
+        cluster_size: allocation unit, bytes; None when there is none.
+        zero_init: a fresh instance reads as zeroes everywhere it has not been written since creation.
+    """
+
+    cluster_size: int | None = None
+    zero_init: bool = False
+
+
+class Allocation(TypingProtocol):
+    """Room made for new data of [extent.offset, extent.offset + extent.length), not yet visible to readers.
+
+    The holder writes the whole range at (extent.child, extent.child_offset), then calls `commit`; on failure it
+    calls `abort`. Exactly one of them, once. `commit` fills what of a shared cluster lies outside the range (copy on
+    write) before it links the new data in.
+    """
+
+    extent: Extent
+
+    async def commit(self) -> None: ...
+    async def abort(self) -> None: ...
+
+
+class Driver:
+    """Base of all drivers. See the module's text; derive from Protocol, Format or Filter."""
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[Literal["protocol", "format", "filter"]]
+    children: ClassVar[Mapping[str, ChildSpec]] = {}
+    Options: ClassVar[type[NodeOptions]] = NodeOptions
+    #: extents' contents are the child's own: block status takes over the child's answer unchanged
+    transparent: ClassVar[bool] = False
+
+    #: requests reach the driver with offset and length multiples of this, bytes
+    request_alignment: int = 1
+    #: requests reach the driver no longer than this, bytes
+    max_transfer: int | None = None
+    #: flags pwrite understands; node emulates FUA by a flush and drops the others
+    write_flags: Flag = Flag.NONE
+    #: flags pwrite_zeroes understands
+    zero_flags: Flag = Flag.NONE
+    #: a write past the end makes the node larger, if the edge has RESIZE
+    growable: bool = False
+
+    def __init__(self, node: Node, options: NodeOptions) -> None:
+        self.node = node
+        self.options = options
+
+    # Control path. The graph calls these; never concurrently with each other for one node.
+
+    async def open(self) -> None:
+        """Make the node usable. Children are attached (not the implied ones) and may be read.
+
+        Raises: any BlockGraphError; `close` is then called too and must cope.
+        """
+
+    async def close(self) -> None:
+        """Write back what is pending and release everything. No request is in flight."""
+
+    def implied(self) -> Mapping[str, ImpliedChild]:
+        """Children that the opened image names itself, by child name. Asked once, after `open`."""
+        return {}
+
+    async def attached(self) -> None:
+        """All children, implied ones too, are in place, the candidate graph is valid, affected nodes are drained.
+
+        Check sizes against children here, and prepare what depends on them. Called again whenever a child of the
+        node was replaced. Must not change what an abort of the transaction could not leave in place.
+
+        Raises:
+            GraphError: the children do not fit; the transaction is rolled back.
+        """
+
+    @classmethod
+    def child_perm(
+        cls, options: NodeOptions, name: str, need: Perm, share: Perm, *, read_only: bool
+    ) -> tuple[Perm, Perm]:
+        """What the edge `name` needs and shares, given what this node's parents together need and share. Pure.
+
+        Args:
+            read_only: the node is read-only.
+        """
+        role = cls.children[name].role
+        if role & Role.FILTERED:
+            return filtered_child(need, share)
+        if role & Role.COW:
+            return cow_child(need, share)
+        return storage_child(need, share, role, not read_only)
+
+    async def prepare_perm(self, need: Perm, share: Perm) -> None:
+        """Acquire what the node's parents will need (image locks, a writable descriptor), keeping what it has.
+
+        Args:
+            need, share: union of needs, intersection of shares over all parents after the change.
+        Raises: BlockGraphError when it can not be had; `abort_perm` follows.
+        """
+
+    def commit_perm(self) -> None:
+        """Give up what is no longer needed."""
+
+    def abort_perm(self) -> None:
+        """Return to what was held before `prepare_perm`."""
+
+    def reopen_check(self, options: NodeOptions) -> None:
+        """Refuse new options that can not be changed at run time.
+
+        Raises:
+            OptionError: naming the member.
+        """
+        for field in type(options).__struct_fields__:
+            if field in COMMON_REOPEN or field.replace("_", "-") in type(self).children:
+                continue
+            if getattr(options, field) != getattr(self.options, field):
+                raise OptionError(
+                    f"can not be changed while the node is open (now {getattr(self.options, field)!r})",
+                    path=field.replace("_", "-"),
+                    value=getattr(options, field),
+                    node=self.node.name,
+                )
+
+    def reopened(self, options: NodeOptions) -> None:
+        """Take over new options (checked before). Called drained, in the commit phase: must not fail."""
+        self.options = options
+
+    # Facts.
+
+    def size(self) -> int:
+        """Length of the node, bytes."""
+        raise NotImplementedError
+
+    def info(self) -> Info:
+        """See Info."""
+        return Info()
+
+    def filename(self) -> str | None:
+        """Path of the file behind the node, for messages and for resolving relative names; None when there is none."""
+        for child in self.node.children.values():
+            if child.role & (Role.PRIMARY | Role.FILTERED):
+                return child.node.driver.filename()
+        return None
+
+    def fd(self) -> int | None:
+        """The descriptor whose bytes are this node's own storage, for native copies; None when there is none.
+
+        With cache.direct the caller aligns offsets, lengths and memory to `request_alignment`.
+        """
+        return None
+
+    # Data path.
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """The widest extent known from `offset`: it starts at or before `offset` and may pass offset + length.
+
+        Costs at most one metadata read. Together with: any request.
+        """
+        raise NotImplementedError
+
+    async def allocate(self, offset: int, length: int) -> Allocation:
+        """Make room for new data from `offset`, of at most `length` bytes, at least one.
+
+        Waits for allocations in flight for the same cluster.
+        """
+        raise self.unsupported("allocate")
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """What [offset, offset + length) contains, from `offset` on; the answer lies inside the range."""
+        raise NotImplementedError
+
+    async def pread(self, offset: int, buf: memoryview) -> None:
+        """Fill `buf` (writable, contiguous, itemsize 1) with the bytes at `offset`.
+
+        Raises: IOFailure; `buf` is then unspecified.
+        """
+        raise NotImplementedError
+
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        """Write `buf` at `offset`. After an error the range is unspecified, the rest unchanged."""
+        raise self.unsupported("pwrite")
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
+        """Make the range read as zeroes.
+
+        Raises:
+            Unsupported: not possible cheaply; nothing was changed, node falls back to pwrite (or passes the error
+                on, with NO_FALLBACK).
+        """
+        raise self.unsupported("pwrite_zeroes")
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The contents are no longer needed. Advisory: afterwards the range may read as anything it ever held, or
+        zeroes.
+
+        Raises:
+            Unsupported: node then ignores the request.
+        """
+        raise self.unsupported("discard")
+
+    async def flush(self) -> None:
+        """Make every completed write durable: the one chokepoint. Default: flush the children that are written."""
+        for child in self.node.children.values():
+            if not child.role & Role.COW and child.need & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+                await child.flush()
+
+    async def truncate(self, size: int) -> None:
+        """Change the size, bytes; a grown area reads as zeroes."""
+        raise self.unsupported("truncate")
+
+    # Helpers for drivers.
+
+    def unsupported(self, op: str) -> Unsupported:
+        """The error for an operation this driver does not have."""
+        return Unsupported(f"not supported by driver '{self.name}'", node=self.node.name, op=op, errno=errno.ENOTSUP)
+
+
+#: Members every node can change by a reopen.
+COMMON_REOPEN = frozenset(
+    {"driver", "node_name", "discard", "cache", "read_only", "auto_read_only", "force_share", "detect_zeroes"}
+)
+
+
+class Protocol(Driver):
+    """Reaches bytes; has no children. Its storage is its own: `map` says so, contents come from `storage_status`."""
+
+    kind = "protocol"
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """Everything up to the end lies here, and may be written here."""
+        return Extent(0, max(self.size(), offset + length), Status.DATA, None, 0, not self.node.read_only)
+
+    async def storage_status(self, offset: int, length: int) -> tuple[int, Status]:
+        """Length and status (DATA or ZERO) of the run that starts at `offset`; ZERO means a hole."""
+        return length, Status.DATA
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        run, status = await self.storage_status(offset, length)
+        run = min(run, length)
+        return BlockStatus(
+            offset, run, status is Status.DATA, status is Status.ZERO, 0, self.node, self.node, offset
+        )
+
+
+class Format(Driver):
+    """Lays bytes out over its children: `map` and `allocate` are all it needs; the I/O is built on them here."""
+
+    kind = "format"
+
+    def cow(self) -> Child | None:
+        """The child that unallocated ranges are read from."""
+        return self.node.children.get("backing")
+
+    async def read_special(self, extent: Extent, buf: memoryview) -> None:
+        """Fill `buf` with the bytes of a SPECIAL extent (compressed data). len(buf) == extent.length."""
+        raise NotImplementedError
+
+    async def pread(self, offset: int, buf: memoryview) -> None:
+        while buf:
+            extent = (await self.map(offset, len(buf))).clip(offset, len(buf))
+            part = buf[: extent.length]
+            if extent.status is Status.DATA:
+                assert extent.child is not None
+                await extent.child.pread(extent.child_offset, part)
+            elif extent.status is Status.SPECIAL:
+                await self.read_special(extent, part)
+            elif extent.status is Status.UNALLOCATED and (cow := self.cow()) is not None:
+                await cow.pread(offset, part)  # zeroes past its end
+            else:
+                fill_zero(part)
+            offset += extent.length
+            buf = buf[extent.length :]
+
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        while buf:
+            extent = (await self.map(offset, len(buf))).clip(offset, len(buf))
+            if extent.writable and extent.status is Status.DATA:
+                assert extent.child is not None
+                await extent.child.pwrite(extent.child_offset, buf[: extent.length])
+            else:
+                extent = await self._pwrite_new(offset, buf[: extent.length])
+            offset += extent.length
+            buf = buf[extent.length :]
+
+    async def _pwrite_new(self, offset: int, buf: memoryview) -> Extent:
+        allocation = await self.allocate(offset, len(buf))
+        extent = allocation.extent
+        assert extent.offset == offset
+        assert extent.child is not None
+        try:
+            await extent.child.pwrite(extent.child_offset, buf[: extent.length])
+        except BaseException:
+            await allocation.abort()
+            raise
+        await allocation.commit()
+        return extent
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        extent = (await self.map(offset, length)).clip(offset, length)
+        here = self.node
+        if extent.status is Status.DATA:
+            assert extent.child is not None
+            below = await extent.child.block_status(extent.child_offset, extent.length)
+            data = below.data if self.transparent else True
+            return below._replace(offset=offset, data=data, depth=0, node=here)
+        if extent.status is Status.SPECIAL:
+            return BlockStatus(offset, extent.length, True, False, 0, here)
+        if extent.status is Status.ZERO:
+            return BlockStatus(offset, extent.length, False, True, 0, here)
+        cow = self.cow()
+        if cow is None:
+            return BlockStatus(offset, extent.length, False, True, -1, None)
+        if offset >= cow.node.size():
+            # A shorter backing node hides whatever lies below it: zeroes, allocated in that layer.
+            return BlockStatus(offset, extent.length, False, True, 1, cow.node)
+        below = await cow.block_status(offset, min(extent.length, cow.node.size() - offset))
+        return below._replace(depth=below.depth + 1 if below.depth >= 0 else -1)
+
+
+class Filter(Driver):
+    """Shows exactly its child's bytes. Every method forwards to `file` until overridden."""
+
+    kind = "filter"
+    transparent = True
+    children = {"file": ChildSpec(Role.FILTERED | Role.PRIMARY)}
+    write_flags = Flag.FUA | Flag.WRITE_UNCHANGED
+    zero_flags = Flag.FUA | Flag.WRITE_UNCHANGED | Flag.MAY_UNMAP | Flag.NO_FALLBACK
+
+    file: Child
+
+    async def attached(self) -> None:
+        self.request_alignment = max(type(self).request_alignment, self.file.node.driver.request_alignment)
+
+    def size(self) -> int:
+        return self.file.node.size()
+
+    def info(self) -> Info:
+        return self.file.node.driver.info()
+
+    @property
+    def intercepts_reads(self) -> bool:
+        """Reads must come through `pread`."""
+        return type(self).pread is not Filter.pread
+
+    @property
+    def intercepts_writes(self) -> bool:
+        """Writes must come through `pwrite`."""
+        return type(self).pwrite is not Filter.pwrite
+
+    async def map(self, offset: int, length: int) -> Extent:
+        if self.intercepts_reads:
+            return Extent(offset, length, Status.SPECIAL)
+        return Extent(0, self.size(), Status.DATA, self.file, 0, not self.intercepts_writes)
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        return await self.file.block_status(offset, length)
+
+    async def pread(self, offset: int, buf: memoryview) -> None:
+        await self.file.pread(offset, buf)
+
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        await self.file.pwrite(offset, buf, flags)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
+        await self.file.pwrite_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.file.discard(offset, length)
+
+    async def truncate(self, size: int) -> None:
+        await self.file.truncate(size)
+
+
+def fill_zero(buf: memoryview) -> None:
+    """Set every byte of `buf` to zero."""
+    length = len(buf)
+    step = len(_ZEROES)
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        buf[start:end] = _ZEROES[: end - start]
+
+
+_ZEROES = memoryview(bytes(1 << 20))
+
+__all__ = [
+    "ALL",
+    "Allocation",
+    "ChildSpec",
+    "Driver",
+    "Filter",
+    "Format",
+    "ImpliedChild",
+    "Info",
+    "Protocol",
+    "fill_zero",
+]

@@ -1,0 +1,2 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT

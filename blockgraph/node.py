@@ -1,0 +1,467 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Node and Child: the only place where requests are checked, tracked, aligned and traced.
+
+A request reaches a node through an edge (`Child`). The node waits for requests it must not overlap, cuts the request
+to what the driver takes (alignment, longest transfer), emulates what the driver does not do (FUA by a flush,
+write-zeroes by writing zeroes, unaligned writes by read-modify-write) and calls the driver.
+
+Order of overlapping requests: two ordinary ones do not wait for each other. A *serialising* one (flag SERIALISING, or
+an unaligned write) waits for every overlapping request that started before it, and later ones wait for it. Requests
+only ever wait for earlier ones, so there is no deadlock here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from blockgraph import trace
+from blockgraph.driver import fill_zero
+from blockgraph.errors import OutOfRange, ReadOnly, Unsupported
+from blockgraph.extent import BlockStatus, Extent
+from blockgraph.flags import Flag
+from blockgraph.native import allocate_aligned, is_zero
+from blockgraph.perm import NONE, Perm, Role
+
+if TYPE_CHECKING:
+    from blockgraph.driver import Driver
+    from blockgraph.options import NodeOptions
+
+#: Longest run of explicit zeroes written by one driver call where write-zeroes is not supported, bytes.
+_ZERO_CHUNK = 1 << 20
+
+
+class Request:
+    """A request in flight on one node.
+
+    Attributes:
+        seq: number of the request on its node; grows.
+        offset, end: the range, bytes.
+        serialising: see the module's text.
+    """
+
+    __slots__ = ("_done", "end", "offset", "seq", "serialising")
+
+    def __init__(self, seq: int, offset: int, end: int, serialising: bool) -> None:
+        self.seq = seq
+        self.offset = offset
+        self.end = end
+        self.serialising = serialising
+        self._done: asyncio.Event | None = None
+
+    async def wait(self) -> None:
+        """Until the request has ended."""
+        if self._done is None:
+            self._done = asyncio.Event()
+        await self._done.wait()
+
+    def finish(self) -> None:
+        """Wake whoever waits."""
+        if self._done is not None:
+            self._done.set()
+
+
+class Node:
+    """A vertex of the graph: a driver instance with a name.
+
+    Attributes:
+        name: unique in the graph.
+        driver: serves the requests.
+        options: as described.
+        children: edges by child name.
+        read_only: writes are refused.
+        in_flight: requests by seq, oldest first.
+        next_request: seq that the next request will get.
+        write_gen: grows with every write; a flush is skipped when nothing was written since the last.
+    """
+
+    def __init__(self, name: str, driver: type[Driver], options: NodeOptions) -> None:
+        self.name = name
+        self.options = options
+        self.read_only = options.read_only
+        self.children: dict[str, Child] = {}
+        self.in_flight: dict[int, Request] = {}
+        self.write_gen = 0
+        self._flushed_gen = 0
+        self.next_request = 1
+        self._serialising = 0
+        self._background = 0
+        self._idle: asyncio.Event | None = None
+        self.driver = driver(self, options)
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name} {self.driver.name}>"
+
+    def size(self) -> int:
+        """Length of the node, bytes."""
+        return self.driver.size()
+
+    # Tracking.
+
+    async def begin(self, offset: int, length: int, *, serialising: bool = False) -> Request:
+        """Register a request, after waiting for earlier ones it must not overlap. Pair with `end`."""
+        request = Request(self.next_request, offset, offset + length, serialising)
+        self.next_request += 1
+        self.in_flight[request.seq] = request
+        if serialising:
+            self._serialising += 1
+        if self._serialising:
+            try:
+                await self._wait_overlapping(request)
+            except BaseException:
+                self.end(request)
+                raise
+        return request
+
+    def end(self, request: Request) -> None:
+        """The request registered by `begin` is over."""
+        del self.in_flight[request.seq]
+        if request.serialising:
+            self._serialising -= 1
+        request.finish()
+        self._check_idle()
+
+    async def _wait_overlapping(self, request: Request) -> None:
+        for other in list(self.in_flight.values()):
+            if other.seq >= request.seq:
+                break
+            if (
+                (other.serialising or request.serialising)
+                and other.offset < request.end
+                and request.offset < other.end
+                and other.seq in self.in_flight
+            ):
+                await other.wait()
+
+    def oldest_request(self) -> int:
+        """Seq of the oldest request in flight, or of the next one: storage given up before now may be used again
+        once this has passed the seq current at that time."""
+        for seq in self.in_flight:
+            return seq
+        return self.next_request
+
+
+    def begin_background(self) -> None:
+        """Work that belongs to no request goes on (a copy that outlived its guest write): drain waits for it."""
+        self._background += 1
+
+    def end_background(self) -> None:
+        """See begin_background."""
+        self._background -= 1
+        self._check_idle()
+
+    @property
+    def busy(self) -> bool:
+        """Something is in flight."""
+        return bool(self.in_flight) or self._background > 0
+
+    def _check_idle(self) -> None:
+        if self._idle is not None and not self.busy:
+            self._idle.set()
+            self._idle = None
+
+    async def wait_idle(self) -> None:
+        """Until nothing is in flight; meaningful while drained."""
+        while self.busy:
+            if self._idle is None:
+                self._idle = asyncio.Event()
+            await self._idle.wait()
+
+    # Requests.
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """`Driver.map`, traced. The caller holds a request on this node."""
+        if trace.enabled:
+            trace.emit("map", self.name, offset, length)
+        return await self.driver.map(offset, length)
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """What the range contains, from `offset` on; lies inside the range, which lies inside the node."""
+        if trace.enabled:
+            trace.emit("block_status", self.name, offset, length)
+        request = await self.begin(offset, length)
+        try:
+            align = self.driver.request_alignment
+            if align == 1 or not (offset | length) % align:
+                return await self.driver.block_status(offset, length)
+            start = offset - offset % align
+            status = await self.driver.block_status(start, _round_up(offset + length, align) - start)
+            end = min(status.offset + status.length, offset + length)
+            host = status.host_offset
+            return status._replace(
+                offset=offset, length=end - offset, host_offset=None if host is None else host + offset - start
+            )
+        finally:
+            self.end(request)
+
+    async def pread(self, offset: int, buf: memoryview) -> None:
+        """Fill `buf`; what lies past the end reads as zeroes."""
+        length = len(buf)
+        if trace.enabled:
+            trace.emit("pread", self.name, offset, length)
+        driver = self.driver
+        size = driver.size()
+        if offset + length > size:
+            inside = max(0, size - offset)
+            fill_zero(buf[inside:])
+            buf = buf[:inside]
+            length = inside
+        if not length:
+            return
+        request = await self.begin(offset, length)
+        try:
+            align = driver.request_alignment
+            if align > 1 and (offset | length) % align:
+                start = offset - offset % align
+                bounce = allocate_aligned(_round_up(offset + length, align) - start, align)
+                await self._pread_cut(start, bounce)
+                buf[:] = bounce[offset - start : offset - start + length]
+            else:
+                await self._pread_cut(offset, buf)
+        finally:
+            self.end(request)
+
+    async def _pread_cut(self, offset: int, buf: memoryview) -> None:
+        step = self.driver.max_transfer
+        if step is None or len(buf) <= step:
+            await self.driver.pread(offset, buf)
+            return
+        for start in range(0, len(buf), step):
+            await self.driver.pread(offset + start, buf[start : start + step])
+
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        """Write `buf`. The caller (Child) has checked permission and bounds."""
+        length = len(buf)
+        if trace.enabled:
+            trace.emit("pwrite", self.name, offset, length)
+        if not length:
+            return
+        detect = self.options.detect_zeroes
+        if detect != "off" and not flags & Flag.WRITE_UNCHANGED and is_zero(buf):
+            unmap = Flag.MAY_UNMAP if detect == "unmap" and self.options.discard == "unmap" else Flag.NONE
+            await self._pwrite_zeroes(offset, length, flags | unmap)
+            return
+        align = self.driver.request_alignment
+        unaligned = align > 1 and (offset | length) % align != 0
+        start, end = self._tracked_range(offset, length, flags, align if unaligned else 1)
+        request = await self.begin(start, end - start, serialising=unaligned or bool(flags & Flag.SERIALISING))
+        try:
+            if unaligned:
+                await self._pwrite_unaligned(offset, buf, flags)
+            else:
+                await self._pwrite_cut(offset, buf, flags)
+        finally:
+            self.write_gen += 1
+            self.end(request)
+        if flags & Flag.FUA and not self.driver.write_flags & Flag.FUA:
+            await self.flush()
+
+    def _tracked_range(self, offset: int, length: int, flags: Flag, align: int) -> tuple[int, int]:
+        """A serialising write covers the whole clusters it touches: a reader must not copy up around it."""
+        if flags & Flag.SERIALISING:
+            align = max(align, self.driver.info().cluster_size or 1)
+        return offset - offset % align, _round_up(offset + length, align)
+
+    async def _pwrite_cut(self, offset: int, buf: memoryview, flags: Flag) -> None:
+        driver = self.driver
+        flags &= driver.write_flags
+        step = driver.max_transfer
+        if step is None or len(buf) <= step:
+            await driver.pwrite(offset, buf, flags)
+            return
+        for start in range(0, len(buf), step):
+            await driver.pwrite(offset + start, buf[start : start + step], flags)
+
+    async def _pwrite_unaligned(self, offset: int, buf: memoryview, flags: Flag) -> None:
+        """Read-modify-write of the blocks at both ends; the request is serialising."""
+        align = self.driver.request_alignment
+        start = offset - offset % align
+        end = _round_up(offset + len(buf), align)
+        bounce = allocate_aligned(end - start, align)
+        head = start if offset % align else None
+        tail = end - align if (offset + len(buf)) % align else None
+        for block in {head, tail} - {None}:
+            assert block is not None
+            await self._pread_inside(block, bounce[block - start : block - start + align])
+        bounce[offset - start : offset - start + len(buf)] = buf
+        await self._pwrite_cut(start, bounce, flags)
+
+    async def _pread_inside(self, offset: int, buf: memoryview) -> None:
+        inside = max(0, min(len(buf), _round_up(self.size(), self.driver.request_alignment) - offset))
+        fill_zero(buf[inside:])
+        if inside:
+            await self.driver.pread(offset, buf[:inside])
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
+        """Make the range read as zeroes; falls back to writing them unless NO_FALLBACK is given."""
+        if trace.enabled:
+            trace.emit("write_zeroes", self.name, offset, length)
+        if not length:
+            return
+        if self.options.discard != "unmap":
+            flags &= ~Flag.MAY_UNMAP
+        await self._pwrite_zeroes(offset, length, flags)
+
+    async def _pwrite_zeroes(self, offset: int, length: int, flags: Flag) -> None:
+        align = self.driver.request_alignment
+        start = _round_up(offset, align)
+        end = (offset + length) - (offset + length) % align
+        if start >= end:
+            start = end = offset + length
+        unaligned = start != offset or end != offset + length
+        low, high = self._tracked_range(offset, length, flags, align)
+        request = await self.begin(low, high - low, serialising=unaligned or bool(flags & Flag.SERIALISING))
+        try:
+            if start < end:
+                await self._zero_aligned(start, end - start, flags)
+            elif flags & Flag.NO_FALLBACK:
+                raise self.driver.unsupported("pwrite_zeroes")
+            if offset < start:
+                await self._pwrite_unaligned(offset, memoryview(bytes(start - offset)), flags)
+            if end < offset + length:
+                await self._pwrite_unaligned(end, memoryview(bytes(offset + length - end)), flags)
+        finally:
+            self.write_gen += 1
+            self.end(request)
+        if flags & Flag.FUA and not self.driver.zero_flags & Flag.FUA:
+            await self.flush()
+
+    async def _zero_aligned(self, offset: int, length: int, flags: Flag) -> None:
+        driver = self.driver
+        try:
+            await driver.pwrite_zeroes(offset, length, flags & driver.zero_flags)
+        except Unsupported:
+            if flags & Flag.NO_FALLBACK:
+                raise
+            zeroes = allocate_aligned(min(length, _ZERO_CHUNK), max(driver.request_alignment, 4096))
+            for start in range(0, length, len(zeroes)):
+                await self._pwrite_cut(offset + start, zeroes[: length - start], flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Advisory; parts of blocks at the ends are kept, a node with discard "ignore" does nothing."""
+        if trace.enabled:
+            trace.emit("discard", self.name, offset, length)
+        align = self.driver.request_alignment
+        start = _round_up(offset, align)
+        end = (offset + length) - (offset + length) % align
+        if self.options.discard != "unmap" or start >= end:
+            return
+        request = await self.begin(start, end - start)
+        try:
+            await self.driver.discard(start, end - start)
+        except Unsupported:
+            pass
+        finally:
+            self.write_gen += 1
+            self.end(request)
+
+    async def flush(self) -> None:
+        """Make durable every write that has completed."""
+        if trace.enabled:
+            trace.emit("flush", self.name)
+        if self.options.cache.no_flush or self._flushed_gen == self.write_gen:
+            return
+        generation = self.write_gen
+        request = await self.begin(0, 0)
+        try:
+            await self.driver.flush()
+        finally:
+            self.end(request)
+        self._flushed_gen = max(self._flushed_gen, generation)
+
+    async def truncate(self, size: int) -> None:
+        """Change the size; a grown area reads as zeroes."""
+        if trace.enabled:
+            trace.emit("truncate", self.name, size)
+        old = self.size()
+        low, high = sorted((old, size))
+        request = await self.begin(low, high - low, serialising=True)
+        try:
+            await self.driver.truncate(size)
+        finally:
+            self.write_gen += 1
+            self.end(request)
+
+
+class Child:
+    """An edge: how a parent reaches a child.
+
+    Attributes:
+        parent: name of the parent (a node, or a root).
+        name: "file", "backing", ...
+        role, need, share: see blockgraph.perm.
+        node: what it points to; changed only by a committed transaction.
+    """
+
+    __slots__ = ("name", "need", "node", "parent", "role", "share")
+
+    def __init__(self, parent: str, name: str, role: Role, node: Node) -> None:
+        self.parent = parent
+        self.name = name
+        self.role = role
+        self.node = node
+        self.need: Perm = NONE
+        self.share: Perm = NONE
+
+    def __repr__(self) -> str:
+        return f"<Child {self.parent}.{self.name} -> {self.node.name}>"
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """See Node.block_status; past the end of the child: zeroes, not data."""
+        if offset >= self.node.size():
+            return BlockStatus(offset, length, False, True, 0, self.node)
+        return await self.node.block_status(offset, min(length, self.node.size() - offset))
+
+    async def pread(self, offset: int, buf: memoryview) -> None:
+        """See Node.pread."""
+        await self.node.pread(offset, buf)
+
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        """See Node.pwrite.
+
+        Raises:
+            ReadOnly: the edge has no write permission.
+            OutOfRange: past the end, and the edge may not resize.
+        """
+        self.check_write("pwrite", offset, len(buf), flags)
+        await self.node.pwrite(offset, buf, flags)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
+        """See Node.pwrite_zeroes."""
+        self.check_write("pwrite_zeroes", offset, length, flags)
+        await self.node.pwrite_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See Node.discard."""
+        self.check_write("discard", offset, length, Flag.NONE)
+        await self.node.discard(offset, length)
+
+    async def flush(self) -> None:
+        """See Node.flush."""
+        await self.node.flush()
+
+    async def truncate(self, size: int) -> None:
+        """See Node.truncate.
+
+        Raises:
+            ReadOnly: the edge may not resize.
+        """
+        if not self.need & Perm.RESIZE:
+            raise ReadOnly(f"'{self.parent}.{self.name}' has no resize permission", node=self.node.name, op="truncate")
+        await self.node.truncate(size)
+
+    def check_write(self, op: str, offset: int, length: int, flags: Flag) -> None:
+        """Refuse what the edge's permissions or the node's size forbid."""
+        wanted = Perm.WRITE | Perm.WRITE_UNCHANGED if flags & Flag.WRITE_UNCHANGED else Perm.WRITE
+        node = self.node
+        if not self.need & wanted or node.read_only:
+            raise ReadOnly("is read-only here", node=node.name, op=op, offset=offset, length=length)
+        size = node.size()
+        if offset + length > size and not (self.need & Perm.RESIZE and node.driver.growable):
+            raise OutOfRange(f"past the end ({size} bytes)", node=node.name, op=op, offset=offset, length=length)
+
+
+def _round_up(value: int, align: int) -> int:
+    return value + -value % align
+
