@@ -19,6 +19,7 @@ import errno
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol as TypingProtocol
 
+from blockgraph import debug
 from blockgraph.errors import OptionError, Unsupported
 from blockgraph.extent import BlockStatus, Extent, Status
 from blockgraph.flags import Flag
@@ -266,6 +267,20 @@ class Driver:
         """Change the size, bytes; a grown area reads as zeroes."""
         raise self.unsupported("truncate")
 
+    async def debug_event(self, name: str) -> None:
+        """A parent has come to the point `name` of its work (blockgraph.debug). Default: whoever shows its child's
+        bytes passes it on, others ignore it.
+
+        Raises: nothing; a rule fails the I/O that follows, not the event.
+        """
+        if self.transparent:
+            await self._primary_event(name)
+
+    async def _primary_event(self, name: str) -> None:
+        for child in self.node.children.values():
+            if child.role & (Role.FILTERED | Role.PRIMARY):
+                await child.event(name)
+
     # Helpers for drivers.
 
     def unsupported(self, op: str) -> Unsupported:
@@ -319,10 +334,14 @@ class Format(Driver):
             part = buf[: extent.length]
             if extent.status is Status.DATA:
                 assert extent.child is not None
+                if debug.enabled:
+                    await extent.child.event("read_aio")
                 await extent.child.pread(extent.child_offset, part)
             elif extent.status is Status.SPECIAL:
                 await self.read_special(extent, part)
             elif extent.status is Status.UNALLOCATED and (cow := self.cow()) is not None:
+                if debug.enabled:
+                    await self._primary_event("read_backing_aio")
                 await cow.pread(offset, part)  # zeroes past its end
             else:
                 fill_zero(part)
@@ -334,6 +353,8 @@ class Format(Driver):
             extent = (await self.map(offset, len(buf))).clip(offset, len(buf))
             if extent.writable and extent.status is Status.DATA:
                 assert extent.child is not None
+                if debug.enabled:
+                    await extent.child.event("write_aio")
                 await extent.child.pwrite(extent.child_offset, buf[: extent.length])
             else:
                 extent = await self._pwrite_new(offset, buf[: extent.length])
@@ -346,6 +367,8 @@ class Format(Driver):
         assert extent.offset == offset
         assert extent.child is not None
         try:
+            if debug.enabled:
+                await extent.child.event("write_aio")
             await extent.child.pwrite(extent.child_offset, buf[: extent.length])
         except BaseException:
             await allocation.abort()
@@ -387,7 +410,9 @@ class Filter(Driver):
     file: Child
 
     async def attached(self) -> None:
-        self.request_alignment = max(type(self).request_alignment, self.file.node.driver.request_alignment)
+        below = self.file.node.driver
+        self.request_alignment = max(type(self).request_alignment, below.request_alignment)
+        self.growable = below.growable
 
     def size(self) -> int:
         return self.file.node.size()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from blockgraph import trace
+from blockgraph import debug, trace
 from blockgraph.driver import fill_zero
 from blockgraph.errors import OutOfRange, ReadOnly, Unsupported
 from blockgraph.extent import BlockStatus, Extent
@@ -281,17 +281,22 @@ class Node:
         bounce = allocate_aligned(end - start, align)
         head = start if offset % align else None
         tail = end - align if (offset + len(buf)) % align else None
-        for block in {head, tail} - {None}:
-            assert block is not None
-            await self._pread_inside(block, bounce[block - start : block - start + align])
+        if head is not None:
+            await self._pread_rmw("head", head, bounce[:align])
+        if tail is not None and tail != head:
+            await self._pread_rmw("tail", tail, bounce[tail - start :])
         bounce[offset - start : offset - start + len(buf)] = buf
         await self._pwrite_cut(start, bounce, flags)
 
-    async def _pread_inside(self, offset: int, buf: memoryview) -> None:
+    async def _pread_rmw(self, part: str, offset: int, buf: memoryview) -> None:
+        if debug.enabled:
+            await self.driver.debug_event(f"pwritev_rmw_{part}")
         inside = max(0, min(len(buf), _round_up(self.size(), self.driver.request_alignment) - offset))
         fill_zero(buf[inside:])
         if inside:
             await self.driver.pread(offset, buf[:inside])
+        if debug.enabled:
+            await self.driver.debug_event(f"pwritev_rmw_after_{part}")
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
         """Make the range read as zeroes; falls back to writing them unless NO_FALLBACK is given."""
@@ -450,6 +455,11 @@ class Child:
         if not self.need & Perm.RESIZE:
             raise ReadOnly(f"'{self.parent}.{self.name}' has no resize permission", node=self.node.name, op="truncate")
         await self.node.truncate(size)
+
+    async def event(self, name: str) -> None:
+        """Tell the child that the parent has come to the point `name` of its work; see blockgraph.debug."""
+        if debug.enabled:
+            await self.node.driver.debug_event(name)
 
     def check_write(self, op: str, offset: int, length: int, flags: Flag) -> None:
         """Refuse what the edge's permissions or the node's size forbid."""
