@@ -15,13 +15,10 @@ from typing import TYPE_CHECKING
 from blockgraph.errors import OutOfRange, ReadOnly
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
-from blockgraph.perm import ALL, Perm, Role
+from blockgraph.perm import ALL, Perm
 
 if TYPE_CHECKING:
     from blockgraph.node import Child, Node
-
-ROOT_ROLE = Role.FILTERED | Role.PRIMARY
-
 
 class Backend:
     """A root. Made by `Graph.backend` (or a transaction), ended by `close`.
@@ -51,6 +48,7 @@ class Backend:
         self.stays = stays
         self.owner = owner or name
         self.root: Child
+        self.children: dict[str, Child] = {}
         self._closed_gates = 0
         self._gate: asyncio.Event | None = None
         self._in_flight = 0
@@ -72,6 +70,14 @@ class Backend:
     def size(self) -> int:
         """Length of the disk, bytes."""
         return self.root.node.size()
+
+    def set_child(self, name: str, child: Child | None) -> None:
+        """For the graph: put the edge in place."""
+        if child is None:
+            self.children.pop(name, None)
+        else:
+            self.children[name] = child
+            self.root = child
 
     # Gate.
 

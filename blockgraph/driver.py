@@ -208,6 +208,9 @@ class Driver:
         """
         return None
 
+    def stored(self, offset: int, length: int) -> None:
+        """Native code wrote [offset, offset + length) of the storage: the size may have grown, holes may be gone."""
+
     # Data path.
 
     async def map(self, offset: int, length: int) -> Extent:
@@ -227,6 +230,11 @@ class Driver:
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         """What [offset, offset + length) contains, from `offset` on; the answer lies inside the range."""
         raise NotImplementedError
+
+    async def storage_status(self, offset: int, length: int) -> tuple[int, Status]:
+        """Length and status (DATA or ZERO) of the run of the node's own storage that starts at `offset`; ZERO means a
+        hole. The length may pass the range."""
+        return length, Status.DATA
 
     async def pread(self, offset: int, buf: memoryview) -> None:
         """Fill `buf` (writable, contiguous, itemsize 1) with the bytes at `offset`.
@@ -302,10 +310,6 @@ class Protocol(Driver):
     async def map(self, offset: int, length: int) -> Extent:
         """Everything up to the end lies here, and may be written here."""
         return Extent(0, max(self.size(), offset + length), Status.DATA, None, 0, not self.node.read_only)
-
-    async def storage_status(self, offset: int, length: int) -> tuple[int, Status]:
-        """Length and status (DATA or ZERO) of the run that starts at `offset`; ZERO means a hole."""
-        return length, Status.DATA
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         run, status = await self.storage_status(offset, length)

@@ -18,14 +18,18 @@ from typing import TYPE_CHECKING
 
 from blockgraph import debug, trace
 from blockgraph.driver import fill_zero
-from blockgraph.errors import OutOfRange, ReadOnly, Unsupported
+from blockgraph.errors import GraphError, OutOfRange, ReadOnly, Unsupported
 from blockgraph.extent import BlockStatus, Extent
 from blockgraph.flags import Flag
 from blockgraph.native import allocate_aligned, is_zero
 from blockgraph.perm import NONE, Perm, Role
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blockgraph.bitmaps import DirtyBitmap
     from blockgraph.driver import Driver
+    from blockgraph.native import Bitmap
     from blockgraph.options import NodeOptions
 
 #: Longest run of explicit zeroes written by one driver call where write-zeroes is not supported, bytes.
@@ -39,12 +43,14 @@ class Request:
         seq: number of the request on its node; grows.
         offset, end: the range, bytes.
         serialising: see the module's text.
+        owner: requests of one owner do not wait for each other; None: belongs to nobody.
     """
 
-    __slots__ = ("_done", "end", "offset", "seq", "serialising")
+    __slots__ = ("_done", "end", "offset", "owner", "seq", "serialising")
 
-    def __init__(self, seq: int, offset: int, end: int, serialising: bool) -> None:
+    def __init__(self, seq: int, offset: int, end: int, serialising: bool, owner: object) -> None:
         self.seq = seq
+        self.owner = owner
         self.offset = offset
         self.end = end
         self.serialising = serialising
@@ -74,6 +80,7 @@ class Node:
         in_flight: requests by seq, oldest first.
         next_request: seq that the next request will get.
         write_gen: grows with every write; a flush is skipped when nothing was written since the last.
+        bitmaps: dirty bitmaps by name.
     """
 
     def __init__(self, name: str, driver: type[Driver], options: NodeOptions) -> None:
@@ -83,12 +90,25 @@ class Node:
         self.children: dict[str, Child] = {}
         self.in_flight: dict[int, Request] = {}
         self.write_gen = 0
+        self.bitmaps: dict[str, DirtyBitmap] = {}
+        #: bitmap of any node of the graph by node and bitmap name; set by the graph
+        self.find_bitmap: Callable[[str, str], Bitmap] = _no_graph
         self._flushed_gen = 0
         self.next_request = 1
         self._serialising = 0
         self._background = 0
         self._idle: asyncio.Event | None = None
         self.driver = driver(self, options)
+        for child in driver.children:
+            setattr(self.driver, attribute(child), None)
+
+    def set_child(self, name: str, child: Child | None) -> None:
+        """For the graph: put an edge in place, where the driver finds it as `self.<name>`, or take it away."""
+        if child is None:
+            self.children.pop(name, None)
+        else:
+            self.children[name] = child
+        setattr(self.driver, attribute(name), child)
 
     def __repr__(self) -> str:
         return f"<Node {self.name} {self.driver.name}>"
@@ -99,9 +119,11 @@ class Node:
 
     # Tracking.
 
-    async def begin(self, offset: int, length: int, *, serialising: bool = False) -> Request:
+    async def begin(
+        self, offset: int, length: int, *, serialising: bool = False, owner: object = None
+    ) -> Request:
         """Register a request, after waiting for earlier ones it must not overlap. Pair with `end`."""
-        request = Request(self.next_request, offset, offset + length, serialising)
+        request = Request(self.next_request, offset, offset + length, serialising, owner)
         self.next_request += 1
         self.in_flight[request.seq] = request
         if serialising:
@@ -130,6 +152,7 @@ class Node:
                 (other.serialising or request.serialising)
                 and other.offset < request.end
                 and request.offset < other.end
+                and (request.owner is None or other.owner is not request.owner)
                 and other.seq in self.in_flight
             ):
                 await other.wait()
@@ -150,6 +173,12 @@ class Node:
         """See begin_background."""
         self._background -= 1
         self._check_idle()
+
+    def changed(self, offset: int, length: int) -> None:
+        """A request that changed the range, or failed in doing so, is over."""
+        self.write_gen += 1
+        for bitmap in self.bitmaps.values():
+            bitmap.record(offset, length)
 
     @property
     def busy(self) -> bool:
@@ -252,7 +281,7 @@ class Node:
             else:
                 await self._pwrite_cut(offset, buf, flags)
         finally:
-            self.write_gen += 1
+            self.changed(offset, length)
             self.end(request)
         if flags & Flag.FUA and not self.driver.write_flags & Flag.FUA:
             await self.flush()
@@ -327,7 +356,7 @@ class Node:
             if end < offset + length:
                 await self._pwrite_unaligned(end, memoryview(bytes(offset + length - end)), flags)
         finally:
-            self.write_gen += 1
+            self.changed(offset, length)
             self.end(request)
         if flags & Flag.FUA and not self.driver.zero_flags & Flag.FUA:
             await self.flush()
@@ -358,7 +387,7 @@ class Node:
         except Unsupported:
             pass
         finally:
-            self.write_gen += 1
+            self.changed(start, end - start)
             self.end(request)
 
     async def flush(self) -> None:
@@ -470,6 +499,15 @@ class Child:
         size = node.size()
         if offset + length > size and not (self.need & Perm.RESIZE and node.driver.growable):
             raise OutOfRange(f"past the end ({size} bytes)", node=node.name, op=op, offset=offset, length=length)
+
+
+def attribute(name: str) -> str:
+    """The Python attribute for a name of a description."""
+    return name.replace("-", "_")
+
+
+def _no_graph(node: str, name: str) -> Bitmap:
+    raise GraphError(f"bitmap '{name}' can not be looked up outside a graph", node=node)
 
 
 def _round_up(value: int, align: int) -> int:

@@ -1,0 +1,307 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""The copying of clusters that backup-top and its job share.
+
+```
+   guest write ──► backup-top ──┐                      ┌──► target
+                                ├──► BlockCopy ──copy──┤
+   backup job's loop ───────────┘   (one bitmap)       └◄── source (frozen until copied)
+```
+
+`bitmap` has a bit for every cluster still to be copied. Whoever copies *first clears* the bits, then copies, and sets
+them again when that fails; whoever finds an overlapping copy in flight waits for it and looks again. So a cluster is
+read once however many want it, and never after it changed: a set bit means the source still holds the old bytes.
+An error is raised only by the call whose own I/O failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Literal
+
+from blockgraph.errors import BlockGraphError, IOFailure
+from blockgraph.extent import Status
+from blockgraph.flags import Flag
+from blockgraph.native import Bitmap, CopyError, CopyExtent, allocate_aligned, get_pool
+from blockgraph.perm import Role
+from blockgraph.resolve import Leaf, Pins
+
+if TYPE_CHECKING:
+    from blockgraph.node import Child, Node
+
+#: Longest run that a guest's write waits for, and longest buffer, bytes.
+_GUEST_CHUNK = 1 << 20
+
+
+class CopyFailed(Exception):
+    """A copy failed.
+
+    Attributes:
+        error: the cause.
+        side: whose fault.
+    """
+
+    def __init__(self, error: BlockGraphError, side: Literal["source", "target"]) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.side = side
+
+
+class _Task:
+    __slots__ = ("done", "end", "offset")
+
+    def __init__(self, offset: int, end: int) -> None:
+        self.offset = offset
+        self.end = end
+        self.done = asyncio.Event()
+
+
+class BlockCopy:
+    """Copies clusters of `source` to the same place of `target`, each at most once.
+
+    Attributes:
+        bitmap: clusters still to copy; granularity is the cluster size.
+        length: size of both, bytes, as it was at the start.
+        serialising: the source is in the target's backing chain, so target writes wait for readers of the target.
+        only_top: copy only what the source's top layer has allocated; the rest is dropped from the bitmap.
+        bytes_copied: bytes of clusters done so far (copied, zeroed or dropped).
+        bytes_moved: bytes that were read and written.
+    """
+
+    def __init__(self, source: Child, target: Child, bitmap: Bitmap, *, serialising: bool) -> None:
+        self.source = source
+        self.target = target
+        self.bitmap = bitmap
+        self.cluster_size = bitmap.granularity
+        self.length = bitmap.size
+        self.serialising = serialising
+        self.only_top = False
+        self.bytes_copied = 0
+        self.bytes_moved = 0
+        self._tasks: list[_Task] = []
+
+    def pending(self, offset: int, end: int) -> bool:
+        """Some of [offset, end) is not copied yet, or is being copied."""
+        return self.bitmap.next_dirty(offset, end) is not None or self._overlapping(offset, end) is not None
+
+    @property
+    def active(self) -> bool:
+        """A copy is in flight."""
+        return bool(self._tasks)
+
+    def _overlapping(self, offset: int, end: int) -> _Task | None:
+        for task in self._tasks:
+            if task.offset < end and offset < task.end:
+                return task
+        return None
+
+    async def wait_any(self) -> None:
+        """Until some copy in flight has ended."""
+        if self._tasks:
+            await self._tasks[0].done.wait()
+
+    async def wait_range(self, offset: int, end: int) -> None:
+        """Until no copy in flight touches [offset, end)."""
+        while (task := self._overlapping(offset, end)) is not None:
+            await task.done.wait()
+
+    async def copy(self, offset: int, end: int) -> None:
+        """Copy what is still to be copied of [offset, end), cluster-aligned (end may be the disk's end).
+
+        Raises:
+            CopyFailed: in this call's own I/O; the bits are set again.
+        """
+        while True:
+            area = self.bitmap.take(offset, end, max(_GUEST_CHUNK, self.cluster_size))
+            if area is not None:
+                await self.run(*area)
+            elif (task := self._overlapping(offset, end)) is not None:
+                await task.done.wait()
+            else:
+                return
+
+    async def claim(self, offset: int, chunk: int) -> tuple[int, int, bool] | None:
+        """Take the next run to copy at or after `offset`: (offset, length, zero). None: nothing is left there.
+
+        A run of zeroes (or of what only_top drops) is taken whole, however long; of data at most `chunk` bytes.
+        """
+        area = self.bitmap.next_dirty(offset)
+        if area is None:
+            return None
+        start, length = area
+        if length > self.cluster_size:
+            skip = await self._empty_run(start, length)
+            if skip >= self.cluster_size:
+                taken = self.bitmap.take(start, start + skip)
+                return (*taken, True) if taken else (start, 0, True)
+        taken = self.bitmap.take(start, start + length, chunk)
+        return (*taken, False) if taken else (start, 0, False)
+
+    async def _empty_run(self, offset: int, length: int) -> int:
+        """Length of the run from `offset` that needs no data moved, in whole clusters (up to the disk's end)."""
+        end = offset
+        limit = offset + length
+        async with Pins() as pins:
+            while end < limit:
+                leaf = await pins.read(self.source.node, end, limit - end)
+                if not (leaf.status is Status.ZERO or self._dropped(leaf)):
+                    break
+                end += leaf.length
+        if end >= self.length:
+            return self.length - offset
+        return end - end % self.cluster_size - offset
+
+    def _dropped(self, leaf: Leaf) -> bool:
+        return self.only_top and leaf.depth != 0
+
+    async def run(self, offset: int, length: int) -> None:
+        """Copy [offset, offset + length), whose bits the caller has taken.
+
+        Raises:
+            CopyFailed: the bits are set again.
+        """
+        task = _Task(offset, offset + length)
+        self._tasks.append(task)
+        try:
+            await self._copy_range(offset, length)
+        except BaseException:
+            self.bitmap.set(offset, length)
+            raise
+        else:
+            self.bytes_copied += length
+        finally:
+            self._tasks.remove(task)
+            task.done.set()
+
+    async def _copy_range(self, offset: int, length: int) -> None:
+        """Move data natively where both sides resolve to storage; the rest through the nodes."""
+        zero: list[tuple[int, int]] = []
+        special: list[tuple[int, int]] = []
+        async with Pins() as pins:
+            extents: list[CopyExtent] = []
+            storages: list[tuple[Node, Node]] = []
+            pos, end = offset, offset + length
+            while pos < end:
+                leaf = await self._read_leaf(pins, pos, end - pos)
+                if self._dropped(leaf):
+                    pass
+                elif leaf.status is Status.ZERO:
+                    _extend(zero, pos, leaf.length)
+                elif leaf.status is Status.SPECIAL:
+                    _extend(special, pos, leaf.length)
+                else:
+                    await self._plan(pins, leaf, extents, storages, special)
+                pos += leaf.length
+            if extents:
+                await self._copy_native(extents, storages)
+                try:
+                    await pins.commit()
+                except BlockGraphError as error:
+                    raise CopyFailed(error, "target") from error
+        for start, size in special:
+            await self._copy_buffered(start, size)
+        for start, size in zero:
+            await self._zero(start, size)
+
+    async def _read_leaf(self, pins: Pins, offset: int, length: int) -> Leaf:
+        try:
+            leaf = await pins.read(self.source.node, offset, length)
+            if leaf.status is Status.SPECIAL:
+                status = await self.source.block_status(offset, leaf.length)
+                kind = Status.ZERO if status.zero else Status.SPECIAL
+                leaf = leaf._replace(length=status.length, status=kind, depth=status.depth)
+        except BlockGraphError as error:
+            raise CopyFailed(error, "source") from error
+        return leaf
+
+    async def _plan(
+        self,
+        pins: Pins,
+        leaf: Leaf,
+        extents: list[CopyExtent],
+        storages: list[tuple[Node, Node]],
+        special: list[tuple[int, int]],
+    ) -> None:
+        assert leaf.storage is not None
+        source_fd = leaf.storage.driver.fd()
+        assert source_fd is not None
+        pos, end = leaf.offset, leaf.offset + leaf.length
+        while pos < end:
+            try:
+                room = await pins.write(self.target.node, pos, end - pos, serialising=self.serialising)
+            except BlockGraphError as error:
+                raise CopyFailed(error, "target") from error
+            if room.storage is None:
+                _extend(special, pos, room.length)
+            else:
+                target_fd = room.storage.driver.fd()
+                assert target_fd is not None
+                source_offset = leaf.storage_offset + pos - leaf.offset
+                extents.append(CopyExtent(source_fd, source_offset, target_fd, room.storage_offset, room.length))
+                storages.append((leaf.storage, room.storage))
+            pos += room.length
+
+    async def _copy_native(self, extents: list[CopyExtent], storages: list[tuple[Node, Node]]) -> None:
+        try:
+            await get_pool(asyncio.get_running_loop()).copy(extents)
+        except CopyError as error:
+            source, target = storages[error.extent]
+            node, side = (source, "source") if error.side == "read" else (target, "target")
+            failure = IOFailure.from_oserror(error, node=node.name, op="copy", offset=error.offset)
+            raise CopyFailed(failure, "source" if side == "source" else "target") from error
+        finally:
+            for extent, (_, target) in zip(extents, storages, strict=True):
+                target.driver.stored(extent.target_offset, extent.length)
+        self.bytes_moved += sum(extent.length for extent in extents)
+
+    async def _copy_buffered(self, offset: int, length: int) -> None:
+        buf = allocate_aligned(min(length, _GUEST_CHUNK))
+        flags = Flag.SERIALISING if self.serialising else Flag.NONE
+        for start in range(offset, offset + length, len(buf)):
+            part = buf[: offset + length - start]
+            try:
+                await self.source.pread(start, part)
+            except BlockGraphError as error:
+                raise CopyFailed(error, "source") from error
+            try:
+                await self.target.pwrite(start, part, flags)
+            except BlockGraphError as error:
+                raise CopyFailed(error, "target") from error
+            self.bytes_moved += len(part)
+
+    async def _zero(self, offset: int, length: int) -> None:
+        """Make the target read zero here, touching only what does not do so yet. Never unmaps."""
+        flags = Flag.SERIALISING if self.serialising else Flag.NONE
+        pos, end = offset, offset + length
+        try:
+            while pos < end:
+                status = await self.target.block_status(pos, end - pos)
+                # Zero because a layer below says so is not enough: the layer below may be the live disk.
+                if not (status.zero and (status.depth == 0 or (status.depth < 0 and not self._target_layered()))):
+                    await self.target.pwrite_zeroes(pos, status.length, flags)
+                pos += status.length
+        except BlockGraphError as error:
+            raise CopyFailed(error, "target") from error
+
+    def _target_layered(self) -> bool:
+        return has_cow(self.target.node)
+
+
+def has_cow(node: Node) -> bool:
+    """The node reads unallocated ranges from another one."""
+    return any(
+        child.role & Role.COW or (child.role & (Role.FILTERED | Role.PRIMARY) and has_cow(child.node))
+        for child in node.children.values()
+    )
+
+
+def reaches(node: Node, wanted: Node) -> bool:
+    """`wanted` is `node` or lies below it."""
+    return node is wanted or any(reaches(child.node, wanted) for child in node.children.values())
+
+
+def _extend(runs: list[tuple[int, int]], offset: int, length: int) -> None:
+    if runs and sum(runs[-1]) == offset:
+        runs[-1] = (runs[-1][0], runs[-1][1] + length)
+    else:
+        runs.append((offset, length))

@@ -1,0 +1,318 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""backup-top (alias copy-before-write): keep the disk as it was when the filter was put in place.
+
+```
+    guest ──► backup-top ──file──► disk         1. a write arrives for clusters not copied yet
+                   └────target───► snapshot     2. their old bytes go from disk to target
+                                                3. the write goes on to disk
+```
+
+Write, write-zeroes and discard trigger the copy; requests flagged WRITE_UNCHANGED do not, what they write is already
+visible. A cluster is copied once; afterwards writes pass. The point in time is the instant at which the transaction
+that inserted the filter commits: all requests before it are done, none after it has started. `snapshot-access` over
+this node reads the kept image; a backup job over it copies the rest.
+
+Options:
+    file: the live disk.
+    target: gets the old bytes; same size as the disk.
+    bitmap: {node, name}: keep only what is set in that dirty bitmap (copied when the filter is made).
+    on-cbw-error: a copy failed: "break-guest-write" (default) fails the guest's write, the snapshot stays whole;
+        "break-snapshot" lets the guest go on, every later read of the snapshot fails.
+    cbw-timeout: seconds after which a copy counts as failed; 0: never. The copy itself goes on in the background.
+    min-cluster-size: bytes, power of two; the unit copied is the largest of this, 64 KiB and the target's cluster.
+
+Example:
+    [[nodes]]
+    node-name = "top"
+    driver = "backup-top"
+    file = "disk"
+    target = {driver = "file", filename = "scratch.img"}
+
+Limits: the disk can not be resized under the filter. Flush reaches the disk only; whoever needs the target durable
+flushes it (the backup job does). A discard by the guest copies first and is then passed on; with `discard = "ignore"`
+on this node it is dropped before it costs a copy.
+Source: QEMU BlockdevOptionsCbw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from blockgraph.block_copy import BlockCopy, CopyFailed, has_cow, reaches
+from blockgraph.driver import ChildSpec, Filter
+from blockgraph.errors import BlockGraphError, GraphError, IOFailure, SnapshotBroken
+from blockgraph.extent import Extent, Status
+from blockgraph.flags import Flag
+from blockgraph.native import Bitmap
+from blockgraph.options import NodeOptions, NodeRef
+from blockgraph.perm import ALL, Perm, Role
+
+if TYPE_CHECKING:
+    from blockgraph.node import Child, Node
+
+#: Smallest unit of copying, bytes.
+MIN_CLUSTER = 64 << 10
+
+
+class BitmapRef(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """A named dirty bitmap.
+
+    Attributes:
+        node: name of the node it belongs to.
+        name: its name.
+    """
+
+    node: str
+    name: str
+
+
+class BackupTopOptions(NodeOptions, kw_only=True, frozen=True):
+    """See the module's text."""
+
+    file: NodeRef
+    target: NodeRef
+    bitmap: BitmapRef | None = None
+    on_cbw_error: Literal["break-guest-write", "break-snapshot"] = "break-guest-write"
+    cbw_timeout: int = 0
+    min_cluster_size: int | None = None
+
+
+class BackupTop(Filter):
+    """See the module's text.
+
+    Attributes:
+        copy: what is still to be copied, shared with the job's loop.
+        broken: the copy error that broke the snapshot, None while it is whole.
+    """
+
+    name = "backup-top"
+    aliases = ("copy-before-write",)
+    children = {"file": ChildSpec(Role.FILTERED | Role.PRIMARY), "target": ChildSpec(Role.DATA)}
+    Options = BackupTopOptions
+    options: BackupTopOptions
+
+    target: Child
+    copy: BlockCopy
+
+    def __init__(self, node: Node, options: NodeOptions) -> None:
+        super().__init__(node, options)
+        self.broken: BlockGraphError | None = None
+        self._ready = False
+
+    # Control path.
+
+    @classmethod
+    def child_perm(
+        cls, options: NodeOptions, name: str, need: Perm, share: Perm, *, read_only: bool
+    ) -> tuple[Perm, Perm]:
+        """Nobody may write the disk beside the filter, from the first instant on; nothing else may resize it."""
+        if name == "target":
+            return Perm.CONSISTENT_READ | Perm.WRITE, ALL & ~Perm.RESIZE
+        return need | Perm.CONSISTENT_READ, share & ~(Perm.WRITE | Perm.RESIZE)
+
+    async def attached(self) -> None:
+        await super().attached()
+        self._check_sizes()
+        if self._ready:
+            return
+        self.cluster_size = self._choose_cluster_size()
+        size = self.size()
+        bitmap = Bitmap(size, self.cluster_size)
+        if self.options.bitmap is None:
+            bitmap.fill()
+        else:
+            bitmap.merge(self._source_bitmap(self.options.bitmap))
+        serialising = reaches(self.target.node, self.file.node)
+        self.copy = BlockCopy(self.file, self.target, bitmap, serialising=serialising)
+        self._access = bitmap.copy()
+        self._done = Bitmap(size, self.cluster_size)
+        self._frozen: list[_FrozenRead] = []
+        self._ready = True
+
+    def _check_sizes(self) -> None:
+        disk, target = self.file.node, self.target.node
+        if disk is target:
+            raise GraphError("file and target are the same node", node=self.node.name, op="insert")
+        if disk.size() != target.size():
+            raise GraphError(
+                f"file '{disk.name}' has {disk.size()} bytes but target '{target.name}' has {target.size()}",
+                node=self.node.name,
+                hint=f"resize the target to {disk.size()} bytes",
+            )
+
+    def _choose_cluster_size(self) -> int:
+        least = self.options.min_cluster_size or 0
+        if least & (least - 1) or least < 0:
+            raise GraphError(f"min-cluster-size {least} is not a power of two", node=self.node.name)
+        # Where the target has a backing node it fills the rest of a cluster itself.
+        target = None if has_cow(self.target.node) else self.target.node.driver.info().cluster_size
+        return max(MIN_CLUSTER, least, target or 0)
+
+    def _source_bitmap(self, ref: BitmapRef) -> Bitmap:
+        bitmap = self.node.find_bitmap(ref.node, ref.name)
+        if bitmap.size != self.size():
+            raise GraphError(
+                f"bitmap '{ref.name}' covers {bitmap.size} bytes but the disk has {self.size()}", node=self.node.name
+            )
+        return bitmap
+
+    # Guest requests.
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """Writable without us where the old bytes are safe and nobody is reading them."""
+        if self.broken is not None:
+            return Extent(0, self.size(), Status.DATA, self.file, 0, True)
+        length = min(length, self.size() - offset)
+        clean = self._done.next_dirty(offset, offset + length)
+        if clean is None or clean[0] > offset or self._frozen:
+            end = offset + length if clean is None or self._frozen else clean[0]
+            return Extent(offset, end - offset, Status.DATA, self.file, offset, False)
+        return Extent(offset, clean[1], Status.DATA, self.file, offset, True)
+
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        if not flags & Flag.WRITE_UNCHANGED:
+            await self._before_write(offset, len(buf))
+        await self.file.pwrite(offset, buf, flags)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
+        if not flags & Flag.WRITE_UNCHANGED:
+            await self._before_write(offset, length)
+        await self.file.pwrite_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._before_write(offset, length)
+        await self.file.discard(offset, length)
+
+    async def flush(self) -> None:
+        await self.file.flush()
+
+    async def truncate(self, size: int) -> None:
+        raise self.unsupported("truncate")
+
+    async def _before_write(self, offset: int, length: int) -> None:
+        """Copy the clusters that the write touches, then wait for snapshot reads of them still in flight."""
+        if self.broken is not None:
+            return
+        start = offset - offset % self.cluster_size
+        end = min(offset + length + -(offset + length) % self.cluster_size, self.size())
+        if self.copy.pending(start, end):
+            try:
+                await self._copy(start, end)
+            except BlockGraphError as error:
+                if self.options.on_cbw_error == "break-guest-write":
+                    raise
+                if self.broken is None:
+                    self.broken = error
+                return
+        self._done.set(start, end - start)
+        while (read := self._frozen_read(start, end)) is not None:
+            await read.done.wait()
+
+    async def _copy(self, start: int, end: int) -> None:
+        if not self.options.cbw_timeout:
+            try:
+                await self.copy.copy(start, end)
+            except CopyFailed as failure:
+                raise failure.error from failure
+            return
+        task = asyncio.ensure_future(self.copy.copy(start, end))
+        self.node.begin_background()
+        task.add_done_callback(self._copy_ended)
+        await asyncio.wait({task}, timeout=self.options.cbw_timeout)
+        if not task.done():
+            raise IOFailure(
+                f"copy before write took longer than {self.options.cbw_timeout} s",
+                node=self.node.name,
+                op="copy",
+                offset=start,
+                length=end - start,
+                errno=errno.ETIMEDOUT,
+            )
+        if isinstance(failure := task.exception(), CopyFailed):
+            raise failure.error from failure
+        task.result()
+
+    def _copy_ended(self, task: asyncio.Future[None]) -> None:
+        if not task.cancelled():
+            task.exception()  # retrieved: after a timeout nobody waits for it
+        self.node.end_background()
+
+    # The kept image, for snapshot-access.
+
+    def snapshot_run(self, offset: int, length: int) -> tuple[int, bool]:
+        """Length of the run from `offset` that lies on one side, and whether that side is the target.
+
+        Raises:
+            SnapshotBroken: a copy failed, or the range is outside the bitmap or was discarded.
+        """
+        end = offset + length
+        self._check_access("pread", offset, length)
+        copied = self._done.next_dirty(offset, end)
+        if copied is None:
+            return length, False
+        return (copied[1], True) if copied[0] == offset else (copied[0] - offset, False)
+
+    def _check_access(self, op: str, offset: int, length: int) -> None:
+        if self.broken is not None:
+            raise SnapshotBroken(
+                f"the snapshot is lost, a copy before write failed: {self.broken}",
+                node=self.node.name,
+                op=op,
+                offset=offset,
+                length=length,
+            )
+        if length and self._access.next_clean(offset, offset + length) is not None:
+            raise SnapshotBroken(
+                "the snapshot does not have this range (outside its bitmap, or discarded)",
+                node=self.node.name,
+                op=op,
+                offset=offset,
+                length=length,
+            )
+
+    @asynccontextmanager
+    async def frozen(self, offset: int, length: int) -> AsyncIterator[None]:
+        """While inside, guest writes to the range wait. Enter without awaiting between `snapshot_run` and this."""
+        read = _FrozenRead(offset, offset + length)
+        self._frozen.append(read)
+        try:
+            yield
+        finally:
+            self._frozen.remove(read)
+            read.done.set()
+
+    def _frozen_read(self, start: int, end: int) -> _FrozenRead | None:
+        for read in self._frozen:
+            if read.offset < end and start < read.end:
+                return read
+        return None
+
+    async def forget(self, offset: int, length: int) -> None:
+        """The snapshot's user no longer needs the whole clusters inside the range: never copy them, free them."""
+        self._check_access("discard", offset, 0)
+        start = offset + -offset % self.cluster_size
+        end = offset + length
+        if end < self.size():
+            end -= end % self.cluster_size
+        if start >= end:
+            return
+        self._access.reset(start, end - start)
+        self.copy.bitmap.reset(start, end - start)
+        await self.copy.wait_range(start, end)
+        await self.target.discard(start, end - start)
+
+
+class _FrozenRead:
+    __slots__ = ("done", "end", "offset")
+
+    def __init__(self, offset: int, end: int) -> None:
+        self.offset = offset
+        self.end = end
+        self.done = asyncio.Event()

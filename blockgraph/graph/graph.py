@@ -1,0 +1,249 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Graph: the running nodes and roots, and the only way to change them, a transaction.
+
+```
+async with graph.transaction() as change:
+    change.add({"driver": "backup-top", "node-name": "top", "file": "disk", "target": "scratch"})
+    change.insert("top", above="disk")
+```
+
+Everything here runs on the graph's loop thread. Changes are made one after the other; requests go on until the very
+moment they must be held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from blockgraph.backend import Backend
+from blockgraph.bitmaps import DirtyBitmap
+from blockgraph.errors import BlockGraphError, GraphError
+from blockgraph.graph.model import Model, NodeVertex
+from blockgraph.graph.policy import OpenPolicy
+from blockgraph.graph.transaction import Transaction
+from blockgraph.native import Bitmap
+from blockgraph.node import Node
+from blockgraph.perm import ALL, Perm
+
+log = logging.getLogger(__name__)
+
+
+class Graph:
+    """See the module's text.
+
+    Attributes:
+        model: the graph as it is; replaced as a whole by each committed transaction.
+        policy: what images may name.
+        owned: names of the nodes somebody added by name; others go when their last parent goes.
+    """
+
+    def __init__(self, policy: OpenPolicy | None = None) -> None:
+        self.model = Model()
+        self.policy = policy or OpenPolicy()
+        self.owned: set[str] = set()
+        self._changing = asyncio.Lock()
+        self._unnamed = 0
+
+    # Looking.
+
+    def node(self, name: str) -> Node:
+        """The running node of that name.
+
+        Raises:
+            GraphError: there is none.
+        """
+        node = self.model.node(name).node
+        assert node is not None
+        return node
+
+    def nodes(self) -> list[Node]:
+        """All running nodes, in the order they were added."""
+        return [vertex.node for vertex in self.model.nodes() if vertex.node is not None]
+
+    def backends(self) -> list[Backend]:
+        """All roots, in the order they were added."""
+        return [root.backend for root in self.model.roots() if root.backend is not None]
+
+    def new_name(self, model: Model) -> str:
+        """A name for a node that was given none."""
+        while True:
+            self._unnamed += 1
+            name = f"#block{self._unnamed}"
+            if not model.has(name):
+                return name
+
+    # Changing.
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """Edits made inside are committed together at the end of the block, or not at all.
+
+        Raises:
+            GraphError (or what opening an image raised): the graph is unchanged.
+        """
+        async with self._changing:
+            change = Transaction(self)
+            yield change
+            await change.commit()
+
+    async def add_node(self, description: Mapping[str, Any]) -> Node:
+        """Open a node (and those described inside it)."""
+        async with self.transaction() as change:
+            name = change.add(description)
+        return self.node(name)
+
+    async def remove_node(self, name: str) -> None:
+        """Close a node.
+
+        Raises:
+            NodeInUse: something still refers to it.
+        """
+        async with self.transaction() as change:
+            change.remove(name)
+
+    async def replace_node(self, old: str, new: str) -> None:
+        """Let every parent of `old` use `new` instead."""
+        async with self.transaction() as change:
+            change.replace(old, new)
+
+    async def insert_filter(self, description: Mapping[str, Any] | str, above: str) -> Node:
+        """Put a filter (described, or there already) over a live node; no write passes beside it from then on."""
+        async with self.transaction() as change:
+            name = description if isinstance(description, str) else change.add(description)
+            change.insert(name, above=above)
+        return self.node(name)
+
+    async def remove_filter(self, name: str) -> None:
+        """Take a filter out and close it; its parents use the filtered child again."""
+        async with self.transaction() as change:
+            change.remove_filter(name)
+
+    async def reopen(self, name: str, options: Mapping[str, Any]) -> None:
+        """Give a node new options; those left out return to their defaults."""
+        async with self.transaction() as change:
+            change.reopen(name, options)
+
+    async def snapshot(self, node: str, overlay: Mapping[str, Any] | str) -> Node:
+        """External snapshot: `overlay`, which must have no backing yet, is put over `node`; writes go there."""
+        async with self.transaction() as change:
+            name = overlay if isinstance(overlay, str) else change.add(overlay)
+            change.snapshot(node, name)
+        return self.node(name)
+
+    async def backend(
+        self,
+        node: str,
+        *,
+        name: str | None = None,
+        writable: bool = False,
+        resize: bool = False,
+        share: Perm = ALL,
+        owner: str | None = None,
+        stays: bool = False,
+    ) -> Backend:
+        """A new root over a node. End it with `close_backend`.
+
+        Args:
+            writable, resize: permissions beyond reading.
+            share: what others may do with the node meanwhile.
+            owner: for messages.
+            stays: it stays at this very node when a filter is inserted above the node.
+        """
+        need = Perm.CONSISTENT_READ
+        need |= Perm.WRITE if writable else Perm(0)
+        need |= Perm.RESIZE if resize else Perm(0)
+        if name is None:
+            taken = {backend.name for backend in self.backends()}
+            name = next(n for i in range(len(taken) + 1) if (n := f"{node}-{i}") not in taken)
+        backend = Backend(name, need=need, share=share, owner=owner, stays=stays)
+        async with self.transaction() as change:
+            change.attach(backend, node)
+        return backend
+
+    async def close_backend(self, backend: Backend) -> None:
+        """Flush (when it could write), wait for its requests and remove the root."""
+        if backend.writable:
+            await backend.flush()
+        async with self.transaction() as change:
+            change.detach(backend)
+
+    async def close(self) -> None:
+        """Wait for every request, write everything back and close every node, parents first."""
+        async with self._changing:
+            failure: BlockGraphError | None = None
+            order = self.model.topological()
+            async with self.drained():
+                for name in order:
+                    vertex = self.model.get(name)
+                    if isinstance(vertex, NodeVertex) and vertex.node is not None:
+                        failure = await close_node(vertex.node) or failure
+            self.model = Model()
+        if failure is not None:
+            raise failure
+
+    # Holding still.
+
+    @asynccontextmanager
+    async def drained(self, names: Iterable[str] | None = None) -> AsyncIterator[None]:
+        """Inside, no request is in flight on these nodes (None: on any) and new ones wait at their backend.
+
+        Nests, in one task or in several.
+        """
+        model = self.model
+        wanted = [v.name for v in model.nodes()] if names is None else [n for n in names if model.has(n)]
+        above = {root.name: root.backend for name in wanted for root in model.roots_above(name)}
+        gates = [backend for backend in above.values() if backend is not None]
+        nodes = [node for name in wanted if (node := model.node(name).node) is not None]
+        for backend in gates:
+            backend.close_gate()
+        try:
+            for backend in gates:
+                await backend.wait_idle()
+            for node in nodes:
+                await node.wait_idle()
+            yield
+        finally:
+            for backend in gates:
+                backend.open_gate()
+
+    # Bitmaps.
+
+    def add_bitmap(self, node: str, name: str, *, granularity: int = 64 << 10, enabled: bool = True) -> DirtyBitmap:
+        """A new, empty dirty bitmap on a node, kept in memory."""
+        bitmaps = self.node(node).bitmaps
+        if name in bitmaps:
+            raise GraphError(f"there already is a bitmap '{name}'", node=node)
+        bitmaps[name] = DirtyBitmap(name, self.node(node).size(), granularity, enabled=enabled)
+        return bitmaps[name]
+
+    def find_bitmap(self, node: str, name: str) -> Bitmap:
+        """The bits of a named bitmap.
+
+        Raises:
+            GraphError: there is no such node or bitmap.
+        """
+        bitmaps = self.node(node).bitmaps
+        if name not in bitmaps:
+            raise GraphError(f"there is no bitmap '{name}'", node=node)
+        return bitmaps[name].bits
+
+
+async def close_node(node: Node) -> BlockGraphError | None:
+    """Write back and close; what fails is logged and returned, the node is closed all the same."""
+    failure: BlockGraphError | None = None
+    try:
+        await node.flush()
+    except BlockGraphError as error:
+        failure = error
+    try:
+        await node.driver.close()
+    except BlockGraphError as error:
+        failure = failure or error
+    if failure is not None:
+        log.error("closing node '%s': %s", node.name, failure)
+    return failure

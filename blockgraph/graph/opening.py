@@ -1,0 +1,133 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Opening: the nodes that a transaction adds, from description to running node.
+
+Nodes open children first. Each takes its permissions (image locks) right after it has opened, so that a format above
+reads its header under the lock. A child that an image names itself goes through the graph's open policy and is then
+opened like any other. Until the transaction commits, nothing that runs refers to these nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from blockgraph.errors import BlockGraphError
+from blockgraph.graph.load import convert_options, flatten_node
+from blockgraph.graph.model import Model, NodeVertex
+from blockgraph.node import Child, Node
+from blockgraph.perm import Perm
+
+if TYPE_CHECKING:
+    from blockgraph.graph.graph import Graph
+    from blockgraph.options import NodeOptions
+
+
+class Opening:
+    """See the module's text.
+
+    Attributes:
+        opened: names of the nodes opened so far, in order.
+    """
+
+    def __init__(self, graph: Graph, candidate: Model) -> None:
+        self._graph = graph
+        self._candidate = candidate
+        self.opened: list[str] = []
+        self._held: dict[str, tuple[Perm, Perm]] = {}
+        self._attached: set[str] = set()
+        self._chain: dict[str, frozenset[str]] = {}
+        self._no_implied: set[tuple[str, str]] = set()
+
+    def describe(self, description: Mapping[str, Any]) -> str:
+        """Add the described node, and those inside it, to the candidate; returns its name."""
+        candidate = self._candidate
+        flat = flatten_node(description, lambda: self._graph.new_name(candidate))
+        for node in flat:
+            candidate.add_node(node.name, node.driver, node.options, where=node.where)
+        for node in flat:
+            for child, target in node.children.items():
+                if target is not None:
+                    candidate.set_edge(node.name, child, target, node.driver.children[child].role)
+        return flat[0].name
+
+    def options(
+        self, name: str, vertex: NodeVertex, options: Mapping[str, Any]
+    ) -> tuple[NodeOptions, dict[str, str | None]]:
+        """New options for a node, and what they say of its children (a name, or None for null)."""
+        full = {"driver": vertex.driver.name, "node-name": name, **options}
+        for child, edge in self._candidate.children(name).items():
+            full.setdefault(child, edge.child)
+        return convert_options(vertex.driver, full)
+
+    def no_implied(self, node: str, child: str) -> None:
+        """The transaction gives this child itself, whatever the image says."""
+        self._no_implied.add((node, child))
+
+    def held(self, name: str) -> tuple[Perm, Perm]:
+        """Permissions the node's driver has been given so far."""
+        return self._held.get(name) or self._graph.model.cumulative(name)
+
+    async def run(self) -> None:
+        """Open everything in the candidate that is not running.
+
+        Raises: what a driver's open raised, or the policy; call `undo`.
+        """
+        while waiting := self._waiting():
+            for name in waiting:
+                await self._open(name)
+            # Implied children have been added: their permissions are not known yet.
+            for problem in self._candidate.validate():
+                if problem.severity == "error":
+                    raise problem.to_error()
+
+    def _waiting(self) -> list[str]:
+        names = []
+        for name in reversed(self._candidate.topological()):
+            vertex = self._candidate.get(name)
+            if isinstance(vertex, NodeVertex) and vertex.node is None:
+                names.append(name)
+        return names
+
+    async def _open(self, name: str) -> None:
+        vertex = self._candidate.node(name)
+        node = Node(name, vertex.driver, vertex.options)
+        for key, edge in self._candidate.children(name).items():
+            below = self._candidate.node(edge.child).node
+            assert below is not None
+            child = Child(name, key, edge.role, below)
+            child.need, child.share = edge.need, edge.share
+            node.set_child(key, child)
+            if below.name in self.opened and below.name not in self._attached and vertex.driver.kind == "format":
+                self._attached.add(below.name)
+                await below.driver.attached()
+        self._candidate.update(name, node=node)
+        self.opened.append(name)
+        try:
+            await node.driver.open()
+        except BlockGraphError as error:
+            if error.node is None:
+                error.node = name
+            raise
+        self._held[name] = self._candidate.cumulative(name)
+        await node.driver.prepare_perm(*self._held[name])
+        node.driver.commit_perm()
+        self._add_implied(node)
+
+    def _add_implied(self, node: Node) -> None:
+        for key, wish in node.driver.implied().items():
+            if (node.name, key) in self._no_implied or self._candidate.edge(node.name, key) is not None:
+                continue
+            image = node.driver.filename()
+            chain = self._chain.get(node.name, frozenset())
+            allowed = self._graph.policy.describe(node.name, image, key, wish, chain)
+            below = self.describe(allowed.description)
+            self._chain[below] = chain | {allowed.real_path}
+            self._candidate.set_edge(node.name, key, below, node.driver.children[key].role)
+
+    async def undo(self) -> None:
+        """Close what was opened, parents first; nothing of it was ever used."""
+        for name in reversed(self.opened):
+            node = self._candidate.node(name).node
+            if node is not None:
+                await node.driver.close()

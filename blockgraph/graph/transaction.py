@@ -1,0 +1,301 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Transaction: a change of the graph that happens at one instant, or not at all.
+
+    edits ──► candidate ──► validate ──► open new nodes ──► drain what changes ──► move edges ──► sizes, image locks
+                                                                                      │ a failure undoes the moves
+                                                                                      ▼
+                                                       requests go on  ◄── permissions take effect
+
+Requests go on until the drain, which holds only the backends above nodes that change. The move of the edges, the
+last check and the commit happen with these held, so no request ever sees half a change: a filter inserted above a
+node is in the way of every write from the first one on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from blockgraph.backend import Backend
+from blockgraph.errors import GraphError, NodeInUse
+from blockgraph.graph.model import ROOT_EDGE, Edge, Model, NodeVertex, RootVertex, root_key
+from blockgraph.graph.opening import Opening
+from blockgraph.node import Child, Node
+from blockgraph.perm import Perm, Role
+
+if TYPE_CHECKING:
+    from blockgraph.graph.graph import Graph
+    from blockgraph.options import NodeOptions
+
+
+class Transaction:
+    """See the module's text. The methods edit the candidate and check nothing a later edit could put right.
+
+    Attributes:
+        candidate: the graph as it will be.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.candidate = graph.model.copy()
+        self._opening = Opening(graph, self.candidate)
+        self._owned: set[str] = set()
+        self._reopened: dict[str, NodeOptions] = {}
+        self._backends: dict[str, Backend] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._removed: list[Node] = []
+
+    # Edits.
+
+    def add(self, description: Mapping[str, Any]) -> str:
+        """Add a node, with those described inside it; returns its name."""
+        name = self._opening.describe(description)
+        self._owned.add(name)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Remove a node; nodes that only it referred to and that nobody named go too."""
+        children = self.candidate.children(name)
+        self.candidate.node(name)
+        self.candidate.remove(name)
+        for edge in children.values():
+            self._sweep(edge.child)
+
+    def _sweep(self, name: str) -> None:
+        known = self.graph.owned | self._owned
+        if self.candidate.has(name) and name not in known and not self.candidate.parents(name):
+            self.remove(name)
+
+    def set_child(self, parent: str, child: str, target: str) -> None:
+        """Point an edge elsewhere, or make one that the driver declares."""
+        vertex = self.candidate.node(parent)
+        spec = vertex.driver.children.get(child)
+        if spec is None:
+            raise GraphError(f"driver '{vertex.driver.name}' has no child '{child}'", node=parent)
+        old = self.candidate.edge(parent, child)
+        self.candidate.set_edge(parent, child, target, spec.role)
+        if old is not None:
+            self._sweep(old.child)
+
+    def remove_child(self, parent: str, child: str) -> None:
+        """Take an optional child away."""
+        if self.candidate.edge(parent, child) is None:
+            raise GraphError(f"there is no child '{child}'", node=parent)
+        target = self.candidate.edge(parent, child)
+        assert target is not None
+        self.candidate.remove_edge(parent, child)
+        self._sweep(target.child)
+
+    def replace(self, old: str, new: str) -> None:
+        """Move the parents of `old` to `new`, except those in the subtree of `new` and roots that stay."""
+        self.candidate.node(old)
+        self.candidate.node(new)
+        self.candidate.move_parents(old, new)
+
+    def insert(self, name: str, *, above: str) -> None:
+        """Put the filter `name`, whose filtered child is `above`, over `above`."""
+        edge = self._filtered(name)
+        if edge.child != above:
+            raise GraphError(f"filters '{edge.child}', not '{above}'", node=name, op="insert")
+        self.replace(above, name)
+
+    def remove_filter(self, name: str) -> None:
+        """Take the filter out: its parents move to its filtered child."""
+        below = self._filtered(name).child
+        for edge in self.candidate.parents(name):
+            self.candidate.set_edge(edge.parent, edge.name, below)
+        self.remove(name)
+
+    def _filtered(self, name: str) -> Edge:
+        for edge in self.candidate.children(name).values():
+            if edge.role & Role.FILTERED:
+                return edge
+        raise GraphError("is not a filter", node=name)
+
+    def reopen(self, name: str, options: Mapping[str, Any]) -> None:
+        """New options for a node that stays open; child members move its edges, those left out keep theirs."""
+        vertex = self.candidate.node(name)
+        new, children = self._opening.options(name, vertex, options)
+        if vertex.node is not None:
+            vertex.node.driver.reopen_check(new)
+        self.candidate.update(name, options=new, read_only=new.read_only)
+        self._reopened[name] = new
+        for child, target in children.items():
+            if target is not None:
+                self.set_child(name, child, target)
+            elif self.candidate.edge(name, child) is not None:
+                self.remove_child(name, child)
+
+    def snapshot(self, node: str, overlay: str) -> None:
+        """Put `overlay` over `node` as its backing child; the parents of `node` move to it."""
+        vertex = self.candidate.node(overlay)
+        if "backing" not in vertex.driver.children:
+            raise GraphError(f"driver '{vertex.driver.name}' can not have a backing node", node=overlay)
+        if self.candidate.edge(overlay, "backing") is not None:
+            raise GraphError("already has a backing node", node=overlay, hint='describe it with "backing": null')
+        if self.candidate.node(node).driver.kind == "filter":
+            raise GraphError("is a filter, a snapshot goes over the node below it", node=node, op="snapshot")
+        if any(edge.need & Perm.CONSISTENT_READ for edge in self.candidate.parents(overlay)):
+            raise GraphError("is already in use", node=overlay, op="snapshot")
+        self._opening.no_implied(overlay, "backing")
+        self.set_child(overlay, "backing", node)
+        self.replace(node, overlay)
+
+    def attach(self, backend: Backend, node: str) -> None:
+        """Add a root over `node`."""
+        self.candidate.node(node)
+        key = self.candidate.add_root(
+            backend.name, backend.need, backend.share, stays=backend.stays, owner=backend.owner, backend=backend
+        )
+        self.candidate.attach_root(key, node)
+        self._backends[key] = backend
+
+    def detach(self, backend: Backend) -> None:
+        """Remove a root."""
+        key = root_key(backend.name)
+        edge = self.candidate.edge(key, ROOT_EDGE)
+        assert edge is not None
+        self.candidate.remove(key)
+        self._sweep(edge.child)
+
+    # Commit.
+
+    async def commit(self) -> None:
+        """See the module's text."""
+        try:
+            self._check()
+            await self._opening.run()
+            self._check()
+            affected = self._affected()
+            async with self.graph.drained(affected):
+                await self._switch(affected)
+        except BaseException:
+            await self._opening.undo()
+            raise
+        await self._close_removed()
+
+    def _check(self) -> None:
+        for edge in self.candidate.dangling():
+            if self.graph.model.has(edge.child):
+                raise NodeInUse(f"is in use by {self.candidate.edge_label(edge)}", node=edge.child, op="remove")
+        for problem in self.candidate.validate():
+            if problem.severity == "error":
+                raise problem.to_error()
+
+    def _affected(self) -> set[str]:
+        """Running nodes whose edges move, or that are removed or reopened."""
+        old, new = _edges(self.graph.model), _edges(self.candidate)
+        names = set(self._reopened)
+        for key in old.keys() | new.keys():
+            if old.get(key) != new.get(key):
+                names |= {key[0], old.get(key, ""), new.get(key, "")}
+        return {name for name in names if isinstance(self.graph.model.get(name), NodeVertex)}
+
+    async def _switch(self, affected: set[str]) -> None:
+        """With what changes held still: move edges, check, take permissions, commit."""
+        changed = self._changed_perms()
+        for node, _, _ in changed:
+            await node.flush()  # whoever loses the right to write leaves nothing behind
+        for name in affected:
+            if not self.candidate.has(name):
+                await self.graph.node(name).flush()
+        prepared: list[Node] = []
+        try:
+            touched = self._move_edges()
+            for node in self._in_order(touched):
+                await node.driver.attached()
+            for node, need, share in changed:
+                prepared.append(node)
+                await node.driver.prepare_perm(need, share)
+        except BaseException:
+            for node in prepared:
+                node.driver.abort_perm()
+            for undo in reversed(self._undo):
+                undo()
+            raise
+        for name, options in self._reopened.items():
+            node = self.graph.node(name)
+            node.options = options
+            node.read_only = options.read_only
+            node.driver.reopened(options)
+        for edge in self.candidate.edges():
+            child = self._holder(edge.parent).children[edge.name]
+            child.need, child.share = edge.need, edge.share
+        for node, _, _ in changed:
+            node.driver.commit_perm()
+        for vertex in self.candidate.nodes():
+            assert vertex.node is not None
+            vertex.node.find_bitmap = self.graph.find_bitmap
+        self._removed = [n for n in self.graph.nodes() if not self.candidate.has(n.name)]
+        self.graph.model = self.candidate
+        self.graph.owned = {name for name in self.graph.owned | self._owned if self.candidate.has(name)}
+
+    def _changed_perms(self) -> list[tuple[Node, Perm, Perm]]:
+        """Nodes whose parents' permissions together differ from what the node holds."""
+        changed = []
+        for vertex in self.candidate.nodes():
+            assert vertex.node is not None
+            need, share = self.candidate.cumulative(vertex.name)
+            if (need, share) != self._opening.held(vertex.name):
+                changed.append((vertex.node, need, share))
+        return changed
+
+    def _move_edges(self) -> list[str]:
+        """Point every edge where the candidate says; returns the nodes with an edge moved, new ones first."""
+        old, new = _edges(self.graph.model), _edges(self.candidate)
+        touched: dict[str, None] = dict.fromkeys(self._opening.opened)
+        for (parent, name), target in new.items():
+            if old.get((parent, name)) == target:
+                continue
+            touched.setdefault(parent)
+            holder, node = self._holder(parent), self._node(target)
+            child = holder.children.get(name)
+            if child is None:
+                edge = self.candidate.edge(parent, name)
+                assert edge is not None
+                self._put(holder, name, Child(parent, name, edge.role, node))
+            elif child.node is not node:
+                self._undo.append(partial(setattr, child, "node", child.node))
+                child.node = node
+        for parent, name in old.keys() - new.keys():
+            if self.candidate.has(parent):
+                touched.setdefault(parent)
+                self._put(self._holder(parent), name, None)
+        return [name for name in touched if isinstance(self.candidate.get(name), NodeVertex)]
+
+    def _put(self, holder: Node | Backend, name: str, child: Child | None) -> None:
+        self._undo.append(partial(holder.set_child, name, holder.children.get(name)))
+        holder.set_child(name, child)
+
+    def _holder(self, parent: str) -> Node | Backend:
+        vertex = self.candidate.get(parent)
+        if isinstance(vertex, RootVertex):
+            assert vertex.backend is not None
+            return vertex.backend
+        return self._node(parent)
+
+    def _node(self, name: str) -> Node:
+        node = self.candidate.node(name).node
+        assert node is not None
+        return node
+
+    def _in_order(self, names: list[str]) -> list[Node]:
+        """Children before parents, with every node above a touched one: it may take facts from its children."""
+        wanted = set(names)
+        for name in names:
+            wanted |= self.candidate.ancestors(name)
+        order = [name for name in reversed(self.candidate.topological()) if name in wanted]
+        return [self._node(name) for name in order if isinstance(self.candidate.get(name), NodeVertex)]
+
+    async def _close_removed(self) -> None:
+        from blockgraph.graph.graph import close_node
+
+        for node in self._removed:
+            await close_node(node)
+
+
+def _edges(model: Model) -> dict[tuple[str, str], str]:
+    return {(edge.parent, edge.name): edge.child for edge in model.edges()}
+
