@@ -11,7 +11,7 @@ import operator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockgraph.driver import ChildSpec, Filter, Format, Protocol
+from blockgraph.driver import ChildSpec, Driver, Filter, Format, Protocol
 from blockgraph.errors import GraphError, PermissionConflict
 from blockgraph.graph.model import Model
 from blockgraph.options import NodeOptions
@@ -63,7 +63,9 @@ class Cbw(Filter):
         return need | READ, share & ~(WRITE | RESIZE)
 
 
-def node(model: Model, name: str, driver: type, auto: bool = False, read_only: bool = False, **children: str) -> None:
+def node(
+    model: Model, name: str, driver: type[Driver], auto: bool = False, read_only: bool = False, **children: str
+) -> None:
     model.add_node(name, driver, NodeOptions(driver=driver.name, auto_read_only=auto, read_only=read_only))
     for child, target in children.items():
         model.set_edge(name, child, target, driver.children[child].role)
