@@ -93,7 +93,8 @@ class Driver:
     #: extents' contents are the child's own: block status takes over the child's answer unchanged
     transparent: ClassVar[bool] = False
 
-    #: requests reach the driver with offset and length multiples of this, bytes
+    #: requests reach the driver with offset and length multiples of this, bytes; only a write may end off it, at the
+    #: node's end or where it makes the node longer
     request_alignment: int = 1
     #: requests reach the driver no longer than this, bytes
     max_transfer: int | None = None

@@ -315,7 +315,9 @@ class Node:
         if tail is not None and tail != head:
             await self._pread_rmw("tail", tail, bounce[tail - start :])
         bounce[offset - start : offset - start + len(buf)] = buf
-        await self._pwrite_cut(start, bounce, flags)
+        # Never past what the request or the node reaches: padding must not make the node longer.
+        last = max(self.size(), offset + len(buf))
+        await self._pwrite_cut(start, bounce[: last - start], flags)
 
     async def _pread_rmw(self, part: str, offset: int, buf: memoryview) -> None:
         if debug.enabled:
