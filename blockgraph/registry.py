@@ -19,6 +19,7 @@ _BUILTIN = {
     "file": "protocols.file:File",
     "host_device": "protocols.host_device:HostDevice",
     "null-co": "protocols.null:Null",
+    "null-aio": "protocols.null:Null",
     "memory": "protocols.memory:Memory",
     "pattern": "protocols.pattern:Pattern",
     "sparse-random": "protocols.sparse_random:SparseRandom",

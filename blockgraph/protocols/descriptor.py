@@ -1,0 +1,410 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""What `file` and `host_device` share: a node whose bytes lie behind one file descriptor.
+
+The descriptor's *number* stays the same while the node is open, since native copies hold it. When the node has to
+become writable (or may become read-only again, with auto-read-only), the file is opened a second time through
+/proc/self/fd, so it is the same file even if its name now means another one, and dup2 puts the new description
+under the old number; requests in flight end on the description they began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import logging
+import os
+from typing import ClassVar, Literal
+
+from blockgraph.driver import Protocol, fill_zero
+from blockgraph.errors import GraphError, IOFailure, OptionError
+from blockgraph.flags import Flag
+from blockgraph.native import allocate_aligned, get_pool
+from blockgraph.options import NodeOptions
+from blockgraph.perm import ALL, Perm
+from blockgraph.protocols.direct import BUFFERED, DirectAlignment, address_of, direct_alignment
+from blockgraph.protocols.locks import ImageLock, LockConflictError, LocksUnavailableError
+
+_log = logging.getLogger(__name__)
+
+#: Modes of fallocate(2).
+KEEP_SIZE = 1
+PUNCH_HOLE = 2
+ZERO_RANGE = 16
+
+#: The file system or the device does not have that mode (some answer EINVAL).
+_NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
+
+_WRITES = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
+
+_HINTS = {
+    errno.ENOENT: "check 'filename', or create the image first",
+    errno.ENOTDIR: "check 'filename'",
+    errno.EACCES: "run as a user who may {verb} it{otherwise}",
+    errno.EPERM: "run as a user who may {verb} it{otherwise}",
+    errno.EROFS: "the file system is read-only{otherwise}",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ETXTBSY: "it is a program that runs",
+    errno.EBUSY: "it is mounted or used by the kernel",
+}
+
+
+class DescriptorOptions(NodeOptions, kw_only=True, frozen=True):
+    """QEMU's BlockdevOptionsFile.
+
+    Attributes:
+        filename: path; relative to the current directory.
+        locking: byte locks that other processes (QEMU too) heed; "auto": where the file system has them.
+        aio: accepted; one native thread pool serves every value.
+        aio_max_batch: accepted; the pool takes requests one by one.
+        drop_cache: accepted; it matters to QEMU's migration only.
+    """
+
+    filename: str
+    locking: Literal["auto", "on", "off"] = "auto"
+    aio: Literal["threads", "native", "io_uring"] = "threads"
+    aio_max_batch: int = 0
+    drop_cache: bool = True
+
+
+class DescriptorDriver(Protocol):
+    """Opening, permissions, locks, reads, writes and flushes; derived classes know sizes and holes."""
+
+    Options: ClassVar[type[NodeOptions]] = DescriptorOptions
+    options: DescriptorOptions
+
+    # One transfer of the kernel is shorter than 2 GiB.
+    max_transfer = 1 << 30
+
+    _fd: int = -1
+    _tail_fd: int = -1
+    _pending_fd: int = -1
+    _lock: ImageLock | None = None
+    _alignment: DirectAlignment = BUFFERED
+    _writable = False
+    _flush_error: OSError | None = None
+    _size = 0
+
+    # For derived classes.
+
+    def _check_kind(self, mode: int) -> None:
+        """Refuse what is not this driver's kind of file.
+
+        Args:
+            mode: st_mode.
+        Raises:
+            GraphError: with the driver to use instead.
+        """
+        raise NotImplementedError
+
+    def _read_size(self) -> int:
+        """Bytes behind the descriptor, asked anew."""
+        raise NotImplementedError
+
+    def _base_alignment(self) -> int:
+        """What requests must be aligned to without O_DIRECT, bytes."""
+        return 1
+
+    # Control path.
+
+    async def open(self) -> None:
+        self._check_options(self.options)
+        self._pool = get_pool(asyncio.get_running_loop())
+        await asyncio.to_thread(self._open)
+
+    def _open(self) -> None:
+        options = self.options
+        writable = not options.read_only and not options.auto_read_only
+        try:
+            # Looked at before it is opened: opening a tape or a fifo is not without effect.
+            self._check_kind(os.stat(options.filename).st_mode)
+            self._fd = os.open(options.filename, self._flags(writable, options.cache.direct))
+            self._check_kind(os.fstat(self._fd).st_mode)
+            self._writable = writable
+            self._size = self._read_size()
+            self._set_alignment(self._direct_alignment(self._fd, options.cache.direct))
+        except OSError as error:
+            raise self._open_error(error, writable) from error
+
+    async def close(self) -> None:
+        lock, self._lock = self._lock, None
+        descriptors = [fd for fd in (self._tail_fd, self._pending_fd, self._fd) if fd >= 0]
+        self._fd = self._tail_fd = self._pending_fd = -1
+        await asyncio.to_thread(self._close_all, lock, descriptors)
+
+    def _close_all(self, lock: ImageLock | None, descriptors: list[int]) -> None:
+        try:
+            for fd in descriptors:
+                os.close(fd)
+        except OSError as error:
+            raise IOFailure.from_oserror(error, node=self.node.name, op="close") from error
+        finally:
+            # Last: nobody may take the image over while we can still write it.
+            if lock is not None:
+                lock.release()
+
+    async def prepare_perm(self, need: Perm, share: Perm) -> None:
+        if self.options.force_share:
+            share = ALL
+        await asyncio.to_thread(self._acquire, need, share)
+
+    def _acquire(self, need: Perm, share: Perm) -> None:
+        if self.options.locking != "off":
+            self._acquire_lock(need, share)
+        writable = bool(need & _WRITES) or not (self.options.read_only or self.options.auto_read_only)
+        if writable != self._writable:
+            try:
+                self._pending_fd = self._reopen(self._flags(writable, self.options.cache.direct))
+            except OSError as error:
+                raise self._open_error(error, writable) from error
+
+    def _acquire_lock(self, need: Perm, share: Perm) -> None:
+        try:
+            if self._lock is None:
+                self._lock = ImageLock(self._reopen(os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            self._lock.prepare(need, share)
+        except LockConflictError as conflict:
+            raise self._conflict_error(conflict) from None
+        except LocksUnavailableError as cause:
+            assert self._lock is not None
+            self._lock.release()
+            self._lock = None
+            if self.options.locking == "on":
+                raise GraphError(
+                    f"image locks do not work on '{self.options.filename}' ({cause})",
+                    node=self.node.name,
+                    hint="set locking to 'off', and make sure that nothing else uses the image",
+                ) from None
+            _log.warning("node '%s': no image locks on '%s' (%s)", self.node.name, self.options.filename, cause)
+        except OSError as error:
+            raise self._open_error(error, False) from error
+
+    def commit_perm(self) -> None:
+        if self._pending_fd >= 0:
+            self._swap(self._pending_fd)
+            self._pending_fd = -1
+        if self._lock is not None:
+            self._lock.commit()
+
+    def abort_perm(self) -> None:
+        self._drop_pending()
+        if self._lock is not None:
+            self._lock.abort()
+
+    def reopen_check(self, options: NodeOptions) -> None:
+        assert isinstance(options, DescriptorOptions)
+        super().reopen_check(options)
+        self._check_options(options)
+        writable = not options.read_only and not options.auto_read_only
+        if options.cache.direct == self.options.cache.direct and (self._writable or not writable):
+            return
+        try:
+            fd = self._reopen(self._flags(writable, options.cache.direct))
+            try:
+                self._direct_alignment(fd, options.cache.direct)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise self._open_error(error, writable) from error
+
+    def reopened(self, options: NodeOptions) -> None:
+        direct = self.options.cache.direct
+        super().reopened(options)
+        writable = self._writable if self.options.auto_read_only else not self.options.read_only
+        if self._pending_fd >= 0:
+            writable = _is_writable(self._pending_fd)  # for permissions that are committed next
+        if self.options.cache.direct == direct and (self._pending_fd >= 0 or writable == self._writable):
+            return
+        fd = -1
+        try:
+            fd = self._reopen(self._flags(writable, self.options.cache.direct))
+            alignment = self._direct_alignment(fd, self.options.cache.direct)
+        except OSError as error:
+            # reopen_check has tried it a moment ago; the old descriptor still reaches the same bytes.
+            _log.error("node '%s': goes on with its old descriptor: %s", self.node.name, error)
+            if fd >= 0:
+                os.close(fd)
+            return
+        self._drop_pending()
+        self._swap(fd)
+        self._set_alignment(alignment)
+
+    def _check_options(self, options: DescriptorOptions) -> None:
+        if options.force_share and not options.read_only:
+            raise OptionError(
+                "needs read-only: others may be writing the image",
+                path="force-share",
+                value=True,
+                node=self.node.name,
+                hint="add 'read-only: true'",
+            )
+
+    def _flags(self, writable: bool, direct: bool) -> int:
+        # O_NONBLOCK: a file replaced by a fifo in the meantime must not block; no effect on files and disks.
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable else os.O_RDONLY)
+        return flags | os.O_DIRECT if direct else flags
+
+    def _reopen(self, flags: int) -> int:
+        """Another open file description of the open file."""
+        return os.open(f"/proc/self/fd/{self._fd}", flags)
+
+    def _swap(self, fd: int) -> None:
+        """Put a new description under the node's descriptor; `fd` itself is closed."""
+        self._writable = _is_writable(fd)
+        os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
+        if self._tail_fd >= 0:
+            os.close(self._tail_fd)
+            self._tail_fd = -1
+
+    def _drop_pending(self) -> None:
+        if self._pending_fd >= 0:
+            os.close(self._pending_fd)
+            self._pending_fd = -1
+
+    def _direct_alignment(self, fd: int, direct: bool) -> DirectAlignment:
+        if not direct:
+            return BUFFERED
+        alignment = direct_alignment(fd)
+        if alignment is None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return alignment
+
+    def _set_alignment(self, alignment: DirectAlignment) -> None:
+        self._alignment = alignment
+        self.request_alignment = max(alignment.offset, self._base_alignment())
+
+    def _open_error(self, error: OSError, writable: bool) -> IOFailure:
+        name = self.options.filename
+        otherwise = ", or set read-only" if writable and not self.options.auto_read_only else ""
+        hint = _HINTS.get(error.errno or 0)
+        if hint is not None:
+            hint = hint.format(verb="write" if writable else "read", otherwise=otherwise)
+        elif error.errno == errno.EINVAL and self.options.cache.direct:
+            hint = "the file system has no direct I/O: set cache.direct to false"
+        named = OSError(error.errno, error.strerror, name)
+        return IOFailure.from_oserror(named, node=self.node.name, op="open", hint=hint)
+
+    def _conflict_error(self, conflict: LockConflictError) -> GraphError:
+        word = conflict.permission.words
+        other = f"holds '{word}', which this node does not share" if conflict.holds else f"does not share '{word}'"
+        return GraphError(
+            f"image '{self.options.filename}' is locked: another process or node {other}",
+            node=self.node.name,
+            op="open",
+            errno=errno.EAGAIN,
+            hint="stop it, or open the image here with read-only and force-share",
+        )
+
+    # Facts.
+
+    def size(self) -> int:
+        return self._size
+
+    def filename(self) -> str | None:
+        return self.options.filename
+
+    def fd(self) -> int | None:
+        return self._fd if self._fd >= 0 else None
+
+    def stored(self, offset: int, length: int) -> None:
+        if offset + length > self._size:
+            self._size = max(self._size, self._read_size())  # a copy that failed may have stopped anywhere
+
+    # Data path.
+
+    async def pread(self, offset: int, buf: memoryview) -> None:
+        if not self._misplaced(buf):
+            await self._pread(offset, buf)
+            return
+        bounce = allocate_aligned(len(buf), self._alignment.memory)
+        await self._pread(offset, bounce)
+        buf[:] = bounce
+
+    async def _pread(self, offset: int, buf: memoryview) -> None:
+        start, length = offset, len(buf)
+        while buf:
+            try:
+                done = await self._pool.pread(self._fd, offset, buf)
+            except OSError as error:
+                raise self._failure(error, "pread", start, length) from error
+            offset += done
+            buf = buf[done:]
+            # At the end of the file; a direct read that stopped inside a block has reached it too.
+            if not done or done % self._alignment.offset:
+                break
+        fill_zero(buf)
+
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        end = offset + len(buf)
+        tail = end % self._alignment.offset
+        blocks = buf[: len(buf) - tail]
+        try:
+            if self._misplaced(blocks):
+                bounce = allocate_aligned(len(blocks), self._alignment.memory)
+                bounce[:] = blocks
+                await self._pwrite(self._fd, offset, bounce)
+            else:
+                await self._pwrite(self._fd, offset, blocks)
+            if tail:
+                await self._pwrite_tail(end - tail, buf[len(blocks) :])
+        except OSError as error:
+            await self._written(end, failed=True)
+            raise self._failure(error, "pwrite", offset, end - offset) from error
+        await self._written(end)
+
+    async def _pwrite(self, fd: int, offset: int, buf: memoryview) -> None:
+        while buf:
+            done = await self._pool.pwrite(fd, offset, buf)
+            if not done:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            offset += done
+            buf = buf[done:]
+
+    async def _pwrite_tail(self, offset: int, buf: memoryview) -> None:
+        """The part of the last block that a direct write can not reach without making the file longer."""
+        if self._tail_fd < 0:
+            self._tail_fd = self._reopen(self._flags(True, False))
+        await self._pwrite(self._tail_fd, offset, buf)
+
+    async def _written(self, end: int, *, failed: bool = False) -> None:
+        """A write up to `end` is over: the file may have grown, by less than that if it failed."""
+        if end > self._size:
+            self._size = max(self._size, await asyncio.to_thread(self._read_size) if failed else end)
+
+    async def flush(self) -> None:
+        # After one failure the kernel may forget the pages it could not write and report success next time.
+        if self._flush_error is not None:
+            raise self._failure(self._flush_error, "flush") from self._flush_error
+        try:
+            await self._pool.fdatasync(self._fd)
+        except OSError as error:
+            if not self.options.cache.direct or self._tail_fd >= 0:
+                self._flush_error = error
+            raise self._failure(error, "flush") from error
+
+    async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """False where the kernel can not do that here.
+
+        Raises: OSError.
+        """
+        try:
+            await self._pool.fallocate(self._fd, mode, offset, length)
+        except OSError as error:
+            if error.errno in _NO_FALLOCATE:
+                return False
+            raise
+        return True
+
+    def _misplaced(self, buf: memoryview) -> bool:
+        """The memory is not where a direct transfer can use it."""
+        return self._alignment.memory > 1 and bool(len(buf)) and address_of(buf) % self._alignment.memory != 0
+
+    def _failure(self, error: OSError, op: str, offset: int | None = None, length: int | None = None) -> IOFailure:
+        named = OSError(error.errno, error.strerror, self.options.filename)
+        return IOFailure.from_oserror(named, node=self.node.name, op=op, offset=offset, length=length)
+
+
+def _is_writable(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR

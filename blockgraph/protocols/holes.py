@@ -1,0 +1,61 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Which parts of a file have storage (SEEK_DATA, SEEK_HOLE), with the last data region remembered.
+
+Only "data" is remembered: told of a region that has become a hole since, it costs a read of zeroes; "hole" told of a
+region that has been written since would lose the data. Writes through native copies do not come past here, so holes
+are always asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+
+from blockgraph.extent import Status
+
+
+class DataRegion:
+    """The runs of one file."""
+
+    def __init__(self) -> None:
+        self._start = self._end = 0
+        self._generation = 0
+
+    def forget(self) -> None:
+        """Holes may have been made."""
+        self._start = self._end = 0
+        self._generation += 1
+
+    async def find(self, fd: int, offset: int) -> tuple[int, Status] | None:
+        """Length and status of the run at `offset`; None when it has no end before the end of the file.
+
+        Raises: OSError.
+        """
+        if self._start <= offset < self._end:
+            return self._end - offset, Status.DATA
+        generation = self._generation
+        # In a thread: tmpfs walks every page of a region, a network file system asks its server.
+        found = await asyncio.to_thread(find_run, fd, offset)
+        if found is not None and found[1] is Status.DATA and generation == self._generation:
+            self._start, self._end = offset, offset + found[0]
+        return found
+
+
+def find_run(fd: int, offset: int) -> tuple[int, Status] | None:
+    """Length and status of the run at `offset`; None: a hole up to the end of the file, or beyond it.
+
+    Where the file system can not tell, everything is data. Moves the descriptor's position, which nobody uses.
+    """
+    try:
+        data = os.lseek(fd, offset, os.SEEK_DATA)
+        if data > offset:
+            return data - offset, Status.ZERO
+        return os.lseek(fd, offset, os.SEEK_HOLE) - offset, Status.DATA
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return max(1, os.fstat(fd).st_size - offset), Status.DATA
+        raise
