@@ -26,8 +26,8 @@ ROOT = NATIVE.parent
 MODULE = "blockgraph._native"
 FILENAME = "_native.abi3.so"
 # Order matters: a header comes after those whose types it uses.
-HEADERS = ("zero.h",)
-SOURCES = ("zero.c",)
+HEADERS = ("zero.h", "bitmap.h", "io.h", "pool.h", "queue.h", "copy.h", "qcow2_l2.h")
+SOURCES = tuple(sorted(path.name for path in NATIVE.glob("*.c")))
 
 _DECLARATIONS = re.compile(r"^/\* cffi:begin \*/\n(.*?)^/\* cffi:end \*/$", re.MULTILINE | re.DOTALL)
 # What cffi writes is not ours to tidy.

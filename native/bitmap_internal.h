@@ -1,0 +1,71 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the bitmap_*.c files share. Units here are bits, never bytes, unless a name says so. No function takes the mutex:
+ * the callers hold it. Arguments have been checked.
+ */
+#ifndef BG_BITMAP_INTERNAL_H
+#define BG_BITMAP_INTERNAL_H
+
+#include "bitmap.h"
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#define LEVELS_MAX 7 /* 64^7 bits > BG_BITMAP_MAX_BITS */
+
+typedef struct {
+    uint64_t nbits;
+    uint64_t set; /* bits set on level 0 */
+    unsigned nlevels; /* at least 2, the last of one word */
+    uint64_t words[LEVELS_MAX];  /* words of each level */
+    uint64_t *level[LEVELS_MAX]; /* into `map`; bits past the end of a level are always 0 */
+    void *map;
+    size_t map_bytes;
+} bg_levels;
+
+struct bg_bitmap {
+    pthread_mutex_t lock;
+    uint64_t size; /* bytes */
+    unsigned shift; /* log2 of the granularity */
+    bg_levels levels;
+};
+
+int levels_init(bg_levels *levels, uint64_t nbits);
+void levels_free(bg_levels *levels);
+/* Set or clear bits first..last, both included. */
+void levels_set(bg_levels *levels, uint64_t first, uint64_t last);
+void levels_clear(bg_levels *levels, uint64_t first, uint64_t last);
+void levels_fill(bg_levels *levels);
+void levels_clear_all(bg_levels *levels);
+/* The first set (clear) bit >= from, or nbits. Clear bits are looked for below `limit` only. */
+uint64_t levels_next_set(const bg_levels *levels, uint64_t from);
+uint64_t levels_next_clear(const bg_levels *levels, uint64_t from, uint64_t limit);
+/* A word of level 0 was written directly and was `old` before: bring the count and the summaries in line. */
+void levels_word_changed(bg_levels *levels, uint64_t word, uint64_t old);
+
+/* Bits in bytes: how many granules `bytes` takes, rounded out. */
+static inline uint64_t granules(const bg_bitmap *b, uint64_t bytes)
+{
+    return (bytes >> b->shift) + ((bytes & (((uint64_t)1 << b->shift) - 1)) != 0);
+}
+
+static inline bool is_granule(const bg_bitmap *b, int64_t bytes)
+{
+    return ((uint64_t)bytes & (((uint64_t)1 << b->shift) - 1)) == 0;
+}
+
+static inline bool range_ok(const bg_bitmap *b, int64_t offset, int64_t length)
+{
+    return offset >= 0 && length >= 0 && (uint64_t)offset <= b->size && (uint64_t)length <= b->size - (uint64_t)offset;
+}
+
+/* Resolve BG_BITMAP_NO_LIMIT and check offset <= end <= size. */
+static inline bool end_ok(const bg_bitmap *b, int64_t offset, int64_t *end)
+{
+    if (*end == BG_BITMAP_NO_LIMIT)
+        *end = (int64_t)b->size;
+    return offset >= 0 && offset <= *end && (uint64_t)*end <= b->size;
+}
+
+#endif

@@ -1,0 +1,316 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "copy.h"
+
+#include "io.h"
+#include "zero.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#ifndef BUFFER
+#define BUFFER (256 << 10) /* fits a core's own cache: what was read is still there when it is written */
+#endif
+#define CHUNK (1 << 20)       /* bytes a task copies before it looks for waiters and cancellation */
+#define ZERO_CHUNK (64 << 20) /* the same for ranges made zero, mostly one system call */
+#define ALIGNMENT 4096
+#define BLOCK 4096 /* unit of zero detection: smaller holes save nothing on common file systems */
+#define FLAGS (BG_COPY_RANGE | BG_COPY_DETECT_ZEROES | BG_COPY_PUNCH_HOLES | BG_COPY_SKIP_ZEROES | BG_COPY_ZERO)
+
+typedef struct {
+    bg_task task; /* first: a task of ours is its runner */
+    bg_copy *job;
+    char *buffer; /* BUFFER bytes, from the first use on */
+} runner;
+
+struct bg_copy {
+    bg_copy_extent *extents;
+    int64_t *completed; /* bytes, per extent */
+    int64_t count;
+    bg_copy_progress *progress;
+    bg_pool *pool;
+    bg_entry *entry; /* NULL: someone waits in bg_copy_run */
+    pthread_mutex_t lock;
+    pthread_cond_t ended;
+    /* Under the lock: */
+    int64_t at, at_offset; /* the next chunk */
+    int active;            /* runners that have not ended */
+    bg_copy_failure failure;
+    int threads;
+    runner runners[];
+};
+
+typedef struct {
+    bg_copy *job;
+    const bg_copy_extent *extent;
+    int64_t index, offset, length; /* offset in the extent */
+    char **buffer;
+} chunk;
+
+int64_t bg_copy_bytes(const bg_copy_progress *progress)
+{
+    return __atomic_load_n(&progress->bytes, __ATOMIC_RELAXED);
+}
+
+int64_t bg_copy_zeroes(const bg_copy_progress *progress)
+{
+    return __atomic_load_n(&progress->zeroes, __ATOMIC_RELAXED);
+}
+
+void bg_copy_cancel(bg_copy_progress *progress)
+{
+    __atomic_store_n(&progress->cancel, 1, __ATOMIC_RELAXED);
+}
+
+static bool range_ok(int32_t fd, int64_t offset, int64_t length)
+{
+    return fd >= 0 && offset >= 0 && length >= 0 && length <= INT64_MAX - offset;
+}
+
+static bool extent_ok(const bg_copy_extent *e)
+{
+    const uint32_t both = BG_COPY_PUNCH_HOLES | BG_COPY_SKIP_ZEROES;
+    return !(e->flags & ~(uint32_t)FLAGS) && (e->flags & both) != both &&
+           range_ok(e->target_fd, e->target_offset, e->length) &&
+           (e->flags & BG_COPY_ZERO || range_ok(e->source_fd, e->source_offset, e->length));
+}
+
+int bg_copy_new(const bg_copy_extent *extents, int64_t count, int threads, bg_copy_progress *progress, bg_copy **out)
+{
+    if (count < 0 || threads < 1 || threads > BG_POOL_MAX_THREADS)
+        return -EINVAL;
+    for (int64_t i = 0; i < count; i++)
+        if (!extent_ok(&extents[i]))
+            return -EINVAL;
+    bg_copy *job = calloc(1, sizeof(*job) + (size_t)threads * sizeof(runner));
+    if (!job)
+        return -ENOMEM;
+    job->extents = calloc((size_t)count + 1, sizeof(*extents));
+    job->completed = calloc((size_t)count + 1, sizeof(*job->completed));
+    if (!job->extents || !job->completed) {
+        free(job->extents);
+        free(job->completed);
+        free(job);
+        return -ENOMEM;
+    }
+    if (count)
+        memcpy(job->extents, extents, (size_t)count * sizeof(*extents));
+    job->count = count;
+    job->progress = progress;
+    job->threads = threads;
+    pthread_mutex_init(&job->lock, NULL);
+    pthread_cond_init(&job->ended, NULL);
+    *out = job;
+    return 0;
+}
+
+void bg_copy_free(bg_copy *job)
+{
+    if (!job)
+        return;
+    pthread_mutex_destroy(&job->lock);
+    pthread_cond_destroy(&job->ended);
+    free(job->extents);
+    free(job->completed);
+    free(job);
+}
+
+void bg_copy_failed(const bg_copy *job, bg_copy_failure *out)
+{
+    *out = job->failure;
+}
+
+int64_t bg_copy_extent_bytes(const bg_copy *job, int64_t index)
+{
+    return index >= 0 && index < job->count ? __atomic_load_n(&job->completed[index], __ATOMIC_RELAXED) : -EINVAL;
+}
+
+static int fail(const chunk *c, int64_t done, int side, int64_t error)
+{
+    pthread_mutex_lock(&c->job->lock);
+    if (!c->job->failure.error)
+        c->job->failure = (bg_copy_failure){(int32_t)-error, side, c->index, c->offset + done};
+    pthread_mutex_unlock(&c->job->lock);
+    return -1;
+}
+
+static void account(const chunk *c, int64_t bytes, bool zero)
+{
+    __atomic_add_fetch(&c->job->completed[c->index], bytes, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&c->job->progress->bytes, bytes, __ATOMIC_RELAXED);
+    if (zero)
+        __atomic_add_fetch(&c->job->progress->zeroes, bytes, __ATOMIC_RELAXED);
+}
+
+/* Bytes [done, done + length) of the chunk become zero in the target. */
+static int make_zero(const chunk *c, int64_t done, int64_t length)
+{
+    const bg_copy_extent *e = c->extent;
+    if (!(e->flags & BG_COPY_SKIP_ZEROES)) {
+        int flags = e->flags & BG_COPY_PUNCH_HOLES ? BG_ZERO_UNMAP : 0;
+        int ret = bg_pwrite_zeroes(e->target_fd, length, e->target_offset + c->offset + done, flags);
+        if (ret < 0)
+            return fail(c, done, BG_COPY_WRITE, ret);
+    }
+    account(c, length, true);
+    return 0;
+}
+
+static int write_part(const chunk *c, const char *data, int64_t done, int64_t length)
+{
+    const bg_copy_extent *e = c->extent;
+    int64_t ret = bg_pwrite(e->target_fd, data, length, e->target_offset + c->offset + done);
+    if (ret < 0)
+        return fail(c, done, BG_COPY_WRITE, ret);
+    account(c, length, false);
+    return 0;
+}
+
+/* Write what is data in the buffer, make zero what is not. */
+static int write_detecting(const chunk *c, const char *data, int64_t done, int64_t length)
+{
+    bg_zero_run runs[16];
+    for (int64_t at = 0; at < length;) {
+        int64_t n = bg_zero_runs(data, (size_t)length, BLOCK, (size_t)at, runs, 16);
+        for (int64_t i = 0; i < n; i++) {
+            int64_t offset = (int64_t)runs[i].offset, size = (int64_t)runs[i].length;
+            int ret = runs[i].zero ? make_zero(c, done + offset, size) : write_part(c, data + offset, done + offset, size);
+            if (ret < 0)
+                return ret;
+            at = offset + size;
+        }
+    }
+    return 0;
+}
+
+static int read_and_write(const chunk *c, int64_t done)
+{
+    const bg_copy_extent *e = c->extent;
+    if (!*c->buffer && posix_memalign((void **)c->buffer, ALIGNMENT, BUFFER) != 0)
+        return fail(c, done, BG_COPY_READ, -ENOMEM);
+    for (int64_t part; done < c->length; done += part) {
+        part = c->length - done < BUFFER ? c->length - done : BUFFER;
+        int64_t n = bg_pread(e->source_fd, *c->buffer, part, e->source_offset + c->offset + done);
+        if (n < 0)
+            return fail(c, done, BG_COPY_READ, n);
+        int ret;
+        if (n == 0)
+            ret = make_zero(c, done, part);
+        else if (e->flags & BG_COPY_DETECT_ZEROES)
+            ret = write_detecting(c, *c->buffer, done, part);
+        else
+            ret = write_part(c, *c->buffer, done, part);
+        if (ret < 0)
+            return ret;
+    }
+    return 0;
+}
+
+static int copy_chunk(const chunk *c)
+{
+    const bg_copy_extent *e = c->extent;
+    if (e->flags & BG_COPY_ZERO)
+        return make_zero(c, 0, c->length);
+    int64_t done = 0;
+    if ((e->flags & BG_COPY_RANGE) && !(e->flags & BG_COPY_DETECT_ZEROES)) {
+        off_t from = e->source_offset + c->offset, to = e->target_offset + c->offset;
+        while (done < c->length) {
+            ssize_t n = copy_file_range(e->source_fd, &from, e->target_fd, &to, (size_t)(c->length - done), 0);
+            /* At the source's end or on any refusal: reading and writing finds out what it is and whose. */
+            if (n <= 0)
+                break;
+            account(c, n, false);
+            done += n;
+        }
+    }
+    return done == c->length ? 0 : read_and_write(c, done);
+}
+
+static bool next_chunk(bg_copy *job, chunk *c)
+{
+    bool found = false;
+    pthread_mutex_lock(&job->lock);
+    bool stop = job->failure.error || __atomic_load_n(&job->progress->cancel, __ATOMIC_RELAXED);
+    while (!stop && !found && job->at < job->count) {
+        const bg_copy_extent *e = &job->extents[job->at];
+        int64_t left = e->length - job->at_offset, most = e->flags & BG_COPY_ZERO ? ZERO_CHUNK : CHUNK;
+        if (left > 0) {
+            *c = (chunk){job, e, job->at, job->at_offset, left < most ? left : most, c->buffer};
+            job->at_offset += c->length;
+            found = true;
+        }
+        if (job->at_offset == e->length) {
+            job->at++;
+            job->at_offset = 0;
+        }
+    }
+    pthread_mutex_unlock(&job->lock);
+    return found;
+}
+
+/* Called with the lock held, by the last to leave. */
+static int64_t job_result(const bg_copy *job)
+{
+    if (job->failure.error)
+        return -job->failure.error;
+    return job->at < job->count ? -ECANCELED : 0;
+}
+
+static void run_runner(bg_task *task)
+{
+    runner *self = (runner *)task;
+    bg_copy *job = self->job;
+    chunk c = {.buffer = &self->buffer};
+    while (next_chunk(job, &c)) {
+        copy_chunk(&c);
+        if (bg_pool_waiting(job->pool)) {
+            bg_pool_submit(job->pool, task);
+            return;
+        }
+    }
+    free(self->buffer);
+    pthread_mutex_lock(&job->lock);
+    bool last = --job->active == 0;
+    int64_t result = job_result(job);
+    bg_entry *entry = job->entry;
+    if (last && !entry)
+        pthread_cond_signal(&job->ended);
+    pthread_mutex_unlock(&job->lock);
+    if (last && entry)
+        bg_queue_complete(entry, result);
+}
+
+static void start_runners(bg_copy *job)
+{
+    job->active = job->threads;
+    for (int i = 0; i < job->threads; i++) {
+        job->runners[i] = (runner){.task.run = run_runner, .job = job};
+        bg_pool_submit(job->pool, &job->runners[i].task);
+    }
+}
+
+int bg_copy_start(bg_copy *job, bg_queue *queue, int64_t ticket)
+{
+    job->entry = bg_queue_reserve(queue, ticket);
+    if (!job->entry)
+        return -ENOMEM;
+    job->pool = bg_queue_pool(queue);
+    start_runners(job);
+    return 0;
+}
+
+int bg_copy_run(bg_copy *job, bg_pool *pool)
+{
+    job->pool = pool;
+    start_runners(job);
+    pthread_mutex_lock(&job->lock);
+    while (job->active)
+        pthread_cond_wait(&job->ended, &job->lock);
+    int ret = (int)job_result(job);
+    pthread_mutex_unlock(&job->lock);
+    return ret;
+}

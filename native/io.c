@@ -1,0 +1,161 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "io.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#define SECTOR 512
+#define ZEROES (256 << 10)
+
+static bool range_ok(int64_t length, int64_t offset)
+{
+    return length >= 0 && offset >= 0 && length <= INT64_MAX - offset;
+}
+
+/* O_DIRECT refuses to go on behind a short read that ended inside a sector; that is the file's end, if the file agrees. */
+static bool is_end_of_file(int fd, int64_t offset)
+{
+    struct stat st;
+    return offset % SECTOR != 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && offset >= st.st_size;
+}
+
+int64_t bg_pread(int fd, void *buf, int64_t length, int64_t offset)
+{
+    if (!range_ok(length, offset))
+        return -EINVAL;
+    char *p = buf;
+    int64_t done = 0;
+    while (done < length) {
+        ssize_t n = pread(fd, p + done, (size_t)(length - done), offset + done);
+        if (n > 0) {
+            done += n;
+        } else if (n == 0) {
+            break;
+        } else if (errno != EINTR) {
+            int error = errno;
+            if (error == EINVAL && done > 0 && is_end_of_file(fd, offset + done))
+                break;
+            return -error;
+        }
+    }
+    memset(p + done, 0, (size_t)(length - done));
+    return done;
+}
+
+int64_t bg_pwrite(int fd, const void *buf, int64_t length, int64_t offset)
+{
+    if (!range_ok(length, offset))
+        return -EINVAL;
+    const char *p = buf;
+    int64_t done = 0;
+    while (done < length) {
+        ssize_t n = pwrite(fd, p + done, (size_t)(length - done), offset + done);
+        if (n > 0)
+            done += n;
+        else if (n == 0)
+            return -EIO;
+        else if (errno != EINTR)
+            return -errno;
+    }
+    return done;
+}
+
+static bool in_memory(int fd)
+{
+    struct statfs fs;
+    return fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+}
+
+/* 0 when a NOWAIT attempt may be made. */
+static int may_try_now(int fd, int64_t length, int64_t offset)
+{
+    if (!range_ok(length, offset))
+        return -EINVAL;
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0)
+        return -errno;
+    return flags & (O_DIRECT | O_DSYNC) ? -EAGAIN : 0;
+}
+
+int64_t bg_pread_now(int fd, void *buf, int64_t length, int64_t offset)
+{
+    int ret = may_try_now(fd, length, offset);
+    if (ret < 0)
+        return ret;
+    struct iovec iov = {buf, (size_t)length};
+    ssize_t n = preadv2(fd, &iov, 1, offset, RWF_NOWAIT);
+    if (n == length)
+        return n;
+    if (n < 0 && (errno == EOPNOTSUPP || errno == ENOSYS) && in_memory(fd))
+        return bg_pread(fd, buf, length, offset);
+    return n >= 0 || errno == EOPNOTSUPP || errno == ENOSYS || errno == EINTR ? -EAGAIN : -errno;
+}
+
+int64_t bg_pwrite_now(int fd, const void *buf, int64_t length, int64_t offset)
+{
+    int ret = may_try_now(fd, length, offset);
+    if (ret < 0)
+        return ret;
+    struct iovec iov = {(void *)buf, (size_t)length};
+    ssize_t n = pwritev2(fd, &iov, 1, offset, RWF_NOWAIT);
+    if (n == length)
+        return n;
+    if (n < 0 && (errno == EOPNOTSUPP || errno == ENOSYS) && in_memory(fd))
+        return bg_pwrite(fd, buf, length, offset);
+    return n >= 0 || errno == EOPNOTSUPP || errno == ENOSYS || errno == EINTR ? -EAGAIN : -errno;
+}
+
+/* Not written to by anyone, so it costs one page of zeroes. Aligned for O_DIRECT. */
+static char zeroes[ZEROES] __attribute__((aligned(4096)));
+
+static int write_zeroes(int fd, int64_t length, int64_t offset)
+{
+    for (int64_t n; length > 0; length -= n, offset += n) {
+        n = bg_pwrite(fd, zeroes, length < ZEROES ? length : ZEROES, offset);
+        if (n < 0)
+            return (int)n;
+    }
+    return 0;
+}
+
+/* The part of a range that lies in the file, for a write that must not make it grow. */
+static int64_t inside_file(int fd, int64_t length, int64_t offset)
+{
+    struct stat st;
+    if (fstat(fd, &st) < 0)
+        return -errno;
+    if (!S_ISREG(st.st_mode) || offset + length <= st.st_size)
+        return length;
+    return offset < st.st_size ? st.st_size - offset : 0;
+}
+
+int bg_pwrite_zeroes(int fd, int64_t length, int64_t offset, int flags)
+{
+    if (!range_ok(length, offset) || (flags & ~BG_ZERO_UNMAP))
+        return -EINVAL;
+    if (length == 0)
+        return 0;
+    int mode = flags & BG_ZERO_UNMAP ? FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE : FALLOC_FL_ZERO_RANGE;
+    int ret;
+    do
+        ret = fallocate(fd, mode, offset, length) < 0 ? -errno : 0;
+    while (ret == -EINTR);
+    /* EINVAL, ENODEV and EPERM are what file systems and devices say for a mode they do not have. */
+    if (ret != -EOPNOTSUPP && ret != -ENOSYS && ret != -EINVAL && ret != -ENODEV && ret != -EPERM)
+        return ret;
+    if (flags & BG_ZERO_UNMAP) {
+        length = inside_file(fd, length, offset);
+        if (length < 0)
+            return (int)length;
+    }
+    return write_zeroes(fd, length, offset);
+}

@@ -1,0 +1,44 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * Whole transfers on file descriptors: what pread(2) and its like leave to their callers is done here once.
+ *
+ * Units:     bytes; offsets from the file's start.
+ * Ownership: buffers and descriptors are borrowed for the call.
+ * Errno:     a count or 0, else -errno of the system call; -EINVAL for a negative offset or length, or a sum past INT64_MAX.
+ * Threads:   no state; any thread. The _now functions do not wait for a device, all others may.
+ */
+#ifndef BG_IO_H
+#define BG_IO_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi:begin */
+/*
+ * Read until the buffer is full or the file ends; the rest of the buffer is then zeroed. Returns the bytes that came from
+ * the file. Interrupted and short reads go on.
+ */
+int64_t bg_pread(int fd, void *buf, int64_t length, int64_t offset);
+
+/* Write everything; returns `length`. */
+int64_t bg_pwrite(int fd, const void *buf, int64_t length, int64_t offset);
+
+/*
+ * The same when it can be done at once from or to memory, else -EAGAIN, and the call must be made where it may block. A part
+ * may have been transferred then. At once: what the kernel grants under RWF_NOWAIT (cached reads on ext4, xfs, btrfs;
+ * writes on xfs), and anything on tmpfs, which refuses RWF_NOWAIT and never waits for a device. Never
+ * on descriptors with O_DIRECT or O_DSYNC, for which NOWAIT still waits for the device.
+ */
+int64_t bg_pread_now(int fd, void *buf, int64_t length, int64_t offset);
+int64_t bg_pwrite_now(int fd, const void *buf, int64_t length, int64_t offset);
+
+#define BG_ZERO_UNMAP 1
+/*
+ * Make a range read as zeroes. With BG_ZERO_UNMAP the space is given back where the file system can, and the file never
+ * grows; without, it behaves as a write of zeroes would, by fallocate(2) where that works, by writing where not.
+ */
+int bg_pwrite_zeroes(int fd, int64_t length, int64_t offset, int flags);
+/* cffi:end */
+
+#endif

@@ -1,0 +1,44 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * Worker threads, and nothing more: a pool runs tasks in the order they were submitted, several at a time. What a task
+ * is and where its result goes is the submitter's: queue.h hands results to an event loop, copy.h runs copying jobs,
+ * and a native request loop can embed a bg_task in its request and answer from the worker itself.
+ *
+ * Units:     -
+ * Ownership: a task belongs to its submitter; the pool does not touch it after run() has begun.
+ * Errno:     0, else -EINVAL, -ENOMEM, -EAGAIN (no thread could be started).
+ * Threads:   any thread may submit, also from within run(). A pool does not survive fork() in the child.
+ */
+#ifndef BG_POOL_H
+#define BG_POOL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* cffi:begin */
+#define BG_POOL_MAX_THREADS 1024
+
+typedef struct bg_pool bg_pool;
+
+/* A pool of 1 to BG_POOL_MAX_THREADS threads. They take no signals. */
+int bg_pool_new(int threads, bg_pool **out);
+
+/* Run everything submitted so far, then end the threads. Must not be called from a task. */
+void bg_pool_free(bg_pool *pool);
+
+int bg_pool_threads(const bg_pool *pool);
+/* cffi:end */
+
+typedef struct bg_task {
+    struct bg_task *next;
+    void (*run)(struct bg_task *task);
+} bg_task;
+
+/* Never fails and never blocks for longer than the queue's mutex. */
+void bg_pool_submit(bg_pool *pool, bg_task *task);
+
+/* Whether tasks wait for a thread: a long task should then step back and submit itself again. */
+bool bg_pool_waiting(bg_pool *pool);
+
+#endif

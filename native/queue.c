@@ -1,0 +1,174 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "queue.h"
+
+#include "io.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+struct bg_entry {
+    bg_task task; /* first: a task of ours is its entry */
+    bg_queue *queue;
+    bg_entry *next; /* among the results */
+    int64_t ticket, result;
+    int op, fd, mode;
+    void *buf;
+    int64_t length, offset;
+};
+
+struct bg_queue {
+    bg_pool *pool;
+    int eventfd;
+    pthread_mutex_t lock;
+    bg_entry *first, **last; /* results */
+    uint64_t outstanding;    /* submitted, not reaped */
+};
+
+int bg_queue_new(bg_pool *pool, bg_queue **out)
+{
+    bg_queue *queue = calloc(1, sizeof(*queue));
+    if (!queue)
+        return -ENOMEM;
+    queue->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (queue->eventfd < 0) {
+        int ret = -errno;
+        free(queue);
+        return ret;
+    }
+    pthread_mutex_init(&queue->lock, NULL);
+    queue->pool = pool;
+    queue->last = &queue->first;
+    *out = queue;
+    return 0;
+}
+
+int bg_queue_free(bg_queue *queue)
+{
+    if (!queue)
+        return 0;
+    pthread_mutex_lock(&queue->lock);
+    bool busy = queue->outstanding > 0;
+    pthread_mutex_unlock(&queue->lock);
+    if (busy)
+        return -EBUSY;
+    close(queue->eventfd);
+    pthread_mutex_destroy(&queue->lock);
+    free(queue);
+    return 0;
+}
+
+int bg_queue_eventfd(const bg_queue *queue)
+{
+    return queue->eventfd;
+}
+
+bg_pool *bg_queue_pool(const bg_queue *queue)
+{
+    return queue->pool;
+}
+
+bg_entry *bg_queue_reserve(bg_queue *queue, int64_t ticket)
+{
+    bg_entry *entry = calloc(1, sizeof(*entry));
+    if (entry) {
+        entry->queue = queue;
+        entry->ticket = ticket;
+        pthread_mutex_lock(&queue->lock);
+        queue->outstanding++;
+        pthread_mutex_unlock(&queue->lock);
+    }
+    return entry;
+}
+
+void bg_queue_complete(bg_entry *entry, int64_t result)
+{
+    bg_queue *queue = entry->queue;
+    entry->result = result;
+    entry->next = NULL;
+    pthread_mutex_lock(&queue->lock);
+    bool first = queue->first == NULL;
+    *queue->last = entry;
+    queue->last = &entry->next;
+    /* Under the lock: once it is released, a reaper may free the queue. */
+    if (first)
+        eventfd_write(queue->eventfd, 1);
+    pthread_mutex_unlock(&queue->lock);
+}
+
+static int64_t execute(const bg_entry *e)
+{
+    int64_t ret;
+    switch (e->op) {
+    case BG_OP_PREAD:
+        return bg_pread(e->fd, e->buf, e->length, e->offset);
+    case BG_OP_PWRITE:
+        return bg_pwrite(e->fd, e->buf, e->length, e->offset);
+    case BG_OP_FDATASYNC:
+        do
+            ret = fdatasync(e->fd) < 0 ? -errno : 0;
+        while (ret == -EINTR);
+        return ret;
+    case BG_OP_FALLOCATE:
+        do
+            ret = fallocate(e->fd, e->mode, e->offset, e->length) < 0 ? -errno : 0;
+        while (ret == -EINTR);
+        return ret;
+    default:
+        return bg_pwrite_zeroes(e->fd, e->length, e->offset, e->mode);
+    }
+}
+
+static void run_entry(bg_task *task)
+{
+    bg_entry *entry = (bg_entry *)task;
+    bg_queue_complete(entry, execute(entry));
+}
+
+int bg_queue_submit(bg_queue *queue, int64_t ticket, int op, int fd, void *buf, int64_t length, int64_t offset, int mode)
+{
+    if (op < BG_OP_PREAD || op > BG_OP_ZERO)
+        return -EINVAL;
+    bg_entry *entry = bg_queue_reserve(queue, ticket);
+    if (!entry)
+        return -ENOMEM;
+    entry->task.run = run_entry;
+    entry->op = op;
+    entry->fd = fd;
+    entry->buf = buf;
+    entry->length = length;
+    entry->offset = offset;
+    entry->mode = mode;
+    bg_pool_submit(queue->pool, &entry->task);
+    return 0;
+}
+
+int64_t bg_queue_reap(bg_queue *queue, bg_completion *out, int64_t max)
+{
+    if (max < 0)
+        return -EINVAL;
+    pthread_mutex_lock(&queue->lock);
+    bg_entry *taken = queue->first, *rest = taken;
+    int64_t n = 0;
+    for (; rest && n < max; rest = rest->next)
+        out[n++] = (bg_completion){rest->ticket, rest->result};
+    queue->first = rest;
+    if (!rest) {
+        queue->last = &queue->first;
+        eventfd_t ignored;
+        eventfd_read(queue->eventfd, &ignored);
+    }
+    queue->outstanding -= (uint64_t)n;
+    pthread_mutex_unlock(&queue->lock);
+    while (taken != rest) {
+        bg_entry *next = taken->next;
+        free(taken);
+        taken = next;
+    }
+    return n;
+}
