@@ -1,0 +1,119 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""What a graph file may say about exports: sections `exports` and `nbd-server`.
+
+Names follow QEMU's BlockExportOptions and NbdServerOptions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+_MAX_STRING = 4096  # of the NBD protocol, bytes
+
+
+class NbdExportOptions(
+    msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True, tag_field="type", tag="nbd"
+):
+    """A node served over NBD.
+
+    Attributes:
+        id: unique among exports.
+        node_name: the node to serve.
+        name: by which clients ask for it, at most 4096 bytes; the node's name when omitted.
+        description: shown to clients, at most 4096 bytes.
+        writable: clients may write.
+    """
+
+    id: str
+    node_name: str
+    name: str | None = None
+    description: str = ""
+    writable: bool = False
+
+    @property
+    def export_name(self) -> str:
+        """The name clients ask for."""
+        return self.node_name if self.name is None else self.name
+
+    def __post_init__(self) -> None:
+        for member, value in (("name", self.name or ""), ("description", self.description)):
+            if len(value.encode()) > _MAX_STRING:
+                raise ValueError(f"{member} is longer than {_MAX_STRING} bytes")
+            if "\0" in value:
+                raise ValueError(f"{member} contains a NUL character")
+
+
+class UnixAddress(
+    msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True, tag_field="type", tag="unix"
+):
+    """A socket in the file system.
+
+    Attributes:
+        path: of the socket file, made by the server and removed at its end.
+    """
+
+    path: str
+
+
+class InetAddress(
+    msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True, tag_field="type", tag="inet"
+):
+    """A TCP port.
+
+    Attributes:
+        host: name or address to listen at; empty: every address of the machine.
+        port: number, or name of a service; 0: any free one.
+    """
+
+    host: str
+    port: str | int = 10809
+
+    def __post_init__(self) -> None:
+        number = int(self.port) if isinstance(self.port, int) or self.port.isdecimal() else 0
+        if not 0 <= number <= 65535:
+            raise ValueError(f"port {self.port} is not in 0..65535")
+
+
+class TlsCredentials(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True):
+    """Where the server's X.509 files are: `dir`, or each one; all PEM.
+
+    Attributes:
+        dir: holds server-cert.pem, server-key.pem, ca-cert.pem and perhaps ca-crl.pem (QEMU's tls-creds-x509).
+        cert, key: certificate (chain) and private key of the server.
+        ca: certificates of the authorities that sign clients.
+        verify_peer: only clients with a certificate signed by `ca` are let in.
+        required: clients without TLS are refused.
+    """
+
+    dir: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    ca: str | None = None
+    verify_peer: bool = True
+    required: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dir is not None:
+            if self.cert or self.key or self.ca:
+                raise ValueError("give either 'dir' or 'cert', 'key' and 'ca'")
+        elif not (self.cert and self.key):
+            raise ValueError("give either 'dir' or 'cert' and 'key'")
+        elif self.verify_peer and not self.ca:
+            raise ValueError("'ca' is needed to verify clients; or set 'verify-peer' to false")
+
+
+class NbdServerOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True):
+    """The NBD server of a graph: one address, many exports.
+
+    Attributes:
+        addr: where it listens.
+        tls_creds: encrypts; None: no TLS.
+        max_connections: at once; further clients wait until one leaves; 0: no limit.
+    """
+
+    addr: UnixAddress | InetAddress
+    tls_creds: TlsCredentials | None = None
+    max_connections: Annotated[int, msgspec.Meta(ge=0)] = 0
