@@ -47,13 +47,23 @@ class CopyFailed(Exception):
         self.side = side
 
 
-class _Task:
-    __slots__ = ("done", "end", "offset")
+class Claim:
+    """A run that somebody has taken to copy: [offset, end), bytes. Others wait for it."""
+
+    __slots__ = ("_done", "end", "offset")
 
     def __init__(self, offset: int, end: int) -> None:
         self.offset = offset
         self.end = end
-        self.done = asyncio.Event()
+        self._done = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Until it is copied, or back in the bitmap."""
+        await self._done.wait()
+
+    def finish(self) -> None:
+        """Wake who waits."""
+        self._done.set()
 
 
 class BlockCopy:
@@ -78,7 +88,7 @@ class BlockCopy:
         self.only_top = False
         self.bytes_copied = 0
         self.bytes_moved = 0
-        self._tasks: list[_Task] = []
+        self._claims: list[Claim] = []
 
     def pending(self, offset: int, end: int) -> bool:
         """Some of [offset, end) is not copied yet, or is being copied."""
@@ -87,23 +97,32 @@ class BlockCopy:
     @property
     def active(self) -> bool:
         """A copy is in flight."""
-        return bool(self._tasks)
+        return bool(self._claims)
 
-    def _overlapping(self, offset: int, end: int) -> _Task | None:
-        for task in self._tasks:
-            if task.offset < end and offset < task.end:
-                return task
+    def _overlapping(self, offset: int, end: int) -> Claim | None:
+        for claim in self._claims:
+            if claim.offset < end and offset < claim.end:
+                return claim
         return None
+
+    def _take(self, offset: int, end: int, longest: int | None) -> Claim | None:
+        """Clear the first run of bits and register its copy, in one step."""
+        area = self.bitmap.take(offset, end, longest)
+        if area is None:
+            return None
+        claim = Claim(area[0], area[0] + area[1])
+        self._claims.append(claim)
+        return claim
 
     async def wait_any(self) -> None:
         """Until some copy in flight has ended."""
-        if self._tasks:
-            await self._tasks[0].done.wait()
+        if self._claims:
+            await self._claims[0].wait()
 
     async def wait_range(self, offset: int, end: int) -> None:
         """Until no copy in flight touches [offset, end)."""
-        while (task := self._overlapping(offset, end)) is not None:
-            await task.done.wait()
+        while (claim := self._overlapping(offset, end)) is not None:
+            await claim.wait()
 
     async def copy(self, offset: int, end: int) -> None:
         """Copy what is still to be copied of [offset, end), cluster-aligned (end may be the disk's end).
@@ -112,30 +131,30 @@ class BlockCopy:
             CopyFailed: in this call's own I/O; the bits are set again.
         """
         while True:
-            area = self.bitmap.take(offset, end, max(_GUEST_CHUNK, self.cluster_size))
-            if area is not None:
-                await self.run(*area)
-            elif (task := self._overlapping(offset, end)) is not None:
-                await task.done.wait()
+            claim = self._take(offset, end, max(_GUEST_CHUNK, self.cluster_size))
+            if claim is not None:
+                await self.run(claim)
+            elif (other := self._overlapping(offset, end)) is not None:
+                await other.wait()
             else:
                 return
 
-    async def claim(self, offset: int, chunk: int) -> tuple[int, int, bool] | None:
-        """Take the next run to copy at or after `offset`: (offset, length, zero). None: nothing is left there.
+    async def claim(self, offset: int, chunk: int) -> Claim | None:
+        """Take the next run to copy at or after `offset`; `run` it at once. None: nothing is left there.
 
         A run of zeroes (or of what only_top drops) is taken whole, however long; of data at most `chunk` bytes.
+
+        Raises:
+            CopyFailed: the source can not tell what it holds.
         """
-        area = self.bitmap.next_dirty(offset)
-        if area is None:
-            return None
-        start, length = area
-        if length > self.cluster_size:
-            skip = await self._empty_run(start, length)
-            if skip >= self.cluster_size:
-                taken = self.bitmap.take(start, start + skip)
-                return (*taken, True) if taken else (start, 0, True)
-        taken = self.bitmap.take(start, start + length, chunk)
-        return (*taken, False) if taken else (start, 0, False)
+        while (area := self.bitmap.next_dirty(offset)) is not None:
+            start, length = area
+            skip = await self._empty_run(start, length) if length > self.cluster_size else 0
+            # What the guest's writes took meanwhile is theirs; what is still set has not changed since we looked.
+            claim = self._take(start, start + (skip or length), None if skip else chunk)
+            if claim is not None:
+                return claim
+        return None
 
     async def _empty_run(self, offset: int, length: int) -> int:
         """Length of the run from `offset` that needs no data moved, in whole clusters (up to the disk's end)."""
@@ -143,7 +162,7 @@ class BlockCopy:
         limit = offset + length
         async with Pins() as pins:
             while end < limit:
-                leaf = await pins.read(self.source.node, end, limit - end)
+                leaf = await self._read_leaf(pins, end, limit - end)
                 if not (leaf.status is Status.ZERO or self._dropped(leaf)):
                     break
                 end += leaf.length
@@ -154,24 +173,23 @@ class BlockCopy:
     def _dropped(self, leaf: Leaf) -> bool:
         return self.only_top and leaf.depth != 0
 
-    async def run(self, offset: int, length: int) -> None:
-        """Copy [offset, offset + length), whose bits the caller has taken.
+    async def run(self, claim: Claim) -> None:
+        """Copy what was claimed.
 
         Raises:
             CopyFailed: the bits are set again.
         """
-        task = _Task(offset, offset + length)
-        self._tasks.append(task)
+        length = claim.end - claim.offset
         try:
-            await self._copy_range(offset, length)
+            await self._copy_range(claim.offset, length)
         except BaseException:
-            self.bitmap.set(offset, length)
+            self.bitmap.set(claim.offset, length)
             raise
         else:
             self.bytes_copied += length
         finally:
-            self._tasks.remove(task)
-            task.done.set()
+            self._claims.remove(claim)
+            claim.finish()
 
     async def _copy_range(self, offset: int, length: int) -> None:
         """Move data natively where both sides resolve to storage; the rest through the nodes."""

@@ -90,6 +90,7 @@ class BackupTop(Filter):
     Attributes:
         copy: what is still to be copied, shared with the job's loop.
         broken: the copy error that broke the snapshot, None while it is whole.
+        lost: set when the snapshot breaks.
     """
 
     name = "backup-top"
@@ -104,6 +105,7 @@ class BackupTop(Filter):
     def __init__(self, node: Node, options: NodeOptions) -> None:
         super().__init__(node, options)
         self.broken: BlockGraphError | None = None
+        self.lost = asyncio.Event()
         self._ready = False
 
     # Control path.
@@ -210,6 +212,7 @@ class BackupTop(Filter):
                     raise
                 if self.broken is None:
                     self.broken = error
+                    self.lost.set()
                 return
         self._done.set(start, end - start)
         while (read := self._frozen_read(start, end)) is not None:
@@ -235,9 +238,10 @@ class BackupTop(Filter):
                 length=end - start,
                 errno=errno.ETIMEDOUT,
             )
-        if isinstance(failure := task.exception(), CopyFailed):
+        try:
+            task.result()
+        except CopyFailed as failure:
             raise failure.error from failure
-        task.result()
 
     def _copy_ended(self, task: asyncio.Future[None]) -> None:
         if not task.cancelled():

@@ -49,7 +49,9 @@ class OpenPolicy:
         remedy = f"give '{name}' in the description of '{node}' to open it, or null to leave it out"
 
         def refuse(reason: str, hint: str = remedy) -> GraphError:
-            return GraphError(f"{name} file '{wish.filename}' named by the image {reason}", node=node, op="open", hint=hint)
+            return GraphError(
+                f"{name} file '{wish.filename}' named by the image {reason}", node=node, op="open", hint=hint
+            )
 
         if not self.follow:
             raise refuse("is not opened here")

@@ -49,10 +49,15 @@ class Transaction:
 
     # Edits.
 
-    def add(self, description: Mapping[str, Any]) -> str:
-        """Add a node, with those described inside it; returns its name."""
+    def add(self, description: Mapping[str, Any], *, owned: bool = True) -> str:
+        """Add a node, with those described inside it; returns its name.
+
+        Args:
+            owned: it stays until it is removed by name; else it goes when its last parent goes.
+        """
         name = self._opening.describe(description)
-        self._owned.add(name)
+        if owned:
+            self._owned.add(name)
         return name
 
     def remove(self, name: str) -> None:
@@ -298,4 +303,3 @@ class Transaction:
 
 def _edges(model: Model) -> dict[tuple[str, str], str]:
     return {(edge.parent, edge.name): edge.child for edge in model.edges()}
-

@@ -1,0 +1,186 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Opening graphs from Python.
+
+```
+with blockgraph.open("graph.toml") as graph:
+    disk = graph.backend("top", writable=True)          # usable from any thread
+    disk.pwrite(0, b"hello")
+    print(disk.pread(0, 5))
+
+async with await blockgraph.aopen({"nodes": [...]}) as graph:   # in a running asyncio loop
+    disk = await graph.backend("top", writable=True)
+    await disk.pwrite(0, b"hello")
+```
+
+A description's nodes are opened; its exports and jobs are started by `blockgraph run` (`blockgraph.session`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping
+from os import PathLike
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from blockgraph.backend import Backend
+from blockgraph.extent import BlockStatus
+from blockgraph.flags import Flag
+from blockgraph.graph.graph import Graph
+from blockgraph.graph.load import Description, load
+from blockgraph.graph.policy import OpenPolicy
+
+T = TypeVar("T")
+
+Source = str | PathLike[str] | Mapping[str, Any]
+
+
+class AsyncGraph(Graph):
+    """A graph in a running asyncio loop; an async context manager that closes it."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+async def aopen(source: Source, *, policy: OpenPolicy | None = None) -> AsyncGraph:
+    """Open the nodes of a graph description in the running loop.
+
+    Args:
+        source: path of a TOML, JSON or YAML file, or the same as a dict.
+        policy: which files named inside images may be opened.
+    Raises:
+        OptionError, GraphError: the description is wrong (the first problem; `blockgraph check` shows all).
+        IOFailure: an image could not be opened. Nothing stays open after an error.
+    """
+    return await open_description(load(source), policy=policy)
+
+
+async def open_description(description: Description, *, policy: OpenPolicy | None = None) -> AsyncGraph:
+    """`aopen` for a description that is loaded and valid."""
+    graph = AsyncGraph(policy)
+    try:
+        async with graph.transaction() as change:
+            change.add_description(description)
+    except BaseException:
+        await graph.close()
+        raise
+    return graph
+
+
+class SyncBackend:
+    """A root for use from any thread; see `Backend` for what the methods do and raise."""
+
+    def __init__(self, graph: SyncGraph, backend: Backend) -> None:
+        self._graph = graph
+        self._backend = backend
+
+    @property
+    def size(self) -> int:
+        """Length of the disk, bytes."""
+        return self._backend.size()
+
+    @property
+    def writable(self) -> bool:
+        """Writes are permitted."""
+        return self._backend.writable
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """The bytes of [offset, offset + length)."""
+        return self._graph.call(self._backend.pread(offset, length))
+
+    def pread_into(self, offset: int, buf: bytearray | memoryview) -> None:
+        """Fill `buf`."""
+        self._graph.call(self._backend.pread_into(offset, memoryview(buf).cast("B")))
+
+    def pwrite(self, offset: int, buf: bytes | bytearray | memoryview, *, flags: Flag = Flag.NONE) -> None:
+        """Write `buf`."""
+        self._graph.call(self._backend.pwrite(offset, memoryview(buf).cast("B"), flags))
+
+    def write_zeroes(self, offset: int, length: int, *, flags: Flag = Flag.NONE) -> None:
+        """Make the range read as zeroes."""
+        self._graph.call(self._backend.write_zeroes(offset, length, flags))
+
+    def discard(self, offset: int, length: int) -> None:
+        """The range is no longer needed; advisory."""
+        self._graph.call(self._backend.discard(offset, length))
+
+    def flush(self) -> None:
+        """Make every completed write durable."""
+        self._graph.call(self._backend.flush())
+
+    def block_status(self, offset: int, length: int) -> BlockStatus:
+        """What the range contains from `offset` on."""
+        return self._graph.call(self._backend.block_status(offset, length))
+
+    def close(self) -> None:
+        """Flush and give the root up."""
+        self._graph.call(self._graph.graph.close_backend(self._backend))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SyncGraph:
+    """A graph with a loop thread of its own; a context manager that closes both.
+
+    Attributes:
+        graph: the graph; touch it only by `call`.
+    """
+
+    def __init__(self, source: Source, policy: OpenPolicy | None) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="blockgraph", daemon=True)
+        self._thread.start()
+        try:
+            self.graph = self.call(aopen(source, policy=policy))
+        except BaseException:
+            self._stop()
+            raise
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop thread and wait for it. Not from the loop thread itself."""
+        assert threading.current_thread() is not self._thread, "would wait for itself"
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def backend(self, node: str, *, writable: bool = False, resize: bool = False) -> SyncBackend:
+        """A root over a node."""
+        return SyncBackend(self, self.call(self.graph.backend(node, writable=writable, resize=resize)))
+
+    def close(self) -> None:
+        """Wait for requests, write back, close; idempotent."""
+        if not self._loop.is_closed():
+            try:
+                self.call(self.graph.close())
+            finally:
+                self._stop()
+
+    def _stop(self) -> None:
+        self.call(self._loop.shutdown_asyncgens())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open(source: Source, *, policy: OpenPolicy | None = None) -> SyncGraph:
+    """Open a graph description; see `aopen`. The graph runs in a thread of its own."""
+    return SyncGraph(source, policy)

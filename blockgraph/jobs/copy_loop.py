@@ -1,0 +1,146 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""The one copying loop: workers take runs from a BlockCopy until nothing is left to copy.
+
+What fails goes back into the bitmap, and the error policy decides: report ends the job, ignore tries again after a
+pause that doubles, stop pauses the job until it is resumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+
+from blockgraph.backend import Backend
+from blockgraph.block_copy import BlockCopy, CopyFailed
+from blockgraph.errors import BlockGraphError
+from blockgraph.jobs.job import Job
+from blockgraph.jobs.options import OnError
+from blockgraph.jobs.progress import RateLimit
+
+#: Bytes of data copied at a time when the job does not say, and at least this much under a speed limit.
+DEFAULT_CHUNK = 8 << 20
+
+#: Pause before an ignored error is tried again, seconds: first, and at most.
+_BACK_OFF = (0.1, 10.0)
+
+
+class CopyLoop:
+    """Runs a BlockCopy to its end for a job.
+
+    Attributes:
+        limit: speed.
+        sleep: how to wait before trying again (tests replace it).
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        copy: BlockCopy,
+        backend: Backend,
+        *,
+        workers: int,
+        chunk: int,
+        speed: int,
+        on_source_error: OnError,
+        on_target_error: OnError,
+        broken: Callable[[], BlockGraphError | None],
+    ) -> None:
+        self.limit = RateLimit(speed)
+        self.sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self._job = job
+        self._copy = copy
+        self._backend = backend
+        self._workers = workers
+        self._chunk = max(chunk or DEFAULT_CHUNK, copy.cluster_size)
+        self._policy: dict[str, OnError] = {"source": on_source_error, "target": on_target_error}
+        self._broken = broken
+        self._position = 0
+        self._failure: CopyFailed | None = None
+        self._done = 0
+
+    async def run(self) -> None:
+        """Until every bit is clear and no copy is in flight.
+
+        Raises: the cause, when the policy is to report, or the snapshot was lost.
+        """
+        back_off = _BACK_OFF[0]
+        while True:
+            await self._job.pause_point()
+            before = self._copy.bytes_copied
+            await self._run_workers()
+            if (lost := self._broken()) is not None:
+                raise lost
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                if self._copy.bytes_copied > before:
+                    back_off = _BACK_OFF[0]
+                if self._decide(failure):
+                    await self.sleep(back_off)
+                    back_off = min(back_off * 2, _BACK_OFF[1])
+            elif not self._job.pause_requested:
+                return
+
+    async def _run_workers(self) -> None:
+        tasks = [asyncio.create_task(self._worker()) for _ in range(self._workers)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _worker(self) -> None:
+        while not (self._job.pause_requested or self._failure or self._broken()):
+            await self.limit.wait()
+            await self._backend.enter()
+            try:
+                if not await self._step():
+                    return
+            except CopyFailed as failure:
+                self._failure = self._failure or failure
+            finally:
+                self._backend.leave()
+                self._tell()
+
+    async def _step(self) -> bool:
+        """Copy one run. False: nothing is left and nothing is in flight."""
+        claim = await self._copy.claim(self._position, self._chunk_now())
+        if claim is not None:
+            self._position = claim.end
+            moved = self._copy.bytes_moved
+            await self._copy.run(claim)
+            self.limit.charge(self._copy.bytes_moved - moved)
+            return True
+        if self._position:
+            self._position = 0  # what failed, or was passed by, lies behind
+        elif self._copy.active:
+            await self._copy.wait_any()
+        else:
+            return False
+        return True
+
+    def _chunk_now(self) -> int:
+        """Under a speed limit no chunk takes longer than about a slice."""
+        if not self.limit.speed:
+            return self._chunk
+        wanted = min(self._chunk, self.limit.speed // 10)
+        return max(wanted - wanted % self._copy.cluster_size, self._copy.cluster_size)
+
+    def _decide(self, failure: CopyFailed) -> bool:
+        """True: try again after a pause. Else the job is paused. Raises the cause when it is to be reported."""
+        error, policy = failure.error, self._policy[failure.side]
+        if policy == "enospc":
+            policy = "stop" if error.errno == errno.ENOSPC else "report"
+        self._job.report(error, policy)
+        if policy == "report":
+            raise error
+        if policy == "stop":
+            self._job.stop_on(error)
+            return False
+        return True
+
+    def _tell(self) -> None:
+        left = self._copy.bitmap.count()
+        self._job.progress.update(self._copy.bytes_copied, self._copy.bytes_copied + left)

@@ -1,0 +1,138 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Session: a graph description that runs, with its exports and jobs. `blockgraph run` is this with a terminal.
+
+Start: open the nodes, give every export its backend, start the jobs (their points in time are taken before any client
+can write), then listen. End: stop listening and let requests end, cancel jobs that still run, write back and close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from blockgraph.api import AsyncGraph, open_description
+from blockgraph.backend import Backend
+from blockgraph.errors import BlockGraphError, OptionError
+from blockgraph.exports.nbd import NbdExport, NbdServer, start_server
+from blockgraph.exports.options import NbdExportOptions
+from blockgraph.graph.load import Description
+from blockgraph.graph.policy import OpenPolicy
+from blockgraph.jobs.job import Job, JobEvent
+from blockgraph.jobs.manager import JobManager
+from blockgraph.perm import ALL, Perm
+
+
+@dataclass(frozen=True)
+class RunningExport:
+    """An export and the backend it serves.
+
+    Attributes:
+        options: as described.
+        backend: its root.
+        uri: where clients find it.
+    """
+
+    options: NbdExportOptions
+    backend: Backend
+    uri: str
+
+
+class Session:
+    """See the module's text. An async context manager; `start` makes one.
+
+    Attributes:
+        graph: the nodes.
+        jobs: the jobs that were started, in the order of the description; ended ones too.
+        manager: starts further jobs.
+        exports: what is served, by id.
+        server: the NBD server; None when nothing is exported.
+    """
+
+    def __init__(self, graph: AsyncGraph) -> None:
+        self.graph = graph
+        self.manager = JobManager(graph)
+        self.jobs: list[Job] = []
+        self.exports: dict[str, RunningExport] = {}
+        self.server: NbdServer | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        description: Description,
+        *,
+        policy: OpenPolicy | None = None,
+        listener: Callable[[JobEvent], None] | None = None,
+    ) -> Session:
+        """Start everything described.
+
+        Args:
+            description: loaded, without problems.
+            listener: called with every event of every job.
+        Raises:
+            BlockGraphError: something could not start; then nothing is left running.
+        """
+        session = cls(await open_description(description, policy=policy))
+        if listener is not None:
+            session.manager.listeners.append(listener)
+        try:
+            await session._start(description)
+        except BaseException:
+            await session.close()
+            raise
+        return session
+
+    async def _start(self, description: Description) -> None:
+        if description.exports and description.nbd_server is None:
+            raise OptionError("exports of type 'nbd' need a section 'nbd-server'", path="exports")
+        backends = [await self._attach(export.options) for export in description.exports]
+        for job in description.jobs:
+            self.jobs.append(await self.manager.backup(job.options))
+        if description.nbd_server is None:
+            return
+        self.server = await start_server(description.nbd_server)
+        for export, backend in zip(description.exports, backends, strict=True):
+            options = export.options
+            name = options.export_name
+            self.server.add_export(
+                NbdExport(name, backend, description=options.description, writable=options.writable)
+            )
+            self.exports[options.id] = RunningExport(options, backend, self.server.uri(name))
+
+    async def _attach(self, options: NbdExportOptions) -> Backend:
+        return await self.graph.backend(
+            options.node_name,
+            name=f"export-{options.id}",
+            writable=options.writable,
+            share=ALL & ~Perm.RESIZE,
+            owner=f"export '{options.id}'",
+        )
+
+    async def wait_jobs(self) -> None:
+        """Until every job has concluded."""
+        await asyncio.gather(*(job.wait() for job in self.jobs))
+
+    async def close(self) -> None:
+        """End everything in order; the first failure is raised when all is closed."""
+        failure: BlockGraphError | None = None
+        steps = [self.manager.close, self.graph.close]
+        if self.server is not None:
+            steps.insert(0, self.server.close)
+        for step in steps:
+            try:
+                await step()
+            except BlockGraphError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
