@@ -15,9 +15,10 @@ import errno
 import fcntl
 import logging
 import os
+from mmap import PAGESIZE
 from typing import ClassVar, Literal
 
-from blockgraph.driver import Protocol, fill_zero
+from blockgraph.driver import Protocol
 from blockgraph.errors import GraphError, IOFailure, OptionError
 from blockgraph.flags import Flag
 from blockgraph.native import allocate_aligned, get_pool
@@ -274,6 +275,8 @@ class DescriptorDriver(Protocol):
     def _set_alignment(self, alignment: DirectAlignment) -> None:
         self._alignment = alignment
         self.request_alignment = max(alignment.offset, self._base_alignment())
+        if self._size % alignment.offset:
+            self._whole_pages()
 
     def _open_error(self, error: OSError, writable: bool) -> IOFailure:
         name = self.options.filename
@@ -323,55 +326,44 @@ class DescriptorDriver(Protocol):
         buf[:] = bounce
 
     async def _pread(self, offset: int, buf: memoryview) -> None:
-        start, length = offset, len(buf)
-        while buf:
-            try:
-                done = await self._pool.pread(self._fd, offset, buf)
-            except OSError as error:
-                raise self._failure(error, "pread", start, length) from error
-            offset += done
-            buf = buf[done:]
-            # At the end of the file; a direct read that stopped inside a block has reached it too.
-            if not done or done % self._alignment.offset:
-                break
-        fill_zero(buf)
+        try:
+            await self._pool.pread(self._fd, offset, buf)  # zeroes what lies past the file's end
+        except OSError as error:
+            raise self._failure(error, "pread", offset, len(buf)) from error
 
     async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
-        end = offset + len(buf)
-        tail = end % self._alignment.offset
-        blocks = buf[: len(buf) - tail]
+        length = len(buf)
+        tail = (offset + length) % self._alignment.offset
+        blocks = buf[: length - tail]
         try:
             if self._misplaced(blocks):
                 bounce = allocate_aligned(len(blocks), self._alignment.memory)
                 bounce[:] = blocks
-                await self._pwrite(self._fd, offset, bounce)
-            else:
-                await self._pwrite(self._fd, offset, blocks)
+                await self._pool.pwrite(self._fd, offset, bounce)
+            elif blocks:
+                await self._pool.pwrite(self._fd, offset, blocks)
             if tail:
-                await self._pwrite_tail(end - tail, buf[len(blocks) :])
+                await self._pwrite_tail(offset + length - tail, buf[len(blocks) :])
         except OSError as error:
-            await self._written(end, failed=True)
-            raise self._failure(error, "pwrite", offset, end - offset) from error
-        await self._written(end)
-
-    async def _pwrite(self, fd: int, offset: int, buf: memoryview) -> None:
-        while buf:
-            done = await self._pool.pwrite(fd, offset, buf)
-            if not done:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            offset += done
-            buf = buf[done:]
+            self.stored(offset, length)
+            raise self._failure(error, "pwrite", offset, length) from error
+        except BaseException:
+            self.stored(offset, length)
+            raise
+        self._size = max(self._size, offset + length)
 
     async def _pwrite_tail(self, offset: int, buf: memoryview) -> None:
         """The part of the last block that a direct write can not reach without making the file longer."""
+        self._whole_pages()
         if self._tail_fd < 0:
             self._tail_fd = self._reopen(self._flags(True, False))
-        await self._pwrite(self._tail_fd, offset, buf)
+        await self._pool.pwrite(self._tail_fd, offset, buf)
 
-    async def _written(self, end: int, *, failed: bool = False) -> None:
-        """A write up to `end` is over: the file may have grown, by less than that if it failed."""
-        if end > self._size:
-            self._size = max(self._size, await asyncio.to_thread(self._read_size) if failed else end)
+    def _whole_pages(self) -> None:
+        """Let no direct write share a page with the tail: writing the page back would undo it."""
+        if self._alignment.offset > 1:
+            self._alignment = self._alignment._replace(offset=max(self._alignment.offset, PAGESIZE))
+            self.request_alignment = max(self.request_alignment, self._alignment.offset)
 
     async def flush(self) -> None:
         # After one failure the kernel may forget the pages it could not write and report success next time.

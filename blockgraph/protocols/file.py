@@ -102,21 +102,26 @@ class File(DescriptorDriver):
             found = await self._data.find(self._fd, offset)
         except OSError as error:
             raise self._failure(error, "block_status", offset, length) from error
-        return found or (length, Status.ZERO)
+        if found is None:
+            return length, Status.ZERO
+        run, status = found
+        # Whole blocks, seen from `offset`: the file may end, and a hole begin or end, inside one.
+        inside = run % self.request_alignment
+        if status is Status.ZERO and run > inside:
+            return run - inside, Status.ZERO
+        return run + -run % self.request_alignment, Status.DATA
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
-        end = offset + length
         try:
             if flags & Flag.MAY_UNMAP:
-                await self._zero_unmap(offset, end)
+                await self._zero_unmap(offset, offset + length)
             else:
                 await self._zero_keep(offset, length)
         except OSError as error:
-            await self._written(end, failed=True)
             raise self._failure(error, "pwrite_zeroes", offset, length) from error
         finally:
             self._data.forget()
-        await self._written(end)
+            self.stored(offset, length)
 
     async def _zero_unmap(self, offset: int, end: int) -> None:
         if offset < self._size and not await self._punch(offset, min(end, self._size) - offset):
@@ -160,3 +165,5 @@ class File(DescriptorDriver):
         finally:
             self._data.forget()
         self._size = size
+        if size % self._alignment.offset:
+            self._whole_pages()

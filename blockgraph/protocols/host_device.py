@@ -14,7 +14,7 @@ Example:
     cache = {direct = true}
 
 What it can do: requests are aligned to the device's logical block. Discard is BLKDISCARD. Write-zeroes lets the
-device zero (fallocate on a block device): with MAY_UNMAP it may deallocate, where that is known to read back as zeroes; else,
+device zero (fallocate on a block device): with MAY_UNMAP it may deallocate, where that reads back as zeroes; else,
 or where the device can not, the kernel writes the zeroes, unless NO_FALLBACK forbids it. After a discard the range
 reads as whatever the device likes.
 

@@ -1,0 +1,88 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+def _missing(what: str) -> None:
+    """Skip the test, or fail it where everything has to be there."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is missing; .ci/run must provide it")
+    pytest.skip(f"{what} is missing")
+
+
+@pytest.fixture
+def require_tool() -> Callable[[str], str]:
+    """Path of an external program; skips without it, fails in CI."""
+
+    def require(name: str) -> str:
+        found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        if found is None:
+            _missing(f"program '{name}'")
+        assert found is not None
+        return found
+
+    return require
+
+
+@pytest.fixture
+def tmpfs() -> Iterator[Path]:
+    """A directory on a tmpfs."""
+    if not Path("/dev/shm").is_dir():
+        _missing("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="blockgraph-", dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 1 MiB of its own. Mounting needs root: skips without it, in CI too (containers may forbid it)."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = shutil.which("mount")
+    if os.geteuid() or mount is None:
+        pytest.skip("mounting needs root")
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting is forbidden here")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[Callable[[int], str]]:
+    """Makes loop devices of so many bytes. Needs root and the loop driver: skips without them, in CI too."""
+    losetup = shutil.which("losetup", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if os.geteuid() or losetup is None:
+        pytest.skip("loop devices need root")
+    made: list[str] = []
+
+    def make(size: int, *options: str) -> str:
+        image = tmp_path / f"loop{len(made)}.img"
+        with image.open("wb") as file:
+            file.truncate(size)
+        done = subprocess.run(
+            [losetup, "--find", "--show", *options, image], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"no loop device: {done.stderr.strip()}")
+        made.append(done.stdout.strip())
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for device in made:
+            subprocess.run([losetup, "--detach", device], check=True)
