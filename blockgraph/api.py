@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Mapping
-from os import PathLike
+from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -29,13 +28,11 @@ from blockgraph.backend import Backend
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
 from blockgraph.graph.graph import Graph
-from blockgraph.graph.load import Description, load
+from blockgraph.graph.description import Description
+from blockgraph.graph.load import Describable, load
 from blockgraph.graph.policy import OpenPolicy
 
 T = TypeVar("T")
-
-Source = str | PathLike[str] | Mapping[str, Any]
-
 
 class AsyncGraph(Graph):
     """A graph in a running asyncio loop; an async context manager that closes it."""
@@ -49,7 +46,7 @@ class AsyncGraph(Graph):
         await self.close()
 
 
-async def aopen(source: Source, *, policy: OpenPolicy | None = None) -> AsyncGraph:
+async def aopen(source: Describable, *, policy: OpenPolicy | None = None) -> AsyncGraph:
     """Open the nodes of a graph description in the running loop.
 
     Args:
@@ -139,7 +136,7 @@ class SyncGraph:
         graph: the graph; touch it only by `call`.
     """
 
-    def __init__(self, source: Source, policy: OpenPolicy | None) -> None:
+    def __init__(self, source: Describable, policy: OpenPolicy | None) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="blockgraph", daemon=True)
         self._thread.start()
@@ -181,6 +178,6 @@ class SyncGraph:
         self.close()
 
 
-def open(source: Source, *, policy: OpenPolicy | None = None) -> SyncGraph:
+def open(source: Describable, *, policy: OpenPolicy | None = None) -> SyncGraph:
     """Open a graph description; see `aopen`. The graph runs in a thread of its own."""
     return SyncGraph(source, policy)

@@ -8,7 +8,6 @@ import os
 from typing import Any
 
 from blockgraph.errors import BlockGraphError, IOFailure, OptionError
-from blockgraph.formats.qcow2 import create_image
 from blockgraph.graph.graph import Graph
 
 #: Formats that can be created.
@@ -55,6 +54,8 @@ async def _fill(filename: str, size: int, image_format: str, options: dict[str, 
         if image_format == "raw":
             await file.truncate(size)
         else:
+            from blockgraph.formats.qcow2 import create_image  # costs start-up time, raw does without
+
             await create_image(file, size, **options)
         await file.flush()
     except BlockGraphError as error:

@@ -19,7 +19,7 @@ from blockgraph.backend import Backend
 from blockgraph.errors import BlockGraphError, OptionError
 from blockgraph.exports.nbd import NbdExport, NbdServer, start_server
 from blockgraph.exports.options import NbdExportOptions
-from blockgraph.graph.load import Description
+from blockgraph.graph.description import Description
 from blockgraph.graph.policy import OpenPolicy
 from blockgraph.jobs.job import Job, JobEvent
 from blockgraph.jobs.manager import JobManager
@@ -97,9 +97,7 @@ class Session:
         for export, backend in zip(description.exports, backends, strict=True):
             options = export.options
             name = options.export_name
-            self.server.add_export(
-                NbdExport(name, backend, description=options.description, writable=options.writable)
-            )
+            self.server.add_export(NbdExport(name, backend, description=options.description, writable=options.writable))
             self.exports[options.id] = RunningExport(options, backend, self.server.uri(name))
 
     async def _attach(self, options: NbdExportOptions) -> Backend:

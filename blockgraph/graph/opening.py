@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from blockgraph.errors import BlockGraphError
+from blockgraph.graph.description import add_nodes
 from blockgraph.graph.load import convert_options, flatten_node
 from blockgraph.graph.model import Model, NodeVertex
 from blockgraph.node import Child, Node
@@ -43,12 +44,7 @@ class Opening:
         """Add the described node, and those inside it, to the candidate; returns its name."""
         candidate = self._candidate
         flat = flatten_node(description, lambda: self._graph.new_name(candidate))
-        for node in flat:
-            candidate.add_node(node.name, node.driver, node.options, where=node.where)
-        for node in flat:
-            for child, target in node.children.items():
-                if target is not None:
-                    candidate.set_edge(node.name, child, target, node.driver.children[child].role)
+        add_nodes(candidate, flat)
         return flat[0].name
 
     def options(

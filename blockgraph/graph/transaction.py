@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from blockgraph.backend import Backend
 from blockgraph.errors import GraphError, NodeInUse
+from blockgraph.graph.description import add_nodes
 from blockgraph.graph.model import ROOT_EDGE, Edge, Model, NodeVertex, RootVertex, root_key
 from blockgraph.graph.opening import Opening
 from blockgraph.node import Child, Node
 from blockgraph.perm import Perm, Role
 
 if TYPE_CHECKING:
+    from blockgraph.graph.description import Description
     from blockgraph.graph.graph import Graph
     from blockgraph.options import NodeOptions
 
@@ -59,6 +61,11 @@ class Transaction:
         if owned:
             self._owned.add(name)
         return name
+
+    def add_description(self, description: Description) -> None:
+        """Add every node of a description that has no problems."""
+        add_nodes(self.candidate, description.nodes)
+        self._owned |= {node.name for node in description.nodes if not node.inline}
 
     def remove(self, name: str) -> None:
         """Remove a node; nodes that only it referred to and that nobody named go too."""
