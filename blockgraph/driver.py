@@ -90,6 +90,8 @@ class Driver:
     kind: ClassVar[Literal["protocol", "format", "filter"]]
     children: ClassVar[Mapping[str, ChildSpec]] = {}
     Options: ClassVar[type[NodeOptions]] = NodeOptions
+    #: members that are file names: relative ones in a graph file start at that file's directory
+    paths: ClassVar[tuple[str, ...]] = ("filename",)
     #: extents' contents are the child's own: block status takes over the child's answer unchanged
     transparent: ClassVar[bool] = False
 
@@ -149,6 +151,18 @@ class Driver:
         if role & Role.COW:
             return cow_child(need, share)
         return storage_child(need, share, role, not read_only)
+
+    @classmethod
+    def known_size(cls, options: NodeOptions, sizes: Mapping[str, int]) -> int | None:
+        """Length of the node as far as its description tells it, bytes; None when it does not. Pure, nothing is open.
+
+        Args:
+            sizes: lengths of the children that are known, by child name.
+        Raises:
+            GraphError: the children do not fit each other; `node` may name the child at fault.
+            OptionError: a child does not fit an option; `path` names the option.
+        """
+        return None
 
     async def prepare_perm(self, need: Perm, share: Perm) -> None:
         """Acquire what the node's parents will need (image locks, a writable descriptor), keeping what it has.
@@ -308,6 +322,12 @@ class Protocol(Driver):
 
     kind = "protocol"
 
+    @classmethod
+    def known_size(cls, options: NodeOptions, sizes: Mapping[str, int]) -> int | None:
+        """The option `size`, of a driver that has one."""
+        size = getattr(options, "size", None)
+        return size if isinstance(size, int) else None
+
     async def map(self, offset: int, length: int) -> Extent:
         """Everything up to the end lies here, and may be written here."""
         return Extent(0, max(self.size(), offset + length), Status.DATA, None, 0, not self.node.read_only)
@@ -413,6 +433,11 @@ class Filter(Driver):
     zero_flags = Flag.FUA | Flag.WRITE_UNCHANGED | Flag.MAY_UNMAP | Flag.NO_FALLBACK
 
     file: Child
+
+    @classmethod
+    def known_size(cls, options: NodeOptions, sizes: Mapping[str, int]) -> int | None:
+        """That of the child it shows."""
+        return next((sizes.get(name) for name, spec in cls.children.items() if spec.role & Role.FILTERED), None)
 
     async def attached(self) -> None:
         below = self.file.node.driver

@@ -54,6 +54,7 @@ class NodeVertex:
         read_only: writes are refused.
         node: the running node; None in a description.
         where: path in the description ("nodes[2].file"), None when it was made at run time.
+        broken: the description of its options could not be used; what follows from them is not known.
     """
 
     name: str
@@ -62,6 +63,7 @@ class NodeVertex:
     read_only: bool = False
     node: Node | None = None
     where: str | None = None
+    broken: bool = False
     kind: Literal["node"] = "node"
 
     @property
@@ -150,6 +152,7 @@ class Model:
         read_only: bool | None = None,
         node: Node | None = None,
         where: str | None = None,
+        broken: bool = False,
     ) -> None:
         """Add a node; `read_only` None takes it from the options.
 
@@ -159,7 +162,9 @@ class Model:
         if self.has(name):
             raise GraphError("there already is a node of this name", node=name)
         read_only = options.read_only if read_only is None else read_only
-        vertex = NodeVertex(name=name, driver=driver, options=options, read_only=read_only, node=node, where=where)
+        vertex = NodeVertex(
+            name=name, driver=driver, options=options, read_only=read_only, node=node, where=where, broken=broken
+        )
         self.graph.add_node(name, vertex=vertex)
 
     def add_root(
@@ -362,6 +367,19 @@ class Model:
             networkx.NetworkXUnfeasible: there is a cycle.
         """
         return list(nx.topological_sort(self.graph))
+
+    def ordered(self, *, children_first: bool = False) -> list[str]:
+        """Keys in topological order, without what is in a cycle or comes after one (networkx refuses such a graph)."""
+        before = self.graph.succ if children_first else self.graph.pred
+        after = self.graph.pred if children_first else self.graph.succ
+        waiting = {name: len(before[name]) for name in self.graph}
+        ready = [name for name, count in waiting.items() if not count]
+        for name in ready:  # grows
+            for other in after[name]:
+                waiting[other] -= 1
+                if not waiting[other]:
+                    ready.append(other)
+        return ready
 
     def edge_label(self, edge: Edge) -> str:
         """How messages call an edge: "top.target", or the root's owner."""

@@ -32,13 +32,10 @@ def compute(model: Model) -> list[Problem]:
     """Set need and share of every edge; tell the conflicts.
 
     Vertices in or below a cycle, and edges to nodes that do not exist, are left alone: validate tells those.
-    Child edges that the driver does not declare get no permissions.
+    Child edges that the driver does not declare, and those of broken nodes, get no permissions.
     """
     problems: list[Problem] = []
-    graph = model.graph
-    waiting = {name: len(graph.pred[name]) for name in graph}
-    ready = [name for name, count in waiting.items() if not count]
-    for name in ready:  # grows: parents before children (networkx's sort refuses the whole graph for one cycle)
+    for name in model.ordered():
         vertex = model.get(name)
         if isinstance(vertex, RootVertex):
             for edge in model.children(name).values():
@@ -48,10 +45,6 @@ def compute(model: Model) -> list[Problem]:
             need, share, refused = _cumulative(model, vertex)
             problems += refused
             _children(model, vertex, need, share)
-        for child, keyed in graph.succ[name].items():
-            waiting[child] -= len(keyed)
-            if not waiting[child]:
-                ready.append(child)
     return problems
 
 
@@ -82,7 +75,7 @@ def _cumulative(model: Model, vertex: NodeVertex) -> tuple[Perm, Perm, list[Prob
 def _children(model: Model, vertex: NodeVertex, need: Perm, share: Perm) -> None:
     read_only = vertex.read_only or (vertex.options.auto_read_only and not need & WRITES)
     for edge in model.children(vertex.name).values():
-        if edge.name in vertex.driver.children:
+        if edge.name in vertex.driver.children and not vertex.broken:
             child_need, child_share = vertex.driver.child_perm(
                 vertex.options, edge.name, need, share, read_only=read_only
             )

@@ -32,7 +32,7 @@ MAX_VALUES = 1_000_000
 Positions = Mapping[str, tuple[int, int]]
 
 
-class SyntaxProblem(Exception):  # noqa: N818 - a problem is what it carries
+class SyntaxProblem(Exception):
     """The text can not be read at all.
 
     Attributes:

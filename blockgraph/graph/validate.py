@@ -39,6 +39,11 @@ def validate(model: Model) -> list[Problem]:
     return problems
 
 
+def is_generated(name: str) -> bool:
+    """The name is of the kind that nodes without a name are given."""
+    return _GENERATED.fullmatch(name) is not None
+
+
 def name_problem(name: str) -> str | None:
     """What is wrong with a node name that a description gives; None when it is valid."""
     if NODE_NAME.fullmatch(name):
@@ -56,7 +61,7 @@ def name_problem(name: str) -> str | None:
 
 
 def _name(vertex: NodeVertex) -> Iterator[Problem]:
-    message = None if _GENERATED.fullmatch(vertex.name) else name_problem(vertex.name)
+    message = None if is_generated(vertex.name) else name_problem(vertex.name)
     if message:
         path = f"{vertex.where}.node-name" if vertex.where else ""
         yield Problem(kind=OptionError, message=message, path=path, node=vertex.name, value=vertex.name)
@@ -90,7 +95,7 @@ def _roles(model: Model, vertex: NodeVertex) -> Iterator[Problem]:
                 edge,
             )
     for name, spec in declared.items():
-        if spec.required and name not in edges:
+        if spec.required and name not in edges and not vertex.broken:
             yield problem(f"{vertex.label} (driver '{vertex.driver.name}') needs a child '{name}'")
     for role in _SINGLE:
         several = [edge for edge in edges.values() if edge.role & role]

@@ -1,0 +1,103 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""What the jobs of a description will do to its graph, so that conflicts are told before anything runs.
+
+A backup job puts a backup-top over its device. The conflicts that this makes (another node writes below the device;
+the target has another size) belong to the description: they would stop the job the moment it starts.
+"""
+
+from __future__ import annotations
+
+from blockgraph.errors import GraphError, OptionError
+from blockgraph.graph.convert import convert
+from blockgraph.graph.description import Description, JobDescription
+from blockgraph.graph.model import Model, root_key
+from blockgraph.graph.problem import Problem
+from blockgraph.graph.validate import NODE_NAME
+from blockgraph.registry import get_driver
+
+_FILTER = "backup-top"
+
+
+def with_filters(model: Model, description: Description) -> tuple[Model, list[Problem]]:
+    """The model as it is when every job has started, and what is wrong with the jobs.
+
+    Returns: the same model when there are no jobs that change it.
+    """
+    problems: list[Problem] = []
+    candidate = model
+    for job in description.jobs:
+        problems += _check(model, job)
+        if _inserts(model, job):
+            if candidate is model:
+                candidate = model.copy()
+            problems += _insert(candidate, job)
+    return candidate, problems
+
+
+def _check(model: Model, job: JobDescription) -> list[Problem]:
+    options = job.options
+    ready = model.has(options.device) and model.node(options.device).driver.name == _FILTER
+    if not model.has(options.device):
+        return []  # told as a dangling reference
+    if ready and options.target is not None:
+        return [
+            Problem(
+                kind=OptionError,
+                message=f"device '{options.device}' is a {_FILTER} node and has a target already",
+                path=f"{job.where}.target",
+                hint="leave 'target' out, or give the node below as 'device'",
+            )
+        ]
+    if not ready and options.target is None:
+        return [
+            Problem(
+                kind=OptionError,
+                message="member 'target' of job 'backup' is missing",
+                path=f"{job.where}.target",
+                hint=f"it may be left out only if 'device' is a {_FILTER} node",
+            )
+        ]
+    if job.target == options.device:
+        return [Problem(kind=GraphError, message="device and target are the same node", path=f"{job.where}.target")]
+    return []
+
+
+def _inserts(model: Model, job: JobDescription) -> bool:
+    return (
+        model.has(job.options.device)
+        and model.node(job.options.device).driver.name != _FILTER
+        and job.target is not None
+        and model.has(job.target)
+        and job.target != job.options.device
+    )
+
+
+def _insert(model: Model, job: JobDescription) -> list[Problem]:
+    options = job.options
+    driver = get_driver(_FILTER)
+    name = options.filter_node_name or f"#{job.id}"[:31]
+    if not options.filter_node_name and (model.has(name) or not NODE_NAME.fullmatch(name[1:])):
+        name = next(new for i in range(len(model.graph) + 1) if not model.has(new := f"#job{i}"))
+    if model.has(name):
+        return [
+            Problem(
+                kind=OptionError,
+                message=f"node name '{name}' is taken",
+                path=f"{job.where}.filter-node-name",
+                value=name,
+            )
+        ]
+    assert job.target is not None
+    members = {"driver": _FILTER, "file": options.device, "target": job.target}
+    made, problems = convert(driver.Options, members, job.where, f"driver '{_FILTER}'")
+    if made is None:
+        return problems
+    model.add_node(name, driver, made, where=job.where)
+    for child, member in (("file", "device"), ("target", "target")):
+        model.set_edge(name, child, str(members[child]), driver.children[child].role, where=f"{job.where}.{member}")
+    model.move_parents(options.device, name)
+    target_root = root_key(f"job:{job.id}:target")
+    if model.has(target_root):  # the filter's edge stands for it
+        model.remove(target_root)
+    return problems

@@ -1,0 +1,59 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Sizes that a description alone tells, and where they do not fit each other. Nothing is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from blockgraph.errors import GraphError, OptionError
+from blockgraph.graph.model import Model, NodeVertex
+from blockgraph.graph.problem import Problem
+
+
+def check(model: Model) -> Iterator[Problem]:
+    """Nodes whose children's sizes do not fit, as far as they are known (Driver.known_size)."""
+    return iter(_walk(model)[1])
+
+
+def known(model: Model) -> dict[str, int]:
+    """The sizes that are known, bytes, by node name."""
+    return _walk(model)[0]
+
+
+def _walk(model: Model) -> tuple[dict[str, int], list[Problem]]:
+    sizes: dict[str, int] = {}
+    problems: list[Problem] = []
+    for name in model.ordered(children_first=True):
+        vertex = model.get(name)
+        if not isinstance(vertex, NodeVertex) or vertex.broken:
+            continue
+        edges = model.children(name)
+        below = {child: sizes[edge.child] for child, edge in edges.items() if edge.child in sizes}
+        try:
+            size = vertex.driver.known_size(vertex.options, below)
+        except GraphError as error:
+            path = vertex.where or ""
+            for edge in edges.values():
+                path = edge.where if edge.child == error.node and edge.where else path
+            problems.append(
+                Problem(
+                    kind=GraphError, message=f"{vertex.label}: {error.reason}", path=path, node=name, hint=error.hint
+                )
+            )
+        except OptionError as error:
+            path = f"{vertex.where}.{error.path}" if vertex.where else error.path
+            problems.append(
+                Problem(
+                    kind=OptionError,
+                    message=f"{vertex.label}: {error.reason}",
+                    path=path,
+                    node=name,
+                    value=error.value,
+                    hint=error.hint,
+                )
+            )
+        else:
+            if size is not None:
+                sizes[name] = size
+    return sizes, problems
