@@ -159,7 +159,7 @@ class Driver:
         Args:
             sizes: lengths of the children that are known, by child name.
         Raises:
-            GraphError: the children do not fit each other; `node` may name the child at fault.
+            GraphError: the children do not fit each other; `node` is the name of the child at fault ("target").
             OptionError: a child does not fit an option; `path` names the option.
         """
         return None

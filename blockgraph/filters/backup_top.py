@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -83,6 +83,11 @@ class BackupTopOptions(NodeOptions, kw_only=True, frozen=True):
     cbw_timeout: int = 0
     min_cluster_size: int | None = None
 
+    def __post_init__(self) -> None:
+        least = self.min_cluster_size
+        if least is not None and (least <= 0 or least & (least - 1)):
+            raise ValueError(f"min-cluster-size {least} is not a power of two")
+
 
 class BackupTop(Filter):
     """See the module's text.
@@ -119,6 +124,17 @@ class BackupTop(Filter):
             return Perm.CONSISTENT_READ | Perm.WRITE, ALL & ~Perm.RESIZE
         return need | Perm.CONSISTENT_READ, share & ~(Perm.WRITE | Perm.RESIZE)
 
+    @classmethod
+    def known_size(cls, options: NodeOptions, sizes: Mapping[str, int]) -> int | None:
+        size, target = sizes.get("file"), sizes.get("target")
+        if size is not None and target is not None and size != target:
+            raise GraphError(
+                f"file has {size} bytes but target has {target}",
+                node="target",
+                hint=f"make the target {size} bytes large",
+            )
+        return size
+
     async def attached(self) -> None:
         await super().attached()
         self._check_sizes()
@@ -151,8 +167,6 @@ class BackupTop(Filter):
 
     def _choose_cluster_size(self) -> int:
         least = self.options.min_cluster_size or 0
-        if least & (least - 1) or least < 0:
-            raise GraphError(f"min-cluster-size {least} is not a power of two", node=self.node.name)
         # Where the target has a backing node it fills the rest of a cluster itself.
         target = None if has_cow(self.target.node) else self.target.node.driver.info().cluster_size
         return max(MIN_CLUSTER, least, target or 0)

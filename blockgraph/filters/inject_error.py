@@ -56,6 +56,7 @@ Source: QEMU BlockdevOptionsBlkdebug.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -88,6 +89,22 @@ class InjectErrorOptions(NodeOptions, kw_only=True, frozen=True):
     set_state: tuple[StateRule, ...] = ()
     take_child_perms: tuple[PermName, ...] = ()
     unshare_child_perms: tuple[PermName, ...] = ()
+
+
+def _check_limits(options: InjectErrorOptions, alignment: int, node: str | None = None) -> None:
+    """The limits must fit each other and the alignment of requests, bytes."""
+    align = options.align or 1
+    if align & (align - 1):
+        raise OptionError("must be a power of two", path="align", value=align, node=node)
+    for member, value, of in (
+        ("max-transfer", options.max_transfer, alignment),
+        ("opt-write-zero", options.opt_write_zero, alignment),
+        ("max-write-zero", options.max_write_zero, max(options.opt_write_zero or 1, alignment)),
+        ("opt-discard", options.opt_discard, alignment),
+        ("max-discard", options.max_discard, max(options.opt_discard or 1, alignment)),
+    ):
+        if value is not None and value % of:
+            raise OptionError(f"must be a multiple of {of}", path=member, value=value, node=node)
 
 
 class _Breakpoint:
@@ -136,21 +153,15 @@ class InjectError(Filter):
     async def attached(self) -> None:
         self.file = self.image
         await super().attached()
-        options = self.options
-        align = options.align or 1
-        if align & (align - 1):
-            raise OptionError("must be a power of two", path="align", value=align, node=self.node.name)
-        self.request_alignment = max(self.request_alignment, align)
-        self.max_transfer = options.max_transfer
-        self._check_multiple("max-transfer", options.max_transfer, self.request_alignment)
-        self._check_multiple("opt-write-zero", options.opt_write_zero, self.request_alignment)
-        self._check_multiple("max-write-zero", options.max_write_zero, self._zero_step)
-        self._check_multiple("opt-discard", options.opt_discard, self.request_alignment)
-        self._check_multiple("max-discard", options.max_discard, self._discard_step)
+        self.request_alignment = max(self.request_alignment, self.options.align or 1)
+        self.max_transfer = self.options.max_transfer
+        _check_limits(self.options, self.request_alignment, self.node.name)
 
-    def _check_multiple(self, member: str, value: int | None, of: int) -> None:
-        if value is not None and value % of:
-            raise OptionError(f"must be a multiple of {of}", path=member, value=value, node=self.node.name)
+    @classmethod
+    def known_size(cls, options: NodeOptions, sizes: Mapping[str, int]) -> int | None:
+        assert isinstance(options, InjectErrorOptions)
+        _check_limits(options, options.align or 1)
+        return super().known_size(options, sizes)
 
     @property
     def _zero_step(self) -> int:

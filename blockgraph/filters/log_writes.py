@@ -43,6 +43,7 @@ Source: QEMU BlockdevOptionsBlklogwrites.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
@@ -80,6 +81,16 @@ class LogWritesOptions(NodeOptions, kw_only=True, frozen=True):
     log_super_update_interval: Annotated[int, msgspec.Meta(ge=1)] = 4096
 
 
+def _check_sector_size(options: LogWritesOptions, node: str | None = None) -> None:
+    size = options.log_sector_size
+    if options.log_append and size is not None:
+        reason = "can not be given together with log-append: the log has one already"
+        raise OptionError(reason, path="log-sector-size", value=size, node=node)
+    if size is not None and not sector_size_valid(size):
+        reason = f"must be a power of two from {MIN_SECTOR} to {MAX_SECTOR}"
+        raise OptionError(reason, path="log-sector-size", value=size, node=node)
+
+
 class LogWrites(Filter):
     """See the module's text."""
 
@@ -93,6 +104,12 @@ class LogWrites(Filter):
 
     # Control path.
 
+    @classmethod
+    def known_size(cls, options: NodeOptions, sizes: Mapping[str, int]) -> int | None:
+        assert isinstance(options, LogWritesOptions)
+        _check_sector_size(options)
+        return super().known_size(options, sizes)
+
     async def open(self) -> None:
         self._ranges = RangeLock()
         self._appending = asyncio.Lock()
@@ -103,20 +120,7 @@ class LogWrites(Filter):
         self._next_sector = 1
         self._super_entries: int | None = None  # as stored; None: nothing of this log is stored yet
         self._found_end = not self.options.log_append
-        if self.options.log_append and self.options.log_sector_size is not None:
-            raise OptionError(
-                "can not be given together with log-append: the log has one already",
-                path="log-sector-size",
-                value=self.options.log_sector_size,
-                node=self.node.name,
-            )
-        if not sector_size_valid(self._sector_size):
-            raise OptionError(
-                f"must be a power of two from {MIN_SECTOR} to {MAX_SECTOR}",
-                path="log-sector-size",
-                value=self._sector_size,
-                node=self.node.name,
-            )
+        _check_sector_size(self.options, self.node.name)
 
     async def _find_end(self) -> None:
         """Walk the entries of the log that is there; an empty node is a new log."""

@@ -33,7 +33,7 @@ Source: QEMU BlockdevOptionsBlkverify.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 
 from blockgraph.driver import ChildSpec, Filter
 from blockgraph.errors import GraphError, IOFailure
@@ -84,6 +84,12 @@ class Verify(Filter):
             )
         self.request_alignment = max(self.request_alignment, test.driver.request_alignment)
         self.growable = self.growable and test.driver.growable
+
+    @classmethod
+    def known_size(cls, options: NodeOptions, sizes: Mapping[str, int]) -> int | None:
+        if sizes.get("test", sizes.get("raw")) != sizes.get("raw", sizes.get("test")):
+            raise GraphError(f"test has {sizes['test']} bytes, raw {sizes['raw']}", node="test")
+        return sizes.get("raw")
 
     @classmethod
     def child_perm(

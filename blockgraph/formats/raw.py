@@ -33,13 +33,14 @@ by what its guest writes into it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from msgspec import Meta
 from msgspec.structs import replace
 
 from blockgraph.driver import ChildSpec, Format, Info
-from blockgraph.errors import GraphError, Unsupported
+from blockgraph.errors import GraphError, OptionError, Unsupported
 from blockgraph.extent import Extent, Status
 from blockgraph.flags import Flag
 from blockgraph.node import Child
@@ -81,6 +82,18 @@ class Raw(Format):
         if options.offset or options.size is not None:
             share &= ~Perm.RESIZE
         return need, share
+
+    @classmethod
+    def known_size(cls, options: NodeOptions, sizes: Mapping[str, int]) -> int | None:
+        assert isinstance(options, RawOptions)
+        below = sizes.get("file")
+        end = options.offset + (options.size or 0)
+        if below is not None and end > below:
+            raise OptionError(
+                f"the window ends at {end}, but its child at {below} bytes",
+                path="offset" if options.offset > below or options.size is None else "size",
+            )
+        return options.size if options.size is not None or below is None else below - options.offset
 
     async def open(self) -> None:
         self._start = self.options.offset

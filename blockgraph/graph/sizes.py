@@ -33,9 +33,8 @@ def _walk(model: Model) -> tuple[dict[str, int], list[Problem]]:
         try:
             size = vertex.driver.known_size(vertex.options, below)
         except GraphError as error:
-            path = vertex.where or ""
-            for edge in edges.values():
-                path = edge.where if edge.child == error.node and edge.where else path
+            at_fault = edges.get(error.node or "")
+            path = (at_fault.where if at_fault else None) or vertex.where or ""
             problems.append(
                 Problem(
                     kind=GraphError, message=f"{vertex.label}: {error.reason}", path=path, node=name, hint=error.hint

@@ -26,7 +26,7 @@ MAX_BYTES = 32 << 20
 #: Deepest nesting of tables and lists: a chain of inline `backing` nodes of this length.
 MAX_DEPTH = 200
 #: Most values in a file, after aliases.
-MAX_VALUES = 1_000_000
+MAX_VALUES = 250_000
 
 #: Path ("nodes[2].file.filename") -> line, column, both from 1.
 Positions = Mapping[str, tuple[int, int]]

@@ -16,13 +16,16 @@ import networkx as nx
 
 from blockgraph.errors import CycleError, GraphError, OptionError, RoleError
 from blockgraph.graph import permissions
-from blockgraph.graph.model import Edge, Model, NodeVertex, RootVertex
+from blockgraph.graph.model import Edge, Model, NodeVertex
 from blockgraph.graph.problem import Problem
 from blockgraph.perm import Role
 
 #: Names a description may give; generated ones start with '#'.
 NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}")
 _GENERATED = re.compile(r"#[A-Za-z][A-Za-z0-9._-]{0,29}")
+
+_MAX_COMPARED = 20_000
+_MAX_HOPS = 10
 
 _SINGLE = (Role.FILTERED, Role.COW, Role.PRIMARY)
 
@@ -108,12 +111,11 @@ def _roles(model: Model, vertex: NodeVertex) -> Iterator[Problem]:
 
 
 def _dangling(model: Model) -> Iterator[Problem]:
-    names = None
-    for edge in model.dangling():
-        if names is None:
-            names = [vertex.name for vertex in model.nodes()]
-        # difflib is quadratic: beyond a thousand nodes, a misspelt reference is told without a proposal.
-        closest = difflib.get_close_matches(edge.child, names, 1) if len(names) <= 1000 else []
+    names = [vertex.name for vertex in model.nodes()]
+    # Looking for the closest name takes time for each pair: in a large graph only the first get a proposal.
+    proposals = _MAX_COMPARED // (len(names) + 1)
+    for index, edge in enumerate(model.dangling()):
+        closest = difflib.get_close_matches(edge.child[:31], names, 1) if index < proposals else []
         yield Problem(
             kind=GraphError,
             message=f"{model.edge_label(edge)} refers to node '{edge.child}', which does not exist",
@@ -131,9 +133,12 @@ def _cycles(model: Model) -> Iterator[Problem]:
             if name not in model.graph.succ[name]:
                 continue
         start = min(component)
-        hops = nx.find_cycle(model.graph.subgraph(component), source=start)
-        edges = [edge for edge in (model.edge(parent, key) for parent, _, key in hops) if edge is not None]
-        spelled = " -> ".join([*(f"{edge.parent}.{edge.name}" for edge in edges), edges[0].parent])
+        cycle = nx.find_cycle(model.graph.subgraph(component), source=start)
+        edges = [edge for parent, _, key in cycle if (edge := model.edge(parent, key)) is not None]
+        hops = [f"{edge.parent}.{edge.name}" for edge in edges]
+        if len(hops) > _MAX_HOPS:
+            hops[_MAX_HOPS // 2 : -_MAX_HOPS // 2] = [f"({len(hops) - _MAX_HOPS} more)"]
+        spelled = " -> ".join([*hops, edges[0].parent])
         yield Problem(
             kind=CycleError,
             message=f"nodes refer to each other in a cycle: {spelled}",
@@ -144,13 +149,9 @@ def _cycles(model: Model) -> Iterator[Problem]:
 
 
 def unused(model: Model) -> Iterator[Problem]:
-    """Nodes that no export and no job reaches: a warning, for descriptions."""
-    reached: set[str] = set()
-    for key, vertex in model.vertices():
-        if isinstance(vertex, RootVertex):
-            reached |= model.descendants(key)
+    """Nodes that nothing refers to: a warning, for descriptions. What only they use is not told as well."""
     for vertex in model.nodes():
-        if vertex.name not in reached and not model.graph.pred[vertex.name]:
+        if not model.graph.pred[vertex.name]:
             yield Problem(
                 severity="warning",
                 message=f"{vertex.label} is not used by any export, job or other node",
