@@ -25,7 +25,7 @@ from blockgraph.native import allocate_aligned, get_pool
 from blockgraph.options import NodeOptions
 from blockgraph.perm import ALL, Perm
 from blockgraph.protocols.direct import BUFFERED, DirectAlignment, address_of, direct_alignment
-from blockgraph.protocols.locks import ImageLock, LockConflictError, LocksUnavailableError
+from blockgraph.protocols.locks import ImageLock, LockConflict, LocksUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -165,9 +165,9 @@ class DescriptorDriver(Protocol):
             if self._lock is None:
                 self._lock = ImageLock(self._reopen(os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
             self._lock.prepare(need, share)
-        except LockConflictError as conflict:
+        except LockConflict as conflict:
             raise self._conflict_error(conflict) from None
-        except LocksUnavailableError as cause:
+        except LocksUnavailable as cause:
             assert self._lock is not None
             self._lock.release()
             self._lock = None
@@ -289,7 +289,7 @@ class DescriptorDriver(Protocol):
         named = OSError(error.errno, error.strerror, name)
         return IOFailure.from_oserror(named, node=self.node.name, op="open", hint=hint)
 
-    def _conflict_error(self, conflict: LockConflictError) -> GraphError:
+    def _conflict_error(self, conflict: LockConflict) -> GraphError:
         word = conflict.permission.words
         other = f"holds '{word}', which this node does not share" if conflict.holds else f"does not share '{word}'"
         return GraphError(

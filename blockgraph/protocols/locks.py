@@ -40,7 +40,7 @@ _FLOCK = struct.Struct("hhqqi0q")
 _NO_LOCKS = frozenset({errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
-class LockConflictError(Exception):
+class LockConflict(Exception):
     """Another open of the image holds, or does not share, a permission.
 
     Args:
@@ -54,7 +54,7 @@ class LockConflictError(Exception):
         self.holds = holds
 
 
-class LocksUnavailableError(Exception):
+class LocksUnavailable(Exception):
     """Byte locks do not work on this file."""
 
 
@@ -75,8 +75,8 @@ class ImageLock:
         """Lock what `need` and `share` ask for, beside what is locked now. `commit` or `abort` follows.
 
         Raises:
-            LockConflictError: another open is in the way.
-            LocksUnavailableError: no byte locks here; nothing is locked.
+            LockConflict: another open is in the way.
+            LocksUnavailable: no byte locks here; nothing is locked.
         """
         unshared = ALL & ~share
         self._next = (need, unshared)
@@ -86,10 +86,10 @@ class ImageLock:
         self._set(UNSHARED, unshared & ~self._unshared, fcntl.F_RDLCK)
         for permission in need:
             if self._locked_by_other(UNSHARED, permission):
-                raise LockConflictError(permission, holds=False)
+                raise LockConflict(permission, holds=False)
         for permission in unshared:
             if self._locked_by_other(HELD, permission):
-                raise LockConflictError(permission, holds=True)
+                raise LockConflict(permission, holds=True)
 
     def commit(self) -> None:
         """Give up what the last `prepare` did not ask for."""
@@ -120,9 +120,9 @@ class ImageLock:
                 if kind == fcntl.F_UNLCK:
                     continue  # closing the descriptor unlocks in any case
                 if error.errno in _NO_LOCKS:
-                    raise LocksUnavailableError(os.strerror(error.errno)) from error
+                    raise LocksUnavailable(os.strerror(error.errno)) from error
                 # Somebody has a write lock on our byte: not this protocol, but in use all the same.
-                raise LockConflictError(permission, holds=base == UNSHARED) from error
+                raise LockConflict(permission, holds=base == UNSHARED) from error
 
     def _locked_by_other(self, base: int, permission: Perm) -> bool:
         probe = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, base + _bit(permission), 1, 0)
