@@ -17,7 +17,9 @@ An error is raised only by the call whose own I/O failed.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from blockgraph.errors import BlockGraphError, IOFailure
 from blockgraph.extent import Status
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 #: Longest run that a guest's write waits for, and longest buffer, bytes.
 _GUEST_CHUNK = 1 << 20
+
+#: Pieces of source that are held at a time.
+_MAX_LEAVES = 512
 
 
 class CopyFailed(Exception):
@@ -64,6 +69,13 @@ class Claim:
     def finish(self) -> None:
         """Wake who waits."""
         self._done.set()
+
+
+class _Rest(NamedTuple):
+    """Runs (offset, length) that are not copied natively: to be zeroed, and to be read and written."""
+
+    zero: list[tuple[int, int]]
+    special: list[tuple[int, int]]
 
 
 class BlockCopy:
@@ -133,55 +145,46 @@ class BlockCopy:
         while True:
             claim = self._take(offset, end, max(_GUEST_CHUNK, self.cluster_size))
             if claim is not None:
-                await self.run(claim)
+                with self._copying(claim):
+                    async with Pins() as pins:
+                        leaves = await self._leaves(pins, claim.offset, claim.end)
+                        rest = await self._copy_leaves(pins, leaves)
+                    await self._copy_rest(rest)
             elif (other := self._overlapping(offset, end)) is not None:
                 await other.wait()
             else:
                 return
 
-    async def claim(self, offset: int, chunk: int) -> Claim | None:
-        """Take the next run to copy at or after `offset`; `run` it at once. None: nothing is left there.
+    async def copy_next(self, offset: int, chunk: int) -> int | None:
+        """Copy the next run that is still to be copied at or after `offset`: about `chunk` bytes of data with the
+        zeroes before and between them, however many. What the source holds is asked once.
 
-        A run of zeroes (or of what only_top drops) is taken whole, however long; of data at most `chunk` bytes.
-
-        Raises:
-            CopyFailed: the source can not tell what it holds.
-        """
-        while (area := self.bitmap.next_dirty(offset)) is not None:
-            start, length = area
-            skip = await self._empty_run(start, length) if length > self.cluster_size else 0
-            # What the guest's writes took meanwhile is theirs; what is still set has not changed since we looked.
-            claim = self._take(start, start + (skip or length), None if skip else chunk)
-            if claim is not None:
-                return claim
-        return None
-
-    async def _empty_run(self, offset: int, length: int) -> int:
-        """Length of the run from `offset` that needs no data moved, in whole clusters (up to the disk's end)."""
-        end = offset
-        limit = offset + length
-        async with Pins() as pins:
-            while end < limit:
-                leaf = await self._read_leaf(pins, end, limit - end)
-                if not (leaf.status is Status.ZERO or self._dropped(leaf)):
-                    break
-                end += leaf.length
-        if end >= self.length:
-            return self.length - offset
-        return end - end % self.cluster_size - offset
-
-    def _dropped(self, leaf: Leaf) -> bool:
-        return self.only_top and leaf.depth != 0
-
-    async def run(self, claim: Claim) -> None:
-        """Copy what was claimed.
-
+        Returns: where to go on; None: nothing was left there.
         Raises:
             CopyFailed: the bits are set again.
         """
+        area = self.bitmap.next_dirty(offset)
+        if area is None:
+            return None
+        async with Pins() as pins:
+            leaves = await self._leaves(pins, area[0], area[0] + area[1], chunk)
+            end = leaves[-1].offset + leaves[-1].length
+            # What guest writes took meanwhile is theirs; what is still set has not changed since we looked.
+            claim = self._take(area[0], end, None)
+            if claim is None:
+                return end
+            with self._copying(claim):
+                rest = await self._copy_leaves(pins, _clip(leaves, claim.offset, claim.end))
+                await pins.release()
+                await self._copy_rest(rest)
+        return claim.end
+
+    @contextmanager
+    def _copying(self, claim: Claim) -> Iterator[None]:
+        """The bits are set again when the block fails."""
         length = claim.end - claim.offset
         try:
-            await self._copy_range(claim.offset, length)
+            yield
         except BaseException:
             self.bitmap.set(claim.offset, length)
             raise
@@ -191,34 +194,56 @@ class BlockCopy:
             self._claims.remove(claim)
             claim.finish()
 
-    async def _copy_range(self, offset: int, length: int) -> None:
-        """Move data natively where both sides resolve to storage; the rest through the nodes."""
-        zero: list[tuple[int, int]] = []
-        special: list[tuple[int, int]] = []
-        async with Pins() as pins:
-            extents: list[CopyExtent] = []
-            storages: list[tuple[Node, Node]] = []
-            pos, end = offset, offset + length
-            while pos < end:
-                leaf = await self._read_leaf(pins, pos, end - pos)
-                if self._dropped(leaf):
-                    pass
-                elif leaf.status is Status.ZERO:
-                    _extend(zero, pos, leaf.length)
-                elif leaf.status is Status.SPECIAL:
-                    _extend(special, pos, leaf.length)
-                else:
-                    await self._plan(pins, leaf, extents, storages, special)
-                pos += leaf.length
-            if extents:
-                await self._copy_native(extents, storages)
-                try:
-                    await pins.commit()
-                except BlockGraphError as error:
-                    raise CopyFailed(error, "target") from error
-        for start, size in special:
+    async def _leaves(self, pins: Pins, offset: int, end: int, chunk: int | None = None) -> list[Leaf]:
+        """Where the source's bytes are, from `offset` to `end`, or to the cluster in which `chunk` data bytes end."""
+        leaves: list[Leaf] = []
+        pos, data = offset, 0
+        while pos < end:
+            leaf = await self._read_leaf(pins, pos, end - pos)
+            if chunk is not None and not self._empty(leaf):
+                room = chunk - data + -(pos + chunk - data) % self.cluster_size
+                leaf = leaf._replace(length=min(leaf.length, room))
+                data += leaf.length
+                if data >= chunk or len(leaves) >= _MAX_LEAVES:
+                    end = min(end, pos + leaf.length + -(pos + leaf.length) % self.cluster_size)
+                    chunk = None
+            leaves.append(leaf)
+            pos += leaf.length
+        return leaves
+
+    def _empty(self, leaf: Leaf) -> bool:
+        return leaf.status is Status.ZERO or self._dropped(leaf)
+
+    def _dropped(self, leaf: Leaf) -> bool:
+        return self.only_top and leaf.depth != 0
+
+    async def _copy_leaves(self, pins: Pins, leaves: list[Leaf]) -> _Rest:
+        """Move data natively where both sides resolve to storage; returns what has to go through the nodes."""
+        rest = _Rest([], [])
+        extents: list[CopyExtent] = []
+        storages: list[tuple[Node, Node]] = []
+        for leaf in leaves:
+            if self._dropped(leaf):
+                continue
+            if leaf.status is Status.ZERO:
+                _extend(rest.zero, leaf.offset, leaf.length)
+            elif leaf.status is Status.SPECIAL:
+                _extend(rest.special, leaf.offset, leaf.length)
+            else:
+                await self._plan(pins, leaf, extents, storages, rest.special)
+        if extents:
+            await self._copy_native(extents, storages)
+            try:
+                await pins.commit()
+            except BlockGraphError as error:
+                raise CopyFailed(error, "target") from error
+        return rest
+
+    async def _copy_rest(self, rest: _Rest) -> None:
+        """Through the nodes; no pins may be held, these requests would wait for them."""
+        for start, size in rest.special:
             await self._copy_buffered(start, size)
-        for start, size in zero:
+        for start, size in rest.zero:
             await self._zero(start, size)
 
     async def _read_leaf(self, pins: Pins, offset: int, length: int) -> Leaf:
@@ -316,6 +341,16 @@ def has_cow(node: Node) -> bool:
 def reaches(node: Node, wanted: Node) -> bool:
     """`wanted` is `node` or lies below it."""
     return node is wanted or any(reaches(child.node, wanted) for child in node.children.values())
+
+
+def _clip(leaves: list[Leaf], offset: int, end: int) -> list[Leaf]:
+    clipped = []
+    for leaf in leaves:
+        start, stop = max(leaf.offset, offset), min(leaf.offset + leaf.length, end)
+        if start < stop:
+            storage_offset = leaf.storage_offset + start - leaf.offset
+            clipped.append(leaf._replace(offset=start, length=stop - start, storage_offset=storage_offset))
+    return clipped
 
 
 def _extend(runs: list[tuple[int, int]], offset: int, length: int) -> None:

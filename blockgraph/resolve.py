@@ -62,6 +62,10 @@ class Pins:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        await self.release()
+
+    async def release(self) -> None:
+        """Give up what is held, and allocations not committed. The end of the block does this, too."""
         try:
             while self._allocations:
                 await self._allocations.pop().abort()
@@ -71,6 +75,7 @@ class Pins:
             while self._held:
                 node, request = self._held.pop()
                 node.end(request)
+            self._written.clear()
 
     async def commit(self) -> None:
         """Link in everything allocated, deepest node first; the data has been written."""

@@ -106,11 +106,10 @@ class CopyLoop:
 
     async def _step(self) -> bool:
         """Copy one run. False: nothing is left and nothing is in flight."""
-        claim = await self._copy.claim(self._position, self._chunk_now())
-        if claim is not None:
-            self._position = claim.end
-            moved = self._copy.bytes_moved
-            await self._copy.run(claim)
+        moved = self._copy.bytes_moved
+        end = await self._copy.copy_next(self._position, self._chunk_now())
+        if end is not None:
+            self._position = end
             self.limit.charge(self._copy.bytes_moved - moved)
             return True
         if self._position:
