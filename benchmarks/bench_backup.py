@@ -73,7 +73,9 @@ async def _backup(graph: AsyncGraph) -> None:
 class Backup:
     """The same backup by everybody: each makes a fresh target and tells how long the copying took."""
 
-    def __init__(self, directory: Path, source: Path, *, source_driver: str = "raw", target_driver: str = "raw") -> None:
+    def __init__(
+        self, directory: Path, source: Path, *, source_driver: str = "raw", target_driver: str = "raw"
+    ) -> None:
         self.directory = directory
         self.source = source
         self.target = directory / "target"

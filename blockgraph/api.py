@@ -27,8 +27,8 @@ from typing import Any, Self, TypeVar
 from blockgraph.backend import Backend
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
-from blockgraph.graph.graph import Graph
 from blockgraph.graph.description import Description
+from blockgraph.graph.graph import Graph
 from blockgraph.graph.load import Describable, load
 from blockgraph.graph.policy import OpenPolicy
 

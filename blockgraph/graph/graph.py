@@ -18,7 +18,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blockgraph.backend import Backend
 from blockgraph.bitmaps import DirtyBitmap
@@ -29,6 +29,10 @@ from blockgraph.graph.transaction import Transaction
 from blockgraph.native import Bitmap
 from blockgraph.node import Node
 from blockgraph.perm import ALL, Perm
+
+if TYPE_CHECKING:
+    from blockgraph.graph.description import Description
+    from blockgraph.graph.problem import Problem
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +214,13 @@ class Graph:
         finally:
             for backend in gates:
                 backend.open_gate()
+
+    @staticmethod
+    async def dry_run(description: Description, policy: OpenPolicy | None = None) -> list[Problem]:
+        """What goes wrong when everything described is opened, read-only and without locks."""
+        from blockgraph.graph.dry_run import dry_run
+
+        return await dry_run(description, policy)
 
     # Bitmaps.
 

@@ -16,8 +16,8 @@ import time
 
 from blockgraph.extent import Status
 
-#: A look-up that takes longer, seconds, is made in a thread the next time: tmpfs walks every page of a region, a network
-#: file system asks its server. (A thread costs about 60 microseconds, a look-up about one.)
+#: After a look-up that took longer, seconds, the next is made in a thread: tmpfs walks every page of a region, a
+#: network file system asks its server. (A thread costs about 60 microseconds, a look-up about one.)
 _QUICK = 500e-6
 
 
