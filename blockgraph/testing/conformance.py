@@ -8,32 +8,34 @@ compares with a bytearray; it follows `map` down to storage and compares again. 
 
 A filter of a third party, and its whole test:
 
-    class Invert(Filter):
-        '''Stores every bit inverted.'''
+    INVERTED = bytes(range(255, -1, -1))
 
+    class InvertOptions(NodeOptions, kw_only=True, frozen=True):
+        file: NodeRef
+
+    class Invert(Filter):
         name = "invert"
         Options = InvertOptions
-        zero_flags = Flag.NONE
         transparent = False
 
         async def pread(self, offset: int, buf: memoryview) -> None:
             await self.file.pread(offset, buf)
-            buf[:] = bytes(byte ^ 0xFF for byte in buf)
+            buf[:] = bytes(buf).translate(INVERTED)
 
         async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
-            await self.file.pwrite(offset, memoryview(bytes(byte ^ 0xFF for byte in buf)), flags)
+            await self.file.pwrite(offset, memoryview(bytes(buf).translate(INVERTED)), flags)
 
         async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
             raise self.unsupported("pwrite_zeroes")     # the node then writes zeroes through pwrite
 
         async def discard(self, offset: int, length: int) -> None:
-            raise self.unsupported("discard")
+            raise self.unsupported("discard")           # zeroes below would be 0xff here; so with truncate
+
+        async def truncate(self, size: int) -> None:
+            raise self.unsupported("truncate")
 
         async def block_status(self, offset: int, length: int) -> BlockStatus:
             return BlockStatus(offset, length, True, False, 0, self.node)
-
-    class InvertOptions(NodeOptions, kw_only=True, frozen=True):
-        file: NodeRef
 
     def test_invert():
         async def run():

@@ -90,6 +90,7 @@ async def check_cancelled_read(subject: Subject) -> None:
             subject.compare(0, buf, subject.model[:length], "read that was too fast to be cancelled")
         mark = bytes([0x3C]) * length
         buf[:] = mark
+        await _turn(2 * _TURNS[-1])
         await subject.expect_all(f"a read cancelled after {turns} turns of the loop")
         await _settle(subject.node)
         if buf != mark:
@@ -115,23 +116,29 @@ async def check_cancelled_write(subject: Subject) -> None:
         found = await subject.read(offset, length)
         _each_of(offset, found, [old, new], what)
         subject.model[offset : offset + length] = found
-        await subject.expect_all(what)
+        await _turn(2 * _TURNS[-1])
+        await subject.expect_all(f"{what}, a little later")
         await subject.write(offset, subject.fill(length))
-        await _settle(subject.node)
+        await _turn(2 * _TURNS[-1])
         await subject.expect_all(f"a write after {what}")
 
 
 async def _cancelled(request: Coroutine[Any, Any, object], turns: int) -> bool:
     """Start the request, cancel it after some turns of the loop and wait for its end. False: it had ended before."""
     task = asyncio.ensure_future(request)
-    for _ in range(turns):
-        await asyncio.sleep(0)
+    await _turn(turns)
     task.cancel()
     try:
         await task
     except asyncio.CancelledError:
         return True
     return False
+
+
+async def _turn(times: int) -> None:
+    """Let everything else that is ready run."""
+    for _ in range(times):
+        await asyncio.sleep(0)
 
 
 async def _settle(node: Node) -> None:

@@ -31,8 +31,8 @@ async def _walk_status(subject: Subject, offset: int, length: int) -> None:
         status = await _judge_status(subject, offset, end - offset)
         offset += status.length
         steps += 1
-    if steps > length // _SHORTEST + 2:
-        raise Violation(f"block status needs {steps} answers for {length} bytes; answer for the widest range known")
+        if steps > offset // _SHORTEST + 8:
+            raise Violation(f"block status gives {steps} answers for {offset} bytes; answer for the widest range known")
 
 
 async def _judge_status(subject: Subject, offset: int, length: int) -> BlockStatus:
@@ -72,8 +72,8 @@ async def check_map(subject: Subject) -> None:
         subject.compare(start, found, subject.model[start:end], f"following map({offset}, 1) = {_show(extent)}")
         offset = end
         steps += 1
-    if steps > subject.size // _SHORTEST + 2:
-        raise Violation(f"map needs {steps} answers for {subject.size} bytes; answer with the widest extent known")
+        if steps > offset // _SHORTEST + 8:
+            raise Violation(f"map gives {steps} answers for {offset} bytes; answer with the widest extent known")
     for offset, length in (subject.some_range() for _ in range(40)):
         found = await resolve(subject.node, offset, length)
         subject.compare(offset, found, subject.model[offset : offset + length], f"following map({offset}, {length})")

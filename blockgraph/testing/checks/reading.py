@@ -63,6 +63,11 @@ async def check_write_refused(subject: Subject) -> None:
 
 @check()
 async def check_flush(subject: Subject) -> None:
-    """A flush succeeds, also twice, and where nothing was or can be written."""
+    """A flush succeeds after writes, twice, and where nothing was or can be written."""
+    await subject.load()
     await subject.backend.flush()
+    if subject.backend.writable:
+        for offset in (0, subject.size - 1):
+            await subject.write(offset, b"x")
+            await subject.backend.flush()
     await subject.backend.flush()
