@@ -11,12 +11,16 @@ only one that really waits is continued by the loop. To the coroutine it is the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from typing import Any, cast
 
 _enter_task = asyncio.tasks._enter_task
 _leave_task = asyncio.tasks._leave_task
+
+
+def _call(function: Callable[..., Any], argument: object) -> Any:
+    return function(argument)
 
 
 class Request:
@@ -35,7 +39,8 @@ class Request:
         self._waits_for: asyncio.Future[Any] | None = None
         self._must_cancel = False
         self._cancel_requests = 0
-        self._step(None)
+        # Later steps are called by the loop, which enters the context itself.
+        self._step(None, self._context.run)
 
     def finished(self, result: Any, error: BaseException | None) -> None:
         """The coroutine has returned `result`, or raised `error`."""
@@ -73,7 +78,7 @@ class Request:
 
     # Driving.
 
-    def _step(self, error: BaseException | None) -> None:
+    def _step(self, error: BaseException | None, run: Callable[..., Any] = _call) -> None:
         if self._must_cancel:
             if not isinstance(error, asyncio.CancelledError):
                 error = asyncio.CancelledError()
@@ -82,9 +87,9 @@ class Request:
         _enter_task(self._loop, task)
         try:
             if error is None:
-                waits_for = self._context.run(self._coro.send, None)
+                waits_for = run(self._coro.send, None)
             else:
-                waits_for = self._context.run(self._coro.throw, error)
+                waits_for = run(self._coro.throw, error)
         except StopIteration as stop:
             result, error = stop.value, None
         except (KeyboardInterrupt, SystemExit) as stop:

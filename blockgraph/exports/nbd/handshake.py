@@ -119,7 +119,7 @@ class Handshake:
         flags = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
         await send_all(self.wire, protocol.GREETING.pack(protocol.NBD_MAGIC, protocol.OPTION_MAGIC, flags))
         answer = protocol.CLIENT_FLAGS.unpack(await recv_exactly(self.wire, protocol.CLIENT_FLAGS.size))[0]
-        if answer & ~flags:
+        if answer & ~int(flags):  # the complement of an IntFlag has its known bits only
             raise WireError(f"unknown client flags {answer:#x}", op="handshake")
         self._client = HandshakeFlag(answer)
         while True:

@@ -1,0 +1,101 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""An NBD server over disks in memory, and programs run against it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from blockgraph.exports.nbd import NbdExport, NbdServer
+from blockgraph.testing.memory_backend import MemoryBackend
+from blockgraph.testing.nbd_client import NbdClient, NbdWire
+
+SIZE = 1 << 20
+P = ParamSpec("P")
+
+
+def run_async(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Run an async test; fails when it leaves tasks or readers of the loop behind."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(_checked(test(*args, **kwargs)))
+
+    return run
+
+
+async def _checked(test: Coroutine[Any, Any, None]) -> None:
+    loop = asyncio.get_running_loop()
+    trouble: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: trouble.append(context))
+    await test
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not left, f"tasks left behind: {left}"
+    assert not trouble, f"exceptions in callbacks: {trouble}"
+
+
+@dataclass
+class Served:
+    """A server with one export, 'disk'."""
+
+    server: NbdServer
+    disk: MemoryBackend
+    path: str
+
+    async def client(self, export: str = "disk", **how: Any) -> NbdClient:
+        """A client in the transmission phase."""
+        return await NbdClient.connect_unix(self.path, export, **how)
+
+    async def wire(self) -> NbdWire:
+        """A connection on which nothing was said yet."""
+        return await NbdWire.unix(self.path)
+
+    async def greeted(self) -> NbdWire:
+        """A connection that may send options."""
+        wire = await self.wire()
+        await wire.greet()
+        return wire
+
+    async def idle(self) -> None:
+        """Until the server has no connection left."""
+        while self.server.connections:
+            await asyncio.sleep(0)  # lets the loop poll; no time passes
+
+    def uri(self, export: str = "disk") -> str:
+        """For libnbd's tools and qemu."""
+        return self.server.uri(export)
+
+
+@asynccontextmanager
+async def serving(
+    disk: MemoryBackend | None = None, *, writable: bool = True, size: int = SIZE, **server_args: Any
+) -> AsyncIterator[Served]:
+    """A server at a unix socket, closed at the end."""
+    disk = disk or MemoryBackend(size)
+    server = NbdServer(**server_args)
+    with tempfile.TemporaryDirectory(prefix="nbd") as directory:
+        path = str(Path(directory) / "s")
+        await server.listen_unix(path)
+        server.add_export(NbdExport("disk", disk.as_backend(), description="a test disk", writable=writable))
+        try:
+            yield Served(server, disk, path)
+        finally:
+            await server.close()
+
+
+async def run_tool(program: str, *args: str, ok: bool = True) -> str:
+    """Run a program while the loop goes on; its output. `ok`: it must succeed, or must fail."""
+    process = await asyncio.create_subprocess_exec(
+        program, *args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+    )
+    output = (await process.communicate())[0].decode()
+    assert (process.returncode == 0) is ok, f"{program} {' '.join(args)}: exit {process.returncode}\n{output}"
+    return output
