@@ -88,6 +88,7 @@ class BlockCopy:
         only_top: copy only what the source's top layer has allocated; the rest is dropped from the bitmap.
         bytes_copied: bytes of clusters done so far (copied, zeroed or dropped).
         bytes_moved: bytes that were read and written.
+        bytes_for_guest: of bytes_copied, what guest writes had to wait for.
     """
 
     def __init__(self, source: Child, target: Child, bitmap: Bitmap, *, serialising: bool) -> None:
@@ -100,6 +101,7 @@ class BlockCopy:
         self.only_top = False
         self.bytes_copied = 0
         self.bytes_moved = 0
+        self.bytes_for_guest = 0
         self._claims: list[Claim] = []
 
     def pending(self, offset: int, end: int) -> bool:
@@ -150,6 +152,7 @@ class BlockCopy:
                         leaves = await self._leaves(pins, claim.offset, claim.end)
                         rest = await self._copy_leaves(pins, leaves)
                     await self._copy_rest(rest)
+                self.bytes_for_guest += claim.end - claim.offset
             elif (other := self._overlapping(offset, end)) is not None:
                 await other.wait()
             else:

@@ -37,7 +37,7 @@ class OpenPolicy:
     directories: Sequence[str] | None = None
     follow: bool = True
 
-    def describe(self, node: str, image: str | None, name: str, wish: ImpliedChild, seen: frozenset[str]) -> _Allowed:
+    def describe(self, node: str, image: str | None, name: str, wish: ImpliedChild, seen: frozenset[str]) -> Allowed:
         """The description of the child `name` that the image behind `node` asks for.
 
         Args:
@@ -76,11 +76,18 @@ class OpenPolicy:
         if len(seen) >= MAX_CHAIN:
             raise refuse(f"makes a chain of more than {MAX_CHAIN}", "commit some layers into their backing files")
         inner = {"driver": "file", "filename": path, "read-only": True}
-        return _Allowed({"driver": wish.format, "read-only": True, "file": inner}, real)
+        return Allowed({"driver": wish.format, "read-only": True, "file": inner}, real)
 
 
 @dataclass(frozen=True)
-class _Allowed:
+class Allowed:
+    """What may be opened.
+
+    Attributes:
+        description: of the node to open.
+        real_path: of its file, links resolved.
+    """
+
     description: dict[str, Any]
     real_path: str
 
