@@ -159,5 +159,12 @@ def _add_job(model: Model, job: JobDescription) -> None:
     model.set_edge(key, "root", job.options.device, ROOT_ROLE, where=f"{job.where}.device")
     if job.target is not None:
         need = Perm.CONSISTENT_READ | Perm.WRITE
-        key = model.add_root(f"job:{job.id}:target", need, ALL & ~Perm.RESIZE, stays=True, owner=owner, where=job.where)
+        key = model.add_root(
+            f"job:{job.id}:target",
+            need,
+            ALL & ~Perm.RESIZE,
+            stays=True,
+            owner=f"{owner} (target)",
+            where=job.where,
+        )
         model.set_edge(key, "root", job.target, ROOT_ROLE, where=f"{job.where}.target")

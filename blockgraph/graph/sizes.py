@@ -35,17 +35,13 @@ def _walk(model: Model) -> tuple[dict[str, int], list[Problem]]:
         except GraphError as error:
             at_fault = edges.get(error.node or "")
             path = (at_fault.where if at_fault else None) or vertex.where or ""
-            problems.append(
-                Problem(
-                    kind=GraphError, message=f"{vertex.label}: {error.reason}", path=path, node=name, hint=error.hint
-                )
-            )
+            problems.append(Problem(kind=GraphError, message=error.reason, path=path, node=name, hint=error.hint))
         except OptionError as error:
             path = f"{vertex.where}.{error.path}" if vertex.where else error.path
             problems.append(
                 Problem(
                     kind=OptionError,
-                    message=f"{vertex.label}: {error.reason}",
+                    message=error.reason,
                     path=path,
                     node=name,
                     value=error.value,
