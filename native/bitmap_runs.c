@@ -116,9 +116,11 @@ int64_t bg_bitmap_extents(bg_bitmap *b, int64_t offset, int64_t end, bg_bitmap_e
     if (max < BG_BITMAP_EXTENTS_MIN)
         return -EINVAL;
     pthread_mutex_lock(&b->lock);
-    if (!end_ok(b, offset, &end)) {
+    bool ok = end_ok(b, offset, &end);
+    if (!ok || offset == end) {
         pthread_mutex_unlock(&b->lock);
-        return -EINVAL;
+        *next = end;
+        return ok ? 0 : -EINVAL;
     }
     uint64_t limit = granules(b, (uint64_t)end), *edge = (uint64_t *)out;
     size_t edges;

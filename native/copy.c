@@ -12,9 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#ifndef BUFFER
-#define BUFFER (256 << 10) /* fits a core's own cache: what was read is still there when it is written */
-#endif
+#define BUFFER (256 << 10)    /* fits a core's own cache: what was read is still there when it is written */
 #define CHUNK (1 << 20)       /* bytes a task copies before it looks for waiters and cancellation */
 #define ZERO_CHUNK (64 << 20) /* the same for ranges made zero, mostly one system call */
 #define ALIGNMENT 4096

@@ -24,7 +24,8 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             return
         root = Path(self.root)
         spec = importlib.util.spec_from_file_location("blockgraph_native_build", root / "native" / "build.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         builder = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(builder)
         build_data["pure_python"] = False

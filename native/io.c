@@ -13,7 +13,6 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#define SECTOR 512
 #define ZEROES (256 << 10)
 
 static bool range_ok(int64_t length, int64_t offset)
@@ -21,11 +20,11 @@ static bool range_ok(int64_t length, int64_t offset)
     return length >= 0 && offset >= 0 && length <= INT64_MAX - offset;
 }
 
-/* O_DIRECT refuses to go on behind a short read that ended inside a sector; that is the file's end, if the file agrees. */
+/* O_DIRECT refuses to go on behind a short read that ended inside a block; that is the file's end, if the file agrees. */
 static bool is_end_of_file(int fd, int64_t offset)
 {
     struct stat st;
-    return offset % SECTOR != 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && offset >= st.st_size;
+    return fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && offset >= st.st_size;
 }
 
 int64_t bg_pread(int fd, void *buf, int64_t length, int64_t offset)

@@ -57,7 +57,7 @@ int bg_is_zero(const void *buf, size_t length)
 
 int64_t bg_zero_runs(const void *buf, size_t length, size_t granularity, size_t start, bg_zero_run *out, size_t max)
 {
-    if (granularity == 0 || start % granularity || max == 0)
+    if (granularity == 0 || max == 0 || (start < length && start % granularity))
         return -EINVAL;
     const unsigned char *p = buf;
     size_t runs = 0;

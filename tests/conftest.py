@@ -21,18 +21,19 @@ def _missing(what: str) -> None:
     pytest.skip(f"{what} is missing")
 
 
-@pytest.fixture
-def require_tool() -> Callable[[str], str]:
-    """Path of an external program; skips without it, fails in CI."""
+def require_tool(name: str) -> str:
+    """Path of an external program; skips without it, fails in CI. To be imported from tests.conftest."""
+    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if found is None:
+        _missing(f"program '{name}'")
+    assert found is not None
+    return found
 
-    def require(name: str) -> str:
-        found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-        if found is None:
-            _missing(f"program '{name}'")
-        assert found is not None
-        return found
 
-    return require
+@pytest.fixture(name="require_tool")
+def _require_tool() -> Callable[[str], str]:
+    """The same as a fixture."""
+    return require_tool
 
 
 @pytest.fixture

@@ -105,7 +105,9 @@ class Bitmap:
         """Dirty bytes: marked granules times granularity, the last cut to the disk's end. Takes no scan."""
         return int(lib.bg_bitmap_count(self._bitmap))
 
-    def next_dirty(self, offset: int = 0, end: int | None = None, max_length: int | None = None) -> tuple[int, int] | None:
+    def next_dirty(
+        self, offset: int = 0, end: int | None = None, max_length: int | None = None
+    ) -> tuple[int, int] | None:
         """(offset, length) of the first dirty run in [offset, end), cut to that range and to max_length; None: no more.
 
         Args:
@@ -117,7 +119,9 @@ class Bitmap:
         """
         return self._find(lib.bg_bitmap_next_dirty, offset, end, max_length)
 
-    def next_clean(self, offset: int = 0, end: int | None = None, max_length: int | None = None) -> tuple[int, int] | None:
+    def next_clean(
+        self, offset: int = 0, end: int | None = None, max_length: int | None = None
+    ) -> tuple[int, int] | None:
         """The first clean run; arguments and result as in `next_dirty`."""
         return self._find(lib.bg_bitmap_next_clean, offset, end, max_length)
 
@@ -161,7 +165,7 @@ class Bitmap:
     def dirty_extents(self, offset: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
         """Each (offset, length) that `next_dirty` would find in turn, but fetched in large batches.
 
-        Changes made while iterating may be seen or not. A run that grows or joins another while iterating may come in pieces.
+        Changes made while iterating may be seen or not; a run that grows meanwhile may come in pieces.
 
         Raises:
             ValueError: an argument is out of range, or the disk shrank below `end` meanwhile.
@@ -283,7 +287,7 @@ def _call(function: Any, *args: Any) -> int:
 
 def _refuse_new(code: int, size: int, granularity: int) -> NoReturn:
     if code == -errno.EFBIG:
-        raise ValueError(f"a bitmap of {size} bytes at {granularity} has more than 2**38 bits; use a larger granularity")
+        raise ValueError(f"a bitmap of {size} bytes at {granularity} has more than 2**38 bits")
     if code == -errno.ENOMEM:
         raise MemoryError(f"no address space for a bitmap of {size} bytes at {granularity}")
     if code == _EINVAL:

@@ -38,8 +38,8 @@ class CopyFlag(IntFlag):
 class CopyExtent(NamedTuple):
     """`length` bytes from one descriptor to another; what lies past the source's end counts as zero.
 
-    The extents of one job must not overlap in their targets, nor a source with a target. With O_DIRECT, offsets and lengths
-    are as aligned as the descriptors need it.
+    The extents of one job must not overlap in their targets, nor a source with a target. With O_DIRECT, offsets and
+    lengths are as aligned as the descriptors need it.
     """
 
     # In the order of bg_copy_extent: lists of these are handed to C as they are.

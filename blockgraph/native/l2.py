@@ -28,13 +28,15 @@ class L2Kind(IntEnum):
 
 
 class L2Run(NamedTuple):
-    """`count` entries from `index` on that are of one kind, contiguous on the host, and equal in `copied`."""
+    """Entries in a row that are of one kind, contiguous on the host, and equal in `copied`."""
 
-    index: int
-    count: int
+    first: int
+    """Index of the first entry."""
+    clusters: int
+    """Entries in the run."""
     kind: L2Kind
     host_offset: int
-    """Bytes, of the first cluster; 0 for UNALLOCATED and ZERO; for INVALID the entry as it was found (signed 64 bits)."""
+    """Bytes, of the first cluster; 0 for UNALLOCATED and ZERO; INVALID: the entry as found (signed 64 bits)."""
     copied: bool
     """The refcount is exactly one, says the entry."""
     compressed_length: int
@@ -73,10 +75,10 @@ def decode_l2(
         count = lib.bg_l2_decode(view, start, stop, cluster_bits, version, options, out, _BATCH)
         fields = iter(ffi.unpack(flat, _FIELDS * count))
         runs += [
-            L2Run(index, length, _KINDS[kind], host, flags != 0, compressed)
-            for index, length, kind, host, flags, compressed in zip(*[fields] * _FIELDS, strict=True)
+            L2Run(first, clusters, _KINDS[kind], host, flags != 0, compressed)
+            for first, clusters, kind, host, flags, compressed in zip(*[fields] * _FIELDS, strict=True)
         ]
-        start = runs[-1].index + runs[-1].count
+        start = runs[-1].first + runs[-1].clusters
     return runs
 
 
@@ -97,8 +99,8 @@ def free_run_refcount16(block: Buffer, want: int, start: int = 0) -> tuple[int, 
     """Find `want` free clusters in a row in a refcount block of 16-bit entries.
 
     Returns:
-        (index, want) of the first such run; else (index, length) of the free run at the block's end, where the search goes on
-        in the next block; (entries, 0) when the block's last entry is in use.
+        (index, want) of the first such run; else (index, length) of the free run at the block's end, for the search
+        to go on in the next block; (entries, 0) when the block's last entry is in use.
     Raises:
         ValueError: start is past the block's end, want is below 1, or `block` is not a multiple of 2 bytes.
     """

@@ -2,7 +2,15 @@
 # SPDX-License-Identifier: MIT
 """File I/O on native threads for asyncio (native/queue.h): a loop collects many completions at one wake-up.
 
-INLINE_MEASURED
+Small transfers that need not wait for a device are made at once in the calling thread, without suspending the caller.
+Measured (Linux 6.18, 2 CPUs, asyncio, 4 KiB, microseconds per call: awaited one by one / 32 gathered, per call):
+
+    tmpfs read    inline 2.2 / 5.0    pool 44 / 16       tmpfs write   inline 2.1 / 4.9    pool 35 / 17
+    ext4 read     inline 1.6 / 4.3    pool 45 / 17       ext4 write    not inline          pool 41 / 18
+
+(64 KiB: 2 to 6 inline, 42 by the pool.) Reads in the page cache use RWF_NOWAIT. tmpfs refuses that flag but never waits,
+so it is recognised by fstatfs. Buffered writes to ext4 refuse it too, and may wait for the journal or be throttled as
+long as a device likes, so they go to the pool although most would be quick.
 """
 
 from __future__ import annotations
@@ -66,9 +74,9 @@ class _Shared:
 class Pool:
     """I/O on worker threads.
 
-    The coroutine methods belong to the loop the pool is attached to; `copy_blocking` to any thread. Operations have no order
-    among each other. Descriptors and buffers are used until the await has ended, and never after: a cancelled call waits for its
-    native operation (a copy is told to stop) before CancelledError goes on.
+    The coroutine methods belong to the loop the pool is attached to; `copy_blocking` to any thread. Operations have no
+    order among each other. Descriptors and buffers are used until the await has ended, and never after: a cancelled
+    call waits for its native operation (a copy is told to stop) before CancelledError goes on.
 
     Args:
         threads: of its own; None: the process's shared ones (the number of processors, at least 4).

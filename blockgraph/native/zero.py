@@ -56,7 +56,7 @@ def _triples(values: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def allocate_aligned(length: int, alignment: int = 4096) -> memoryview:
-    """A zeroed writable buffer whose address is a multiple of `alignment`, for O_DIRECT. Freed with the last view of it.
+    """A zeroed writable buffer at a multiple of `alignment`, for O_DIRECT. Freed with the last view of it.
 
     Args:
         length: bytes, at least 0.

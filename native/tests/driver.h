@@ -1,0 +1,34 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/* What the parts of the C driver share: each test function ends the program when something is not as it should be. */
+#ifndef DRIVER_H
+#define DRIVER_H
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define CHECK(condition)                                                                                                  \
+    do {                                                                                                                  \
+        if (!(condition)) {                                                                                               \
+            fprintf(stderr, "%s:%d: %s: not true: %s\n", __FILE__, __LINE__, __func__, #condition);                       \
+            abort();                                                                                                      \
+        }                                                                                                                 \
+    } while (0)
+
+/* The same numbers in every run. */
+static inline uint64_t next_random(uint64_t *state)
+{
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    return *state;
+}
+
+void test_bitmap(void);
+void test_copy(void);
+void test_qcow2_l2(void);
+void test_queue(void);
+void test_zero(void);
+
+#endif

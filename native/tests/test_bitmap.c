@@ -1,0 +1,152 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+#include "bitmap.h"
+#include "driver.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <string.h>
+
+#define GRANULE 512
+#define MOST_BITS 20000
+
+/* A byte per granule. */
+static unsigned char model[MOST_BITS];
+static bg_bitmap_extent extents[BG_BITMAP_EXTENTS_MIN];
+
+static void compare(bg_bitmap *b, int64_t bits)
+{
+    int64_t set = 0, at = 0, size = bits * GRANULE;
+    for (int64_t i = 0; i < bits; i++)
+        set += model[i];
+    CHECK(bg_bitmap_count(b) == set * GRANULE);
+    while (at < size) {
+        int64_t next;
+        int64_t n = bg_bitmap_extents(b, at, size, extents, BG_BITMAP_EXTENTS_MIN, &next);
+        CHECK(n >= 0 && next > at);
+        for (int64_t i = 0; i < n; i++) {
+            set -= (extents[i].end - extents[i].start) / GRANULE;
+            for (int64_t bit = extents[i].start / GRANULE; bit < extents[i].end / GRANULE; bit++)
+                CHECK(model[bit]);
+        }
+        at = next;
+    }
+    CHECK(set == 0);
+}
+
+static void random_steps(int64_t bits, uint64_t seed)
+{
+    bg_bitmap *b, *other;
+    CHECK(bg_bitmap_new(bits * GRANULE, GRANULE, &b) == 0);
+    memset(model, 0, sizeof(model));
+    for (int step = 0; step < 300; step++) {
+        int64_t from = (int64_t)(next_random(&seed) % (uint64_t)bits), left = bits - from;
+        int64_t count = 1 + (int64_t)(next_random(&seed) % (uint64_t)(step % 5 ? (left < 70 ? left : 70) : left));
+        int64_t offset = from * GRANULE, length = count * GRANULE;
+        bg_bitmap_extent run;
+        unsigned char bytes[MOST_BITS / 8 + 1];
+        switch (next_random(&seed) % 8) {
+        case 0:
+        case 1:
+        case 2:
+            CHECK(bg_bitmap_set(b, offset + 1, length - 1) == 0);
+            memset(model + from, 1, (size_t)count);
+            break;
+        case 3:
+            CHECK(bg_bitmap_reset(b, offset, length) == 0);
+            memset(model + from, 0, (size_t)count);
+            break;
+        case 4:
+            if (bg_bitmap_take(b, offset, BG_BITMAP_NO_LIMIT, length, &run))
+                for (int64_t bit = run.start / GRANULE; bit < run.end / GRANULE; bit++) {
+                    CHECK(model[bit]);
+                    model[bit] = 0;
+                }
+            break;
+        case 5:
+            from -= from % 8;
+            offset = from * GRANULE;
+            length = bits * GRANULE - offset;
+            count = bg_bitmap_serialised(b, offset, length);
+            CHECK(count == (bits - from + 7) / 8);
+            CHECK(bg_bitmap_serialise(b, offset, length, bytes, (size_t)count) == 0);
+            CHECK(bg_bitmap_serialise(b, offset, length, bytes, (size_t)count + 1) == -EINVAL);
+            for (int64_t i = 0; i < count; i++)
+                bytes[i] ^= 0x81;
+            CHECK(bg_bitmap_deserialise(b, offset, length, bytes, (size_t)count) == 0);
+            for (int64_t bit = from; bit < bits; bit++)
+                model[bit] ^= (bit - from) % 8 == 0 || (bit - from) % 8 == 7;
+            break;
+        case 6:
+            CHECK(bg_bitmap_copy(b, &other) == 0);
+            CHECK(bg_bitmap_truncate(b, (bits + 9000) * GRANULE) == 0);
+            CHECK(bg_bitmap_truncate(b, bits * GRANULE) == 0);
+            CHECK(bg_bitmap_merge(b, other) == 0);
+            bg_bitmap_free(other);
+            break;
+        default:
+            CHECK(bg_bitmap_new(bits * GRANULE, 4 * GRANULE, &other) == 0);
+            CHECK(bg_bitmap_set(other, offset, 1) == 0);
+            CHECK(bg_bitmap_merge(b, other) == 0);
+            for (int64_t bit = from - from % 4; bit < from - from % 4 + 4 && bit < bits; bit++)
+                model[bit] = 1;
+            bg_bitmap_free(other);
+        }
+        if (step % 20 == 0)
+            compare(b, bits);
+    }
+    compare(b, bits);
+    bg_bitmap_fill(b);
+    CHECK(bg_bitmap_count(b) == bits * GRANULE);
+    bg_bitmap_clear(b);
+    CHECK(bg_bitmap_count(b) == 0);
+    bg_bitmap_free(b);
+}
+
+#define SHARED_BITS 4096
+
+static void *set_and_take(void *arg)
+{
+    bg_bitmap *b = arg;
+    bg_bitmap_extent run;
+    int64_t taken = 0;
+    for (int64_t i = 0; i < SHARED_BITS; i++) {
+        CHECK(bg_bitmap_set(b, i * GRANULE, GRANULE) == 0);
+        if (i % 3 == 0 && bg_bitmap_take(b, 0, BG_BITMAP_NO_LIMIT, 4 * GRANULE, &run))
+            taken += run.end - run.start;
+        bg_bitmap_count(b);
+    }
+    return (void *)(intptr_t)taken;
+}
+
+static void threads_share_one(void)
+{
+    bg_bitmap *b;
+    pthread_t threads[4];
+    CHECK(bg_bitmap_new(SHARED_BITS * GRANULE, GRANULE, &b) == 0);
+    for (int i = 0; i < 4; i++)
+        CHECK(pthread_create(&threads[i], NULL, set_and_take, b) == 0);
+    for (int i = 0; i < 4; i++)
+        pthread_join(threads[i], NULL);
+    bg_bitmap_extent run;
+    int64_t left = bg_bitmap_count(b);
+    while (bg_bitmap_take(b, 0, BG_BITMAP_NO_LIMIT, BG_BITMAP_NO_LIMIT, &run) == 1)
+        left -= run.end - run.start;
+    CHECK(left == 0);
+    bg_bitmap_free(b);
+}
+
+void test_bitmap(void)
+{
+    static const int64_t sizes[] = {1, 63, 64, 65, 4095, 4096, 4097, 10000};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
+        random_steps(sizes[i], 88172645463325252u + i);
+    bg_bitmap *b;
+    CHECK(bg_bitmap_new(-1, GRANULE, &b) == -EINVAL);
+    CHECK(bg_bitmap_new(INT64_MAX, GRANULE, &b) == -EFBIG);
+    CHECK(bg_bitmap_new(0, GRANULE, &b) == 0);
+    CHECK(bg_bitmap_set(b, 0, 0) == 0 && bg_bitmap_set(b, 0, 1) == -EINVAL);
+    CHECK(bg_bitmap_set(b, INT64_MAX, INT64_MAX) == -EINVAL);
+    bg_bitmap_free(b);
+    threads_share_one();
+}
