@@ -51,7 +51,7 @@ class InjectRule(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fi
     def __post_init__(self) -> None:
         check_event(self.event)
         if isinstance(self.errno, str):
-            if self.errno not in _errno.errorcode.values():
+            if not (self.errno.startswith("E") and hasattr(_errno, self.errno)):
                 raise ValueError(f"unknown errno name '{self.errno}'")
         elif self.errno not in _errno.errorcode:
             raise ValueError(f"errno {self.errno} is no error of this system")

@@ -269,8 +269,8 @@ class InjectError(Filter):
             OSError(rule.code, ""),
             node=self.node.name,
             op=op,
-            offset=offset,
-            length=length,
+            offset=offset if length else None,
+            length=length or None,
             hint=f"injected after event '{rule.event}'",
         )
 

@@ -32,7 +32,7 @@ Example:
     file = {driver = "file", filename = "disk.qcow2"}
     log = {driver = "file", filename = "writes.log"}
 
-`mark(text)` puts a text into the log.
+`mark(text)` puts a text into the log, `sync_log()` makes all of it readable while the node is open.
 
 Limits: overlapping writes go one after the other, and the log is written by one request at a time. Write-zeroes is
 logged as a write of zeroes (sparse, if the log can be). A log that can not be written fails the request, after the
@@ -150,10 +150,17 @@ class LogWrites(Filter):
         self.request_alignment = max(self.request_alignment, self._sector_size)
 
     async def close(self) -> None:
-        if self._super_entries is not None and self._super_entries != self._entries:
-            await self._store_super()
+        await self.sync_log()
 
     # The log.
+
+    async def sync_log(self) -> None:
+        """Let the stored log be complete up to here; before, it is complete up to the last flush, at least.
+
+        Raises: IOFailure: the log could not be written.
+        """
+        if self._super_entries is not None and self._super_entries != self._entries:
+            await self._store_super()
 
     async def mark(self, text: str) -> None:
         """Put a text into the log, after everything that has completed.
