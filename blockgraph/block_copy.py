@@ -149,6 +149,7 @@ class BlockCopy:
             if claim is not None:
                 with self._copying(claim):
                     async with Pins() as pins:
+                        await self._hold_target(pins, claim.offset, claim.end)
                         leaves = await self._leaves(pins, claim.offset, claim.end)
                         rest = await self._copy_leaves(pins, leaves)
                     await self._copy_rest(rest)
@@ -177,10 +178,19 @@ class BlockCopy:
             if claim is None:
                 return end
             with self._copying(claim):
+                if self.serialising:
+                    await pins.release()
+                    await self._hold_target(pins, claim.offset, claim.end)
+                    leaves = await self._leaves(pins, claim.offset, claim.end)
                 rest = await self._copy_leaves(pins, _clip(leaves, claim.offset, claim.end))
                 await pins.release()
                 await self._copy_rest(rest)
         return claim.end
+
+    async def _hold_target(self, pins: Pins, offset: int, end: int) -> None:
+        """Let nobody read the target through to the source while the copy that comes between them is made."""
+        if self.serialising:
+            await pins.hold(self.target.node, offset, end - offset)
 
     @contextmanager
     def _copying(self, claim: Claim) -> Iterator[None]:
@@ -234,13 +244,21 @@ class BlockCopy:
                 _extend(rest.special, leaf.offset, leaf.length)
             else:
                 await self._plan(pins, leaf, extents, storages, rest.special)
+        await self._copy_planned(pins, extents, storages)
+        return rest
+
+    async def _copy_planned(
+        self, pins: Pins, extents: list[CopyExtent], storages: list[tuple[Node, Node]]
+    ) -> None:
+        """Copy and link in what has been planned; the lists are empty afterwards."""
         if extents:
             await self._copy_native(extents, storages)
-            try:
-                await pins.commit()
-            except BlockGraphError as error:
-                raise CopyFailed(error, "target") from error
-        return rest
+            extents.clear()
+            storages.clear()
+        try:
+            await pins.commit()
+        except BlockGraphError as error:
+            raise CopyFailed(error, "target") from error
 
     async def _copy_rest(self, rest: _Rest) -> None:
         """Through the nodes; no pins may be held, these requests would wait for them."""
@@ -274,9 +292,12 @@ class BlockCopy:
         pos, end = leaf.offset, leaf.offset + leaf.length
         while pos < end:
             try:
-                room = await pins.write(self.target.node, pos, end - pos, serialising=self.serialising)
+                room = await pins.write(self.target.node, pos, end - pos)
             except BlockGraphError as error:
                 raise CopyFailed(error, "target") from error
+            if room is None:
+                await self._copy_planned(pins, extents, storages)
+                continue
             if room.storage is None:
                 _extend(special, pos, room.length)
             else:

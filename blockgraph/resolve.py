@@ -54,7 +54,7 @@ class Pins:
     def __init__(self) -> None:
         self._held: list[tuple[Node, Request]] = []
         self._written: list[tuple[Node, int, int]] = []
-        self._allocations: list[Allocation] = []
+        self._allocations: list[tuple[Node, Allocation]] = []
 
     async def __aenter__(self) -> Self:
         return self
@@ -68,7 +68,7 @@ class Pins:
         """Give up what is held, and allocations not committed. The end of the block does this, too."""
         try:
             while self._allocations:
-                await self._allocations.pop().abort()
+                await self._allocations.pop()[1].abort()
         finally:
             for node, offset, length in self._written:
                 node.changed(offset, length)
@@ -80,7 +80,17 @@ class Pins:
     async def commit(self) -> None:
         """Link in everything allocated, deepest node first; the data has been written."""
         while self._allocations:
-            await self._allocations.pop().commit()
+            await self._allocations.pop()[1].commit()
+
+    async def hold(self, node: Node, offset: int, length: int) -> None:
+        """Be a serialising request on the whole clusters of the range, until the end of the block.
+
+        Take it before anything else: whoever it waits for may need what is held here.
+        """
+        unit = node.driver.info().cluster_size or 1
+        start = offset - offset % unit
+        end = offset + length + -(offset + length) % unit
+        self._held.append((node, await node.begin(start, end - start, serialising=True, owner=self)))
 
     async def read(self, node: Node, offset: int, length: int) -> Leaf:
         """Where the bytes at `offset` are; at most `length` of them, inside the node or past its end (zeroes)."""
@@ -117,28 +127,30 @@ class Pins:
             return Leaf(start, run, Status.SPECIAL, depth=depth)
         return Leaf(start, run, Status.DATA, node, offset, depth)
 
-    async def write(self, node: Node, offset: int, length: int, *, serialising: bool = False) -> Leaf:
+    async def write(self, node: Node, offset: int, length: int) -> Leaf | None:
         """Where new bytes for `offset` may be put, at most `length` of them; allocates.
 
-        SPECIAL: only the node's own pwrite can; call that after this block has ended.
+        SPECIAL: only the node's own pwrite can; call that after this block has ended. None: the cluster belongs to an
+        allocation of this block that is not committed; fill and `commit` what there is, then ask again.
         """
         start = offset
-        top = True
         mine = len(self._allocations)
         while True:
             special = Leaf(start, length, Status.SPECIAL)
             if node.options.detect_zeroes != "off":
                 return await self._give_up(special, mine)
-            self._held.append((node, await node.begin(offset, length, serialising=serialising and top, owner=self)))
-            top = False
+            self._held.append((node, await node.begin(offset, length, owner=self)))
             self._written.append((node, offset, length))
             extent = (await node.map(offset, length)).clip(offset, length)
             if extent.status is not Status.DATA or not extent.writable:
+                if self._allocated(node, offset):
+                    await self._give_up(special, mine)
+                    return None
                 try:
                     allocation = await node.driver.allocate(offset, length)
                 except Unsupported:
                     return await self._give_up(special, mine)
-                self._allocations.append(allocation)
+                self._allocations.append((node, allocation))
                 extent = allocation.extent
             length = extent.length
             if extent.child is not None:
@@ -149,8 +161,19 @@ class Pins:
                 return await self._give_up(special._replace(length=length), mine)
             return Leaf(start, length, Status.DATA, node, extent.child_offset)
 
+    def _allocated(self, node: Node, offset: int) -> bool:
+        """An allocation that is not committed has the cluster: `allocate` would wait for it, and so for us."""
+        unit = node.driver.info().cluster_size or 1
+        start = offset - offset % unit
+        return any(
+            other is node
+            and allocation.extent.offset < start + unit
+            and start < allocation.extent.offset + allocation.extent.length
+            for other, allocation in self._allocations
+        )
+
     async def _give_up(self, special: Leaf, mine: int) -> Leaf:
         """Nobody will fill what this answer allocated on its way."""
         while len(self._allocations) > mine:
-            await self._allocations.pop().abort()
+            await self._allocations.pop()[1].abort()
         return special
