@@ -15,8 +15,9 @@ import errno
 import fcntl
 import logging
 import os
+from collections.abc import Callable
 from mmap import PAGESIZE
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, ParamSpec, TypeVar
 
 from blockgraph.driver import Protocol
 from blockgraph.errors import GraphError, IOFailure, OptionError
@@ -26,6 +27,9 @@ from blockgraph.options import NodeOptions
 from blockgraph.perm import ALL, Perm
 from blockgraph.protocols.direct import BUFFERED, DirectAlignment, address_of, direct_alignment
 from blockgraph.protocols.locks import ImageLock, LockConflict, LocksUnavailable
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +116,7 @@ class DescriptorDriver(Protocol):
     async def open(self) -> None:
         self._check_options(self.options)
         self._pool = get_pool(asyncio.get_running_loop())
-        await asyncio.to_thread(self._open)
+        await in_thread(self._open)
 
     def _open(self) -> None:
         options = self.options
@@ -132,23 +136,25 @@ class DescriptorDriver(Protocol):
         lock, self._lock = self._lock, None
         descriptors = [fd for fd in (self._tail_fd, self._pending_fd, self._fd) if fd >= 0]
         self._fd = self._tail_fd = self._pending_fd = -1
-        await asyncio.to_thread(self._close_all, lock, descriptors)
+        await in_thread(self._close_all, lock, descriptors)
 
     def _close_all(self, lock: ImageLock | None, descriptors: list[int]) -> None:
-        try:
-            for fd in descriptors:
+        failure: OSError | None = None
+        for fd in descriptors:
+            try:
                 os.close(fd)
-        except OSError as error:
-            raise IOFailure.from_oserror(error, node=self.node.name, op="close") from error
-        finally:
-            # Last: nobody may take the image over while we can still write it.
-            if lock is not None:
-                lock.release()
+            except OSError as error:  # the descriptor is gone all the same
+                failure = error
+        # Last: nobody may take the image over while we can still write it.
+        if lock is not None:
+            lock.release()
+        if failure is not None:
+            raise self._failure(failure, "close") from failure
 
     async def prepare_perm(self, need: Perm, share: Perm) -> None:
         if self.options.force_share:
             share = ALL
-        await asyncio.to_thread(self._acquire, need, share)
+        await in_thread(self._acquire, need, share)
 
     def _acquire(self, need: Perm, share: Perm) -> None:
         if self.options.locking != "off":
@@ -396,6 +402,24 @@ class DescriptorDriver(Protocol):
     def _failure(self, error: OSError, op: str, offset: int | None = None, length: int | None = None) -> IOFailure:
         named = OSError(error.errno, error.strerror, self.options.filename)
         return IOFailure.from_oserror(named, node=self.node.name, op=op, offset=offset, length=length)
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function that may block in a thread.
+
+    Cancelled: the call is waited for all the same, so that nothing changes behind the driver's back.
+    """
+    task = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        task.exception()
+        raise asyncio.CancelledError
+    return task.result()
 
 
 def _is_writable(fd: int) -> bool:

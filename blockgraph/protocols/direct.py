@@ -27,7 +27,8 @@ _MASK, _MEM_ALIGN, _OFFSET_ALIGN = 0, 152, 156
 
 #: Tried in this order.
 _CANDIDATES = (512, 1024, 2048, 4096)
-_LARGEST = 65536
+#: More than a page can not be had from allocate_aligned.
+_LARGEST = mmap.PAGESIZE
 
 
 class DirectAlignment(NamedTuple):

@@ -41,7 +41,6 @@ again. Regular files only; for disks use `host_device`.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import stat
@@ -50,7 +49,14 @@ from blockgraph.driver import Info
 from blockgraph.errors import GraphError
 from blockgraph.extent import Status
 from blockgraph.flags import Flag
-from blockgraph.protocols.descriptor import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, DescriptorDriver, DescriptorOptions
+from blockgraph.protocols.descriptor import (
+    KEEP_SIZE,
+    PUNCH_HOLE,
+    ZERO_RANGE,
+    DescriptorDriver,
+    DescriptorOptions,
+    in_thread,
+)
 from blockgraph.protocols.holes import DataRegion
 
 _KINDS = (
@@ -159,11 +165,11 @@ class File(DescriptorDriver):
 
     async def truncate(self, size: int) -> None:
         try:
-            await asyncio.to_thread(os.ftruncate, self._fd, size)
+            await in_thread(os.ftruncate, self._fd, size)
         except OSError as error:
             raise self._failure(error, "truncate", size) from error
         finally:
             self._data.forget()
-        self._size = size
-        if size % self._alignment.offset:
-            self._whole_pages()
+            self._size = self._read_size()
+            if self._size % self._alignment.offset:
+                self._whole_pages()

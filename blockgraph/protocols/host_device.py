@@ -27,7 +27,6 @@ tree (not between containers with device files of their own). Character devices 
 from __future__ import annotations
 
 import array
-import asyncio
 import errno
 import fcntl
 import os
@@ -37,7 +36,14 @@ import struct
 from blockgraph.driver import Info
 from blockgraph.errors import GraphError, OutOfRange
 from blockgraph.flags import Flag
-from blockgraph.protocols.descriptor import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, DescriptorDriver, DescriptorOptions
+from blockgraph.protocols.descriptor import (
+    KEEP_SIZE,
+    PUNCH_HOLE,
+    ZERO_RANGE,
+    DescriptorDriver,
+    DescriptorOptions,
+    in_thread,
+)
 
 #: ioctl requests of <linux/fs.h>.
 BLKROGET = 0x125E
@@ -121,7 +127,7 @@ class HostDevice(DescriptorDriver):
         if not self._is_block or not self._can_discard:
             raise self.unsupported("discard")
         try:
-            await asyncio.to_thread(discard_range, self._fd, offset, length)
+            await in_thread(discard_range, self._fd, offset, length)
         except OSError as error:
             if error.errno in _NO_DISCARD:
                 self._can_discard = False

@@ -246,7 +246,7 @@ def test_raw_read_only_refuses_writes() -> None:
         pytest.param({"size": 0}, ALL & ~Perm.RESIZE, id="empty"),
     ],
 )
-def test_raw_permissions_pass_and_a_window_keeps_the_size(window: dict[str, int], share: Perm) -> None:
+def test_raw_permissions_pass_and_a_window_keeps_the_size(window: dict[str, Any], share: Perm) -> None:
     options = make_node("raw", file="below", **window).options
     for need in (NONE, READ, EVERYTHING):
         assert Raw.child_perm(options, "file", need, ALL, read_only=False) == (need, share)
@@ -267,7 +267,8 @@ def test_raw_reopen_moves_the_window() -> None:
         async with raw_over_memory(1000) as disk:
             await write(disk, 100, b"inside")
             driver = disk.node.driver
-            for wrong in ({"offset": 900, "size": 101}, {"offset": 1001}):
+            refused: list[dict[str, Any]] = [{"offset": 900, "size": 101}, {"offset": 1001}]
+            for wrong in refused:
                 with pytest.raises(GraphError, match="window ends"):
                     driver.reopen_check(make_node("raw", file="below", **wrong).options)
             new = make_node("raw", file="below", offset=100, size=6).options

@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.harness import opened, read, write
@@ -21,7 +22,7 @@ def test_raw_window_agrees_with_qemu(
 ) -> None:
     image, theirs = tmp_path / "image", tmp_path / "theirs"
     image.write_bytes(os.urandom(1 << 20))
-    window = {"offset": offset} if size is None else {"offset": offset, "size": size}
+    window: dict[str, Any] = {"offset": offset} if size is None else {"offset": offset, "size": size}
 
     async def run() -> bytes:
         async with (
@@ -34,6 +35,6 @@ def test_raw_window_agrees_with_qemu(
 
     ours = asyncio.run(run())
     described = {"driver": "raw", "file": {"driver": "file", "filename": str(image)}, **window}
-    command = [require_tool("qemu-img"), "convert", "-O", "raw", f"json:{json.dumps(described)}", theirs]
+    command = [require_tool("qemu-img"), "convert", "-O", "raw", f"json:{json.dumps(described)}", str(theirs)]
     subprocess.run(command, check=True, timeout=60)
     assert theirs.read_bytes() == ours

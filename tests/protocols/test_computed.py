@@ -126,7 +126,7 @@ def test_sparse_random_same_seed_same_bytes_for_all_time() -> None:
     """The bytes are a promise: test data made by an older version must verify with a newer one."""
 
     async def run() -> list[Any]:
-        shape = {"size": MIB, "percent": 30, "runlength": 32768}
+        shape: dict[str, Any] = {"size": MIB, "percent": 30, "runlength": 32768}
         async with opened("sparse-random", seed=42, need=READ, **shape) as child:
             found: list[Any] = (await extents(child))[:4]
             disk = await read(child, 0, MIB)

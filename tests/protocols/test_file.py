@@ -405,6 +405,20 @@ def test_file_cancelled_write_leaves_true_size(folder: Path) -> None:
     asyncio.run(run())
 
 
+def test_file_cancelled_truncate_has_happened(folder: Path) -> None:
+    path = sparse(folder / "image", KIB)
+
+    async def run() -> None:
+        async with opened("file", filename=str(path)) as child:
+            task = asyncio.create_task(child.truncate(MIB))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert child.node.size() == path.stat().st_size
+
+    asyncio.run(run())
+
+
 # Opening.
 
 
@@ -485,6 +499,26 @@ def test_file_close_releases_descriptors(image: Path) -> None:
         assert os.listdir("/proc/self/fd") == before
         await _refused(image / "absent")
         assert os.listdir("/proc/self/fd") == before
+
+    asyncio.run(run())
+
+
+def test_file_cancelled_open_leaves_no_descriptor(image: Path) -> None:
+    async def run() -> None:
+        async with opened("file", filename=str(image)):
+            pass  # the pool's own descriptors appear
+        before = os.listdir("/proc/self/fd")
+        for step in ("open", "hold"):
+            node = make_node("file", filename=str(image))
+            if step == "hold":
+                await node.driver.open()
+            task = asyncio.create_task(node.driver.open() if step == "open" else hold(node, EVERYTHING))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await node.driver.close()
+            assert os.listdir("/proc/self/fd") == before
 
     asyncio.run(run())
 
