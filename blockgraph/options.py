@@ -37,6 +37,7 @@ class NodeOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_f
         node_name: letters, digits, '-', '.', '_', starting with a letter, at most 31; generated when omitted.
         discard: "unmap" passes discards on, "ignore" drops them. (QEMU's default is "ignore"; a silently dropped
             discard helps nobody, so here it is "unmap".)
+        cache: how the host caches.
         read_only: refuse writes; the image is opened read-only.
         auto_read_only: open read-only where writing is not possible or not needed.
         force_share: read an image that others write (needs read-only).

@@ -111,10 +111,10 @@ def _examine(source: Source, problems: list[Problem]) -> tuple[Description, list
     if reader.complete:
         problems += unused(model)
     _children_first(reader.description, model)
-    return reader.description, _placed(source, problems)
+    return reader.description, placed(source, problems)
 
 
-def _placed(source: Source, problems: list[Problem]) -> list[Problem]:
+def placed(source: Source, problems: list[Problem]) -> list[Problem]:
     """Each problem once, with its place, in the order of the file."""
     placed: dict[tuple[str, str], Problem] = {}
     for problem in problems:
@@ -335,4 +335,5 @@ __all__ = [
     "examine",
     "flatten_node",
     "load",
+    "placed",
 ]

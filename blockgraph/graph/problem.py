@@ -88,7 +88,7 @@ class Problem:
         if self.severity == "warning":
             parts.append("warning")
         text = ": ".join([*parts, self.message])
-        return f"{text}; {self.remedy}" if self.remedy else text
+        return printable(f"{text}; {self.remedy}" if self.remedy else text)
 
     def to_error(self) -> BlockGraphError:
         """The exception for this problem; its text is the problem's."""
@@ -135,6 +135,11 @@ class Problem:
     def at(self, where: Where) -> Problem:
         """The same problem at a place in a file."""
         return replace(self, where=where)
+
+
+def printable(text: str) -> str:
+    """Text without control and formatting characters: names in a graph file must not write to a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def errors(problems: Iterable[Problem]) -> list[Problem]:

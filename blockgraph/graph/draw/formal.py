@@ -8,7 +8,8 @@ import json
 from typing import Any
 
 from blockgraph.cli.text import format_size
-from blockgraph.graph.draw.picture import Box, Line, Picture, letters, printable, role_words
+from blockgraph.graph.draw.picture import Box, Line, Picture, letters, role_words
+from blockgraph.graph.problem import printable
 
 _DOT_SHAPES = {
     "root": "shape=cds, style=filled, fillcolor=gray92",

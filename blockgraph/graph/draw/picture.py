@@ -132,8 +132,3 @@ def _node(vertex: NodeVertex, size: int | None) -> Box:
 def _line(edge: Edge) -> Line:
     name = "" if edge.name == ROOT_EDGE and edge.parent.startswith("@") else edge.name
     return Line(parent=edge.parent, child=edge.child, name=name, role=edge.role, need=edge.need, share=edge.share)
-
-
-def printable(text: str) -> str:
-    """Text without control and formatting characters, which could make a terminal or a viewer lie."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)

@@ -22,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from blockgraph.cli.text import format_size
-from blockgraph.graph.draw.picture import LEGEND, Box, Line, Picture, letters, printable
+from blockgraph.graph.draw.picture import LEGEND, Box, Line, Picture, letters
+from blockgraph.graph.problem import printable
 
 #: A tree deeper than this goes on as a tree of its own below, or it would leave the terminal.
 _MAX_DEPTH = 24
