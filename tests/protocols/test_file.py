@@ -11,19 +11,23 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.harness import EVERYTHING, READ, WRITE, extents, hold, make_node, opened, read, write
+from helpers.loop import backend_over, in_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockgraph.backend import Backend
 from blockgraph.errors import BlockGraphError, GraphError, IOFailure, NoSpace, OptionError, ReadOnly, Unsupported
 from blockgraph.flags import Flag
 from blockgraph.node import Child
 from blockgraph.perm import NONE
 from blockgraph.protocols.file import File
+from blockgraph.testing import check_driver
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -142,6 +146,19 @@ def test_file_direct_buffer_in_any_memory_works(folder: Path) -> None:
                 assert bytes(back) == data[shift : shift + 16 * KIB]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+@in_loop
+async def test_file_on_tmpfs_conforms(tmpfs: Path, direct: bool) -> None:
+    path = sparse(tmpfs / "image", 70_001)
+    node = {"node-name": "it", "driver": "file", "filename": str(path), "cache": {"direct": direct}}
+
+    def make() -> AbstractAsyncContextManager[Backend]:
+        sparse(path, 70_001)
+        return backend_over(node)
+
+    await check_driver(make, size=70_001)
 
 
 class FileModel:

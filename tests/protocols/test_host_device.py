@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from helpers.harness import READ, extents, make_node, opened, read, write
+from helpers.loop import backend_over, in_loop
 
 from blockgraph.errors import GraphError, IOFailure, OutOfRange, Unsupported
 from blockgraph.flags import Flag
 from blockgraph.protocols import host_device
 from blockgraph.protocols.descriptor import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from blockgraph.protocols.host_device import HostDevice
+from blockgraph.testing import check_driver
 
 MIB = 1 << 20
 
@@ -49,6 +51,15 @@ def test_device_requests_of_any_alignment_agree_with_model(
             assert await extents(child) == [(0, 4 * MIB, "data")]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+@pytest.mark.parametrize("sector", [512, 4096])
+@in_loop
+async def test_device_conforms(loop_device: Callable[..., str], sector: int, direct: bool) -> None:
+    device = loop_device(1 << 17, "--sector-size", str(sector))
+    node = {"node-name": "it", "driver": "host_device", "filename": device, "cache": {"direct": direct}}
+    await check_driver(lambda: backend_over(node, resize=False), size=1 << 17)
 
 
 def test_device_discard_frees_storage_below(loop_device: Callable[..., str], tmp_path: Path) -> None:
