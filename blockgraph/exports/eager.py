@@ -11,7 +11,7 @@ only one that really waits is continued by the loop. To the coroutine it is the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ class Request:
     Use from the loop's thread, outside of any task.
     """
 
-    __slots__ = ("__weakref__", "_cancel_requests", "_context", "_coro", "_loop", "_must_cancel", "_waits_for")
+    __slots__ = ("__weakref__", "_cancel_requests", "_context", "_coro", "_done", "_loop", "_must_cancel", "_waits_for")
 
     def start(self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any]) -> None:
         """Run `coro` until it waits or ends; `finished` may be called before this returns."""
@@ -39,6 +39,7 @@ class Request:
         self._waits_for: asyncio.Future[Any] | None = None
         self._must_cancel = False
         self._cancel_requests = 0
+        self._done = False
         # Later steps are called by the loop, which enters the context itself.
         self._step(None, self._context.run)
 
@@ -54,6 +55,10 @@ class Request:
         if self._waits_for is None or not self._waits_for.cancel(msg):
             self._must_cancel = True
         return True
+
+    def done(self) -> bool:
+        """The coroutine has ended."""
+        return self._done
 
     def cancelling(self) -> int:
         """How many cancellations are pending."""
@@ -72,7 +77,7 @@ class Request:
         """For debuggers."""
         return repr(self)
 
-    def get_coro(self) -> Coroutine[Any, Any, Any] | Generator[Any, None, Any]:
+    def get_coro(self) -> Coroutine[Any, Any, Any]:
         """For debuggers."""
         return self._coro
 
@@ -86,13 +91,11 @@ class Request:
         task = cast("asyncio.Task[Any]", self)
         _enter_task(self._loop, task)
         try:
-            if error is None:
-                waits_for = run(self._coro.send, None)
-            else:
-                waits_for = run(self._coro.throw, error)
+            waits_for = run(self._coro.send, None) if error is None else run(self._coro.throw, error)
         except StopIteration as stop:
             result, error = stop.value, None
         except (KeyboardInterrupt, SystemExit) as stop:
+            self._done = True
             self.finished(None, stop)
             raise
         except BaseException as failure:
@@ -102,6 +105,7 @@ class Request:
             return
         finally:
             _leave_task(self._loop, task)
+        self._done = True
         self.finished(result, error)
 
     def _wait(self, waits_for: asyncio.Future[Any] | None) -> None:

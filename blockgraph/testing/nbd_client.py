@@ -401,7 +401,13 @@ class NbdClient:
         pending = self._pending[cookie] = _Pending(offset, length)
         if command == Cmd.READ and not self.structured:
             self._simple_data[cookie] = length
-        await self.wire.send_request(command, cookie, offset, length, flags=flags, data=data)
+        try:
+            await self.wire.send_request(command, cookie, offset, length, flags=flags, data=data)
+        except BaseException:
+            pending.done.cancel()  # if it failed already: nobody will ask for that error any more
+            if pending.done.done() and not pending.done.cancelled():
+                pending.done.exception()
+            raise
         replies = await pending.done
         for reply in replies:
             if reply.error:

@@ -9,7 +9,8 @@ import asyncio
 import pytest
 
 from blockgraph.exports.nbd import NbdExport, protocol
-from blockgraph.exports.nbd.protocol import HandshakeFlag, Info, Opt, Rep, TransmissionFlag as Flag
+from blockgraph.exports.nbd.protocol import HandshakeFlag, Info, Opt, Rep
+from blockgraph.exports.nbd.protocol import TransmissionFlag as Flag
 from blockgraph.testing.memory_backend import MemoryBackend
 from blockgraph.testing.nbd_client import NbdWire, OptionRefusedError, string
 from tests.helpers.nbd import SIZE, run_async, serving
@@ -118,12 +119,7 @@ async def test_go_known_export_tells_flags_and_sizes() -> None:
 async def test_go_read_only_export_offers_no_writes() -> None:
     async with serving(writable=False) as served, await served.client(structured=False) as client:
         assert client.flags == (
-            Flag.HAS_FLAGS
-            | Flag.READ_ONLY
-            | Flag.SEND_FLUSH
-            | Flag.SEND_FUA
-            | Flag.CAN_MULTI_CONN
-            | Flag.SEND_CACHE
+            Flag.HAS_FLAGS | Flag.READ_ONLY | Flag.SEND_FLUSH | Flag.SEND_FUA | Flag.CAN_MULTI_CONN | Flag.SEND_CACHE
         )
 
 
@@ -345,7 +341,5 @@ async def test_client_leaves_during_handshake_leaves_nothing() -> None:
             await wire.send(good[:cut])
             await wire.close()
         await served.idle()
-        assert isinstance(await (client := await served.client()).pread(0, 1), bytes)
-        await client.disconnect()
-
-
+        async with await served.client() as client:
+            assert await client.pread(0, 1) == b"\0"

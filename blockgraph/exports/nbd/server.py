@@ -183,6 +183,12 @@ class NbdServer:
             connection.shutdown()
         await self._wait(set(self._connections))
 
+    def abort(self) -> None:
+        """Disconnect every client at once and cancel what is in flight; a `close` that waits for them then ends."""
+        for connection in list(self._connections):
+            connection.abort()
+            connection.cancel()
+
     async def _wait(self, connections: set[_Connection]) -> None:
         """Until all have ended, by the hardest means at last."""
         if not connections:

@@ -110,7 +110,7 @@ class Transmission:
     def shutdown(self) -> None:
         """Let requests in flight end, refuse new ones, then disconnect."""
         self._shutdown = True
-        self._check_end()
+        self._flush()
 
     def abort(self) -> None:
         """Disconnect now. Requests in flight go on; their results go nowhere."""
@@ -181,7 +181,7 @@ class Transmission:
             self._broken(WireError("the client left in the middle of a request", op="receive"))
             return
         self._stop_input()
-        self._check_end()
+        self._flush()  # TLS may have words of its own to send
 
     def _stop_input(self) -> None:
         self._ending = True
@@ -363,7 +363,7 @@ class Transmission:
             self._resume()
 
     def _flush(self) -> None:
-        """Send what the socket takes; ask to be called again for the rest."""
+        """Send what the socket takes; ask to be called again for the rest. Disconnect when that was the last."""
         if self._writing or self._closed:
             return
         try:
