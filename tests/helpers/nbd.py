@@ -76,14 +76,14 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    disk: MemoryBackend | None = None, *, writable: bool = True, size: int = SIZE, **server_args: Any
+    disk: MemoryBackend | None = None, *, writable: bool = True, size: int = SIZE, tcp: bool = False, **server_args: Any
 ) -> AsyncIterator[Served]:
-    """A server at a unix socket, closed at the end."""
+    """A server at a unix socket (or a TCP port of this machine), closed at the end."""
     disk = disk or MemoryBackend(size)
     server = NbdServer(**server_args)
     with tempfile.TemporaryDirectory(prefix="nbd") as directory:
         path = str(Path(directory) / "s")
-        await server.listen_unix(path)
+        await (server.listen_tcp("127.0.0.1", 0) if tcp else server.listen_unix(path))
         server.add_export(NbdExport("disk", disk.as_backend(), description="a test disk", writable=writable))
         try:
             yield Served(server, disk, path)
@@ -91,10 +91,10 @@ async def serving(
             await server.close()
 
 
-async def run_tool(program: str, *args: str, ok: bool = True) -> str:
+async def run_tool(program: str, *args: str, ok: bool = True, env: dict[str, str] | None = None) -> str:
     """Run a program while the loop goes on; its output. `ok`: it must succeed, or must fail."""
     process = await asyncio.create_subprocess_exec(
-        program, *args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        program, *args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env
     )
     output = (await process.communicate())[0].decode()
     assert (process.returncode == 0) is ok, f"{program} {' '.join(args)}: exit {process.returncode}\n{output}"
