@@ -274,7 +274,7 @@ async def test_event_of_read_modify_write_holds_between_read_and_write() -> None
 
 @in_loop
 async def test_event_passes_through_filters_above() -> None:
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         {"node-name": "disk", "driver": "memory", "size": SIZE},
         {
             "node-name": "fault",
@@ -377,7 +377,7 @@ async def test_option_wrong_is_refused_by_name(members: dict[str, Any], path: st
 
 @in_loop
 async def test_take_child_perms_conflicts_with_whom_does_not_share() -> None:
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         {"node-name": "base", "driver": "memory", "size": SIZE},
         {"node-name": "other", "driver": "blkdebug", "image": "base", "take-child-perms": ["write"]},
         {"node-name": "strict", "driver": "blkdebug", "image": "base", "unshare-child-perms": ["write"]},

@@ -31,7 +31,7 @@ async def recorded(
     size: int = SIZE, log: dict[str, Any] | None = None, **members: Any
 ) -> AsyncIterator[tuple[AsyncGraph, Backend]]:
     """memory <- inject-error "fault" <- log-writes "it", logging to memory "log"."""
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         {"node-name": "disk", "driver": "memory", "size": size},
         {"node-name": "fault", "driver": "inject-error", "image": "disk"},
         {"node-name": "log", **(log or {"driver": "memory", "size": 0})},
@@ -172,7 +172,7 @@ async def test_log_write_in_flight_during_a_flush_comes_after_it() -> None:
 @in_loop
 async def test_log_failed_request_is_not_logged() -> None:
     rules = [{"event": "none", "errno": "EIO", "once": True, "iotype": kind} for kind in ("write", "discard", "flush")]
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         {"node-name": "disk", "driver": "memory", "size": SIZE},
         {"node-name": "fault", "driver": "inject-error", "image": "disk", "inject-error": rules},
         {"node-name": "log", "driver": "memory", "size": 0},
@@ -189,7 +189,7 @@ async def test_log_failed_request_is_not_logged() -> None:
 
 @in_loop
 async def test_log_that_can_not_be_written_fails_the_request() -> None:
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         {"node-name": "disk", "driver": "memory", "size": SIZE},
         {"node-name": "store", "driver": "memory", "size": 0},
         {
@@ -252,7 +252,9 @@ async def test_log_marks_are_found_again() -> None:
 async def test_append_goes_on_where_the_log_ended(tmp_path: Path) -> None:
     for name in ("disk", "log"):
         (tmp_path / name).write_bytes(bytes(SIZE if name == "disk" else 0))
-    files = [{"node-name": name, "driver": "file", "filename": str(tmp_path / name)} for name in ("disk", "log")]
+    files: list[dict[str, Any]] = [
+        {"node-name": name, "driver": "file", "filename": str(tmp_path / name)} for name in ("disk", "log")
+    ]
     it = {"node-name": "it", "driver": "log-writes", "file": "disk", "log": "log"}
     for number, members in enumerate(({"log-sector-size": 4096}, {"log-append": True}, {"log-append": True})):
         async with graph_of(*files, {**it, **members}) as graph:
@@ -297,7 +299,7 @@ async def test_append_to_something_else_is_refused(tmp_path: Path, raw: bytes) -
 
 @in_loop
 async def test_read_only_filter_leaves_the_log_alone() -> None:
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         {"node-name": "disk", "driver": "memory", "size": SIZE},
         {"node-name": "log", "driver": "memory", "size": 0},
         {"node-name": "it", "driver": "log-writes", "file": "disk", "log": "log", "read-only": True},

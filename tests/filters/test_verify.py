@@ -32,7 +32,7 @@ async def both(
     test: dict[str, Any] | None = None, raw: dict[str, Any] | None = None
 ) -> AsyncIterator[tuple[AsyncGraph, Backend]]:
     """A verify node over inject-error nodes "t" and "r", over memory."""
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         memory("test"),
         memory("raw"),
         {"node-name": "t", "driver": "inject-error", "image": "test", **(test or {})},
@@ -143,7 +143,9 @@ async def test_verify_overlapping_writes_reach_both_in_one_order() -> None:
 async def test_verify_different_sizes_are_refused(tmp_path: Path) -> None:
     for name, size in (("a", 512), ("b", 1024)):
         (tmp_path / name).write_bytes(bytes(size))
-    files = [{"node-name": name, "driver": "file", "filename": str(tmp_path / name)} for name in ("a", "b")]
+    files: list[dict[str, Any]] = [
+        {"node-name": name, "driver": "file", "filename": str(tmp_path / name)} for name in ("a", "b")
+    ]
     with pytest.raises(GraphError, match="test 'a' has 512 bytes, raw 'b' has 1024"):
         async with graph_of(*files, {"node-name": "v", "driver": "blkverify", "test": "a", "raw": "b"}):
             pass

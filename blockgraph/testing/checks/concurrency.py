@@ -9,8 +9,10 @@ from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from blockgraph.node import Node
-from blockgraph.testing.checks.subject import DIRT, Subject, Violation, check
+from blockgraph.testing.checks.subject import DIRT, Subject, Violation, check, first_foreign
 
+#: For translate: another byte that is not zero.
+_NEXT = bytes(byte % 255 + 1 for byte in range(256))
 #: Turns of the event loop after which a request is cancelled.
 _TURNS = (0, 1, 2, 3, 4, 5, 8, 13, 21, 34)
 
@@ -64,7 +66,9 @@ async def check_overlapping(subject: Subject) -> None:
             continue
         # Each writer's bytes differ from the others' at every place.
         base = subject.fill(length)
-        writers = [bytes((byte - 1 + 50 * (n + 1)) % 255 + 1 for byte in base) for n in range(4)]
+        writers = [base]
+        for _ in range(3):
+            writers.append(writers[-1].translate(_NEXT))
         old = bytes(subject.model[offset : offset + length])
         results = await asyncio.gather(
             *(subject.backend.pwrite(offset, data) for data in writers), subject.read(offset, length)
@@ -106,7 +110,7 @@ async def check_cancelled_write(subject: Subject) -> None:
     length = min(subject.size - offset, 150_000)
     for turns in _TURNS:
         old = bytes(subject.model[offset : offset + length])
-        new = bytes(byte % 255 + 1 for byte in old)
+        new = old.translate(_NEXT)
         source = bytearray(new)
         what = f"a write of {length} bytes at {offset}, cancelled after {turns} turns of the loop"
         if not await _cancelled(subject.backend.pwrite(offset, memoryview(source)), turns):
@@ -159,6 +163,6 @@ def _below(node: Node) -> Iterable[Node]:
 
 
 def _each_of(offset: int, found: bytes, allowed: list[bytes], what: str) -> None:
-    for i, byte in enumerate(found):
-        if all(byte != one[i] for one in allowed):
-            raise Violation(f"{what}: byte {offset + i} is {byte:#04x}, which nobody wrote")
+    at = first_foreign(found, allowed)
+    if at is not None:
+        raise Violation(f"{what}: byte {offset + at} is {found[at]:#04x}, which nobody wrote")

@@ -63,18 +63,24 @@ async def check_map(subject: Subject) -> None:
     await _scatter(subject)
     offset, steps = 0, 0
     while offset < subject.size:
-        extent = await map_node(subject.node, offset, 1)
+        left = subject.size - offset
+        extent = await map_node(subject.node, offset, left)
         end = min(extent.offset + extent.length, subject.size)
         if extent.status is Status.SPECIAL:
             end = min(max(end, offset + _SHORTEST), subject.size)  # whoever intercepts need not know more
         start = min(max(0, extent.offset), offset)
         found = await resolve(subject.node, start, end - start)
-        subject.compare(start, found, subject.model[start:end], f"following map({offset}, 1) = {_show(extent)}")
+        subject.compare(
+            start,
+            found,
+            subject.model[start:end],
+            f"following map({offset}, {left}) = {_show(extent)}",
+        )
         offset = end
         steps += 1
         if steps > offset // _SHORTEST + 8:
             raise Violation(f"map gives {steps} answers for {offset} bytes; answer with the widest extent known")
-    for offset, length in (subject.some_range() for _ in range(40)):
+    for offset, length in [*subject.ranges(), *(subject.some_range() for _ in range(40))]:
         found = await resolve(subject.node, offset, length)
         subject.compare(offset, found, subject.model[offset : offset + length], f"following map({offset}, {length})")
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from blockgraph.backend import Backend
@@ -119,12 +119,13 @@ class Subject:
         """Discard; each byte then is what it was, what it was at the start, or zero, and stays that."""
         await self.backend.discard(offset, length)
         found = await self.read(offset, length)
-        for i, byte in enumerate(found):
-            if byte and byte != self.model[offset + i] and byte != self.initial[offset + i]:
-                raise Violation(
-                    f"after discard of {length} bytes at {offset}, byte {offset + i} is {byte:#04x}: "
-                    f"neither its old value {self.model[offset + i]:#04x} nor zero"
-                )
+        end = offset + length
+        at = first_foreign(found, [self.model[offset:end], bytes(length), self.initial[offset:end]])
+        if at is not None:
+            raise Violation(
+                f"after discard of {length} bytes at {offset}, byte {offset + at} is {found[at]:#04x}: "
+                f"neither its old value {self.model[offset + at]:#04x} nor zero"
+            )
         self.model[offset : offset + length] = found
 
     # Expectations.
@@ -171,7 +172,7 @@ class Subject:
 
     def fill(self, length: int) -> bytes:
         """Random bytes, none of them zero, so that nothing passes for a hole."""
-        piece = bytes(self.rng.randrange(1, 256) for _ in range(251))
+        piece = self.rng.randbytes(251).replace(b"\0", b"\1")
         return (piece * (length // len(piece) + 1))[:length]
 
     def ranges(self) -> Iterator[tuple[int, int]]:
@@ -194,3 +195,16 @@ class Subject:
         length = self.rng.randrange(1, longest + 1)
         length += -length % unit
         return offset, max(1, min(length, self.size - offset))
+
+
+def first_foreign(found: bytes, allowed: Sequence[bytes | bytearray]) -> int | None:
+    """Index of the first byte that none of the buffers, all of one length, has at its place; None: there is none."""
+    for start in range(0, len(found), 512):
+        part = found[start : start + 512]
+        others = [one[start : start + 512] for one in allowed]
+        if part in others:
+            continue
+        for i, byte in enumerate(part):
+            if all(byte != one[i] for one in others):
+                return start + i
+    return None
