@@ -39,6 +39,7 @@ from typing import Annotated, ClassVar
 from msgspec import Meta
 from msgspec.structs import replace
 
+from blockgraph import debug
 from blockgraph.driver import ChildSpec, Format, Info
 from blockgraph.errors import GraphError, OptionError, Unsupported
 from blockgraph.extent import Extent, Status
@@ -136,9 +137,13 @@ class Raw(Format):
         return Extent(0, end, Status.DATA, self.file, self._start, not self.node.read_only)
 
     async def pread(self, offset: int, buf: memoryview) -> None:
+        if debug.enabled:
+            await self.file.event("read_aio")
         await self.file.pread(self._start + offset, buf)
 
     async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        if debug.enabled:
+            await self.file.event("write_aio")
         await self.file.pwrite(self._start + offset, buf, flags)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
