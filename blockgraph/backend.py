@@ -10,15 +10,17 @@ as it then is.
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING
 
-from blockgraph.errors import OutOfRange, ReadOnly
+from blockgraph.errors import IOFailure, OutOfRange, ReadOnly
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
 from blockgraph.perm import ALL, Perm
 
 if TYPE_CHECKING:
     from blockgraph.node import Child, Node
+
 
 class Backend:
     """A root. Made by `Graph.backend` (or a transaction), ended by `close`.
@@ -49,6 +51,7 @@ class Backend:
         self.owner = owner or name
         self.root: Child
         self.children: dict[str, Child] = {}
+        self._ended = False
         self._closed_gates = 0
         self._gate: asyncio.Event | None = None
         self._in_flight = 0
@@ -88,9 +91,23 @@ class Backend:
     def open_gate(self) -> None:
         """Undo one close_gate."""
         self._closed_gates -= 1
-        if not self._closed_gates and self._gate is not None:
+        if not self._closed_gates:
+            self._wake()
+
+    def end(self) -> None:
+        """For the graph: the root is gone. Requests that wait at the gate, and later ones, fail."""
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._gate is not None:
             self._gate.set()
             self._gate = None
+
+    @property
+    def busy(self) -> bool:
+        """A request is in flight."""
+        return self._in_flight > 0
 
     async def wait_idle(self) -> None:
         """Until no request is in flight; meaningful while the gate is closed."""
@@ -100,11 +117,17 @@ class Backend:
             await self._idle.wait()
 
     async def enter(self) -> None:
-        """Pass the gate; pair with `leave`."""
-        while self._closed_gates:
+        """Pass the gate; pair with `leave`.
+
+        Raises:
+            IOFailure: the root was closed (ESHUTDOWN).
+        """
+        while self._closed_gates and not self._ended:
             if self._gate is None:
                 self._gate = asyncio.Event()
             await self._gate.wait()
+        if self._ended:
+            raise IOFailure(f"{self.owner} has been closed", node=self.root.node.name, errno=errno.ESHUTDOWN)
         self._in_flight += 1
 
     def leave(self) -> None:
@@ -141,7 +164,7 @@ class Backend:
 
         The buffer must not change until this returns.
         """
-        view = memoryview(buf).cast("B") if not isinstance(buf, memoryview) else buf
+        view = memoryview(buf).cast("B")
         self._check("pwrite", offset, len(view), write=True)
         await self.enter()
         try:

@@ -247,9 +247,7 @@ class BlockCopy:
         await self._copy_planned(pins, extents, storages)
         return rest
 
-    async def _copy_planned(
-        self, pins: Pins, extents: list[CopyExtent], storages: list[tuple[Node, Node]]
-    ) -> None:
+    async def _copy_planned(self, pins: Pins, extents: list[CopyExtent], storages: list[tuple[Node, Node]]) -> None:
         """Copy and link in what has been planned; the lists are empty afterwards."""
         if extents:
             await self._copy_native(extents, storages)

@@ -119,9 +119,7 @@ class Node:
 
     # Tracking.
 
-    async def begin(
-        self, offset: int, length: int, *, serialising: bool = False, owner: object = None
-    ) -> Request:
+    async def begin(self, offset: int, length: int, *, serialising: bool = False, owner: object = None) -> Request:
         """Register a request, after waiting for earlier ones it must not overlap. Pair with `end`."""
         request = Request(self.next_request, offset, offset + length, serialising, owner)
         self.next_request += 1
@@ -164,7 +162,6 @@ class Node:
             return seq
         return self.next_request
 
-
     def begin_background(self) -> None:
         """Work that belongs to no request goes on (a copy that outlived its guest write): drain waits for it."""
         self._background += 1
@@ -179,6 +176,10 @@ class Node:
         self.write_gen += 1
         for bitmap in self.bitmaps.values():
             bitmap.record(offset, length)
+
+    def not_flushed(self) -> None:
+        """What a parent wrote before it moved here may lie below: the next flush goes down."""
+        self.write_gen += 1
 
     @property
     def busy(self) -> bool:
@@ -514,4 +515,3 @@ def _no_graph(node: str, name: str) -> Bitmap:
 
 def _round_up(value: int, align: int) -> int:
     return value + -value % align
-

@@ -15,15 +15,17 @@ moment they must be held.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from blockgraph.backend import Backend
 from blockgraph.bitmaps import DirtyBitmap
 from blockgraph.errors import BlockGraphError, GraphError
+from blockgraph.finish import finish
+from blockgraph.graph.drain import Drain
 from blockgraph.graph.model import Model, NodeVertex
+from blockgraph.graph.opening import close_node
 from blockgraph.graph.policy import OpenPolicy
 from blockgraph.graph.transaction import Transaction
 from blockgraph.native import Bitmap
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from blockgraph.graph.description import Description
     from blockgraph.graph.problem import Problem
 
-log = logging.getLogger(__name__)
-
 
 class Graph:
     """See the module's text.
@@ -44,12 +44,16 @@ class Graph:
         model: the graph as it is; replaced as a whole by each committed transaction.
         policy: what images may name.
         owned: names of the nodes somebody added by name; others go when their last parent goes.
+        drains: under way.
+        before_close: ends what uses the graph (jobs); awaited, last first, when the graph closes.
     """
 
     def __init__(self, policy: OpenPolicy | None = None) -> None:
         self.model = Model()
         self.policy = policy or OpenPolicy()
         self.owned: set[str] = set()
+        self.drains: list[Drain] = []
+        self.before_close: list[Callable[[], Awaitable[None]]] = []
         self._changing = asyncio.Lock()
         self._unnamed = 0
 
@@ -84,14 +88,17 @@ class Graph:
     # Changing.
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
+    async def transaction(self, *, forced: bool = False) -> AsyncIterator[Transaction]:
         """Edits made inside are committed together at the end of the block, or not at all.
 
+        Args:
+            forced: a node that fails to flush on the way does not keep the change back; it is logged.
         Raises:
             GraphError (or what opening an image raised): the graph is unchanged.
+        Cancelled: while requests are waited for, nothing has changed; later the change is completed first.
         """
         async with self._changing:
-            change = Transaction(self)
+            change = Transaction(self, forced=forced)
             yield change
             await change.commit()
 
@@ -107,7 +114,7 @@ class Graph:
         Raises:
             NodeInUse: something still refers to it.
         """
-        async with self.transaction() as change:
+        async with self.transaction(forced=True) as change:
             change.remove(name)
 
     async def replace_node(self, old: str, new: str) -> None:
@@ -161,32 +168,60 @@ class Graph:
         need = Perm.CONSISTENT_READ
         need |= Perm.WRITE if writable else Perm(0)
         need |= Perm.RESIZE if resize else Perm(0)
-        if name is None:
-            taken = {backend.name for backend in self.backends()}
-            name = next(n for i in range(len(taken) + 1) if (n := f"{node}-{i}") not in taken)
-        backend = Backend(name, need=need, share=share, owner=owner, stays=stays)
-        async with self.transaction() as change:
-            change.attach(backend, node)
+        backend: Backend | None = None
+        try:
+            async with self.transaction() as change:
+                name = name or self._root_name(node)
+                backend = Backend(name, need=need, share=share, owner=owner, stays=stays)
+                change.attach(backend, node)
+        except asyncio.CancelledError:
+            if backend is not None and backend in self.backends():
+                await finish(self.close_backend(backend))
+            raise
         return backend
 
+    def _root_name(self, node: str) -> str:
+        taken = {backend.name for backend in self.backends()}
+        return next(name for i in range(len(taken) + 1) if (name := f"{node}-{i}") not in taken)
+
     async def close_backend(self, backend: Backend) -> None:
-        """Flush (when it could write), wait for its requests and remove the root."""
-        if backend.writable:
-            await backend.flush()
-        async with self.transaction() as change:
-            change.detach(backend)
+        """Flush (when it could write), wait for its requests and remove the root.
+
+        Raises:
+            IOFailure: the flush failed; the root is gone all the same.
+            GraphError: it is not a root of this graph (any more).
+        """
+        try:
+            if backend.writable and backend in self.backends():
+                await backend.flush()
+        finally:
+            async with self.transaction(forced=True) as change:
+                change.detach(backend)
 
     async def close(self) -> None:
-        """Wait for every request, write everything back and close every node, parents first."""
-        async with self._changing:
-            failure: BlockGraphError | None = None
-            order = self.model.topological()
-            async with self.drained():
-                for name in order:
-                    vertex = self.model.get(name)
-                    if isinstance(vertex, NodeVertex) and vertex.node is not None:
-                        failure = await close_node(vertex.node) or failure
-            self.model = Model()
+        """End what uses the graph, wait for every request, write everything back and close every node, parents first.
+
+        Requests that wait at a gate, and later ones, fail.
+
+        Raises:
+            BlockGraphError: the first failure; everything is closed all the same.
+        Cancelled: while requests are waited for, nothing is closed.
+        """
+        for end in reversed(self.before_close):
+            await end()
+        async with self._changing, self.drained():
+            await finish(self._close_all())
+
+    async def _close_all(self) -> None:
+        model, self.model = self.model, Model()
+        for root in model.roots():
+            if root.backend is not None:
+                root.backend.end()
+        failure: BlockGraphError | None = None
+        for name in model.topological():
+            vertex = model.get(name)
+            if isinstance(vertex, NodeVertex) and vertex.node is not None:
+                failure = failure or await close_node(vertex.node)
         if failure is not None:
             raise failure
 
@@ -196,24 +231,17 @@ class Graph:
     async def drained(self, names: Iterable[str] | None = None) -> AsyncIterator[None]:
         """Inside, no request is in flight on these nodes (None: on any) and new ones wait at their backend.
 
-        Nests, in one task or in several.
+        Nests, in one task or in several. A change of the graph inside is held to it too: roots that come to lie above
+        the nodes wait as well.
         """
-        model = self.model
-        wanted = [v.name for v in model.nodes()] if names is None else [n for n in names if model.has(n)]
-        above = {root.name: root.backend for name in wanted for root in model.roots_above(name)}
-        gates = [backend for backend in above.values() if backend is not None]
-        nodes = [node for name in wanted if (node := model.node(name).node) is not None]
-        for backend in gates:
-            backend.close_gate()
+        drain = Drain(self, names)
+        self.drains.append(drain)
         try:
-            for backend in gates:
-                await backend.wait_idle()
-            for node in nodes:
-                await node.wait_idle()
+            await drain.wait()
             yield
         finally:
-            for backend in gates:
-                backend.open_gate()
+            self.drains.remove(drain)
+            drain.end()
 
     @staticmethod
     async def dry_run(description: Description, policy: OpenPolicy | None = None) -> list[Problem]:
@@ -242,19 +270,3 @@ class Graph:
         if name not in bitmaps:
             raise GraphError(f"there is no bitmap '{name}'", node=node)
         return bitmaps[name].bits
-
-
-async def close_node(node: Node) -> BlockGraphError | None:
-    """Write back and close; what fails is logged and returned, the node is closed all the same."""
-    failure: BlockGraphError | None = None
-    try:
-        await node.flush()
-    except BlockGraphError as error:
-        failure = error
-    try:
-        await node.driver.close()
-    except BlockGraphError as error:
-        failure = failure or error
-    if failure is not None:
-        log.error("closing node '%s': %s", node.name, failure)
-    return failure

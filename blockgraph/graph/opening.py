@@ -9,10 +9,12 @@ opened like any other. Until the transaction commits, nothing that runs refers t
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from blockgraph.errors import BlockGraphError
+from blockgraph.errors import BlockGraphError, GraphError
 from blockgraph.graph.description import add_nodes
 from blockgraph.graph.load import convert_options, flatten_node
 from blockgraph.graph.model import Model, NodeVertex
@@ -22,6 +24,8 @@ from blockgraph.perm import Perm
 if TYPE_CHECKING:
     from blockgraph.graph.graph import Graph
     from blockgraph.options import NodeOptions
+
+log = logging.getLogger(__name__)
 
 
 class Opening:
@@ -88,6 +92,7 @@ class Opening:
     async def _open(self, name: str) -> None:
         vertex = self._candidate.node(name)
         node = Node(name, vertex.driver, vertex.options)
+        node.find_bitmap = self._graph.find_bitmap
         for key, edge in self._candidate.children(name).items():
             below = self._candidate.node(edge.child).node
             assert below is not None
@@ -115,7 +120,7 @@ class Opening:
             if (node.name, key) in self._no_implied or self._candidate.edge(node.name, key) is not None:
                 continue
             image = node.driver.filename()
-            chain = self._chain.get(node.name, frozenset())
+            chain = self._chain.get(node.name) or frozenset({os.path.realpath(image)} if image else ())
             allowed = self._graph.policy.describe(node.name, image, key, wish, chain)
             below = self.describe(allowed.description)
             self._chain[below] = chain | {allowed.real_path}
@@ -125,5 +130,31 @@ class Opening:
         """Close what was opened, parents first; nothing of it was ever used."""
         for name in reversed(self.opened):
             node = self._candidate.node(name).node
-            if node is not None:
-                await node.driver.close()
+            assert node is not None
+            await _close(node)
+
+
+async def close_node(node: Node) -> BlockGraphError | None:
+    """Write back and close; what fails is logged and returned, the node is closed all the same."""
+    failure: BlockGraphError | None = None
+    try:
+        await node.flush()
+    except BlockGraphError as error:
+        log.error("closing node '%s': %s", node.name, error)
+        failure = error
+    closed = await _close(node)
+    return failure or closed
+
+
+async def _close(node: Node) -> BlockGraphError | None:
+    failure: BlockGraphError
+    try:
+        await node.driver.close()
+        return None
+    except BlockGraphError as error:
+        log.error("closing node '%s': %s", node.name, error)
+        failure = error
+    except Exception as error:  # a bug in one driver must not leave the others open
+        log.exception("closing node '%s'", node.name)
+        failure = GraphError(f"unexpected {type(error).__name__}: {error}", node=node.name, op="close")
+    return failure

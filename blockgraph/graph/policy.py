@@ -42,7 +42,7 @@ class OpenPolicy:
 
         Args:
             image: path of the image, which relative names are relative to.
-            seen: real paths of the images above it in the chain.
+            seen: real paths of the image itself and of those above it in the chain.
         Raises:
             GraphError: refused; says what to put into the description instead.
         """
@@ -55,6 +55,8 @@ class OpenPolicy:
 
         if not self.follow:
             raise refuse("is not opened here")
+        if not wish.filename or "\0" in wish.filename:
+            raise refuse("is not a file name")
         if _URL.match(wish.filename):
             raise refuse("is not a plain path")
         if wish.format is None:

@@ -14,15 +14,17 @@ node is in the way of every write from the first one on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockgraph.backend import Backend
-from blockgraph.errors import GraphError, NodeInUse
+from blockgraph.errors import BlockGraphError, GraphError, NodeInUse
+from blockgraph.finish import finish
 from blockgraph.graph.description import add_nodes
 from blockgraph.graph.model import ROOT_EDGE, Edge, Model, NodeVertex, RootVertex, root_key
-from blockgraph.graph.opening import Opening
+from blockgraph.graph.opening import Opening, close_node
 from blockgraph.node import Child, Node
 from blockgraph.perm import Perm, Role
 
@@ -31,23 +33,30 @@ if TYPE_CHECKING:
     from blockgraph.graph.graph import Graph
     from blockgraph.options import NodeOptions
 
+log = logging.getLogger(__name__)
+
+_WRITES = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
+
 
 class Transaction:
     """See the module's text. The methods edit the candidate and check nothing a later edit could put right.
+
+    Args:
+        forced: see Graph.transaction.
 
     Attributes:
         candidate: the graph as it will be.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, forced: bool = False) -> None:
         self.graph = graph
+        self._forced = forced
+        self._committed = False
         self.candidate = graph.model.copy()
         self._opening = Opening(graph, self.candidate)
         self._owned: set[str] = set()
         self._reopened: dict[str, NodeOptions] = {}
-        self._backends: dict[str, Backend] = {}
         self._undo: list[Callable[[], None]] = []
-        self._removed: list[Node] = []
 
     # Edits.
 
@@ -69,8 +78,8 @@ class Transaction:
 
     def remove(self, name: str) -> None:
         """Remove a node; nodes that only it referred to and that nobody named go too."""
-        children = self.candidate.children(name)
         self.candidate.node(name)
+        children = self.candidate.children(name)
         self.candidate.remove(name)
         for edge in children.values():
             self._sweep(edge.child)
@@ -105,6 +114,7 @@ class Transaction:
         self.candidate.node(old)
         self.candidate.node(new)
         self.candidate.move_parents(old, new)
+        self._sweep(old)
 
     def insert(self, name: str, *, above: str) -> None:
         """Put the filter `name`, whose filtered child is `above`, over `above`."""
@@ -121,6 +131,7 @@ class Transaction:
         self.remove(name)
 
     def _filtered(self, name: str) -> Edge:
+        self.candidate.node(name)
         for edge in self.candidate.children(name).values():
             if edge.role & Role.FILTERED:
                 return edge
@@ -162,10 +173,11 @@ class Transaction:
             backend.name, backend.need, backend.share, stays=backend.stays, owner=backend.owner, backend=backend
         )
         self.candidate.attach_root(key, node)
-        self._backends[key] = backend
 
     def detach(self, backend: Backend) -> None:
         """Remove a root."""
+        if self.candidate.root(backend.name).backend is not backend:
+            raise GraphError(f"'{backend.name}' is another root")
         key = root_key(backend.name)
         edge = self.candidate.edge(key, ROOT_EDGE)
         assert edge is not None
@@ -175,18 +187,21 @@ class Transaction:
     # Commit.
 
     async def commit(self) -> None:
-        """See the module's text."""
+        """See the module's text.
+
+        Cancelled: see Graph.transaction.
+        """
         try:
             self._check()
-            await self._opening.run()
+            await finish(self._opening.run())
             self._check()
             affected = self._affected()
             async with self.graph.drained(affected):
-                await self._switch(affected)
+                await finish(self._switch(affected))
         except BaseException:
-            await self._opening.undo()
+            if not self._committed:
+                await finish(self._opening.undo())
             raise
-        await self._close_removed()
 
     def _check(self) -> None:
         for edge in self.candidate.dangling():
@@ -202,20 +217,17 @@ class Transaction:
         names = set(self._reopened)
         for key in old.keys() | new.keys():
             if old.get(key) != new.get(key):
-                names |= {key[0], old.get(key, ""), new.get(key, "")}
+                names |= {key[0], *(edges[key].name for edges in (old, new) if key in edges)}
         return {name for name in names if isinstance(self.graph.model.get(name), NodeVertex)}
 
     async def _switch(self, affected: set[str]) -> None:
         """With what changes held still: move edges, check, take permissions, commit."""
         changed = self._changed_perms()
-        for node, _, _ in changed:
-            await node.flush()  # whoever loses the right to write leaves nothing behind
-        for name in affected:
-            if not self.candidate.has(name):
-                await self.graph.node(name).flush()
+        await self._flush(affected, changed)
         prepared: list[Node] = []
+        touched: list[str] = []
         try:
-            touched = self._move_edges()
+            self._move_edges(touched)
             for node in self._in_order(touched):
                 await node.driver.attached()
             for node, need, share in changed:
@@ -226,23 +238,73 @@ class Transaction:
                 node.driver.abort_perm()
             for undo in reversed(self._undo):
                 undo()
+            await self._attach_again(touched)
             raise
+        self._committed = True
+        removed = self._take_over()
+        # Before permissions are given up: what a node writes when it closes goes through its children.
+        for node in removed:
+            await close_node(node)
+        for node, _, _ in changed:
+            node.driver.commit_perm()
+
+    async def _flush(self, affected: set[str], changed: list[tuple[Node, Perm, Perm]]) -> None:
+        """Whoever moves away from a node, or loses the right to write it, leaves nothing behind."""
+        nodes = {self.graph.node(name) for name in affected}
+        nodes |= {node for node, need, _ in changed if not need & _WRITES}
+        for node in self.graph.nodes():
+            if node not in nodes or not node.write_gen:
+                continue
+            try:
+                await node.flush()
+            except BlockGraphError as error:
+                if not self._forced:
+                    raise
+                log.error("node '%s' could not be flushed: %s", node.name, error)
+
+    async def _attach_again(self, touched: list[str]) -> None:
+        """The edges are as they were: so are the facts that nodes took from their children."""
+        for node in self._in_order(touched):
+            if node.name in self._opening.opened:
+                continue
+            try:
+                await node.driver.attached()
+            except BlockGraphError as error:
+                log.error("node '%s' after a change that failed: %s", node.name, error)
+
+    def _take_over(self) -> list[Node]:
+        """The candidate is the graph from now on. Returns the nodes that are no longer in it, parents first."""
+        graph, old = self.graph, self.graph.model
         for name, options in self._reopened.items():
-            node = self.graph.node(name)
+            node = graph.node(name)
             node.options = options
             node.read_only = options.read_only
             node.driver.reopened(options)
         for edge in self.candidate.edges():
             child = self._holder(edge.parent).children[edge.name]
             child.need, child.share = edge.need, edge.share
-        for node, _, _ in changed:
-            node.driver.commit_perm()
+        kept = {id(vertex.node) for vertex in self.candidate.nodes()}
+        before = [vertex.node for name in old.topological() if isinstance(vertex := old.get(name), NodeVertex)]
+        roots = {id(root.backend) for root in self.candidate.roots()}
+        for root in old.roots():
+            if root.backend is not None and id(root.backend) not in roots:
+                root.backend.end()
+        self._tell_moved(_edges(old), _edges(self.candidate))
+        graph.model = self.candidate
+        graph.owned = {name for name in graph.owned | self._owned if self.candidate.has(name)}
+        for drain in graph.drains:
+            drain.extend()
+        return [node for node in before if node is not None and id(node) not in kept]
+
+    def _tell_moved(self, old: dict[tuple[str, str], _Target], new: dict[tuple[str, str], _Target]) -> None:
+        """A parent that has moved flushes through other nodes now: these must not think they have nothing to do."""
+        above: set[str] = set()
+        for key, target in old.items():
+            if key in new and new[key] != target and self.candidate.has(target.name):
+                above |= self.candidate.ancestors(target.name)
         for vertex in self.candidate.nodes():
-            assert vertex.node is not None
-            vertex.node.find_bitmap = self.graph.find_bitmap
-        self._removed = [n for n in self.graph.nodes() if not self.candidate.has(n.name)]
-        self.graph.model = self.candidate
-        self.graph.owned = {name for name in self.graph.owned | self._owned if self.candidate.has(name)}
+            if vertex.name in above and vertex.node is not None:
+                vertex.node.not_flushed()
 
     def _changed_perms(self) -> list[tuple[Node, Perm, Perm]]:
         """Nodes whose parents' permissions together differ from what the node holds."""
@@ -254,15 +316,16 @@ class Transaction:
                 changed.append((vertex.node, need, share))
         return changed
 
-    def _move_edges(self) -> list[str]:
-        """Point every edge where the candidate says; returns the nodes with an edge moved, new ones first."""
+    def _move_edges(self, touched: list[str]) -> None:
+        """Point every edge where the candidate says; `touched` gets the nodes with an edge moved, new ones first."""
         old, new = _edges(self.graph.model), _edges(self.candidate)
-        touched: dict[str, None] = dict.fromkeys(self._opening.opened)
+        touched += self._opening.opened
         for (parent, name), target in new.items():
             if old.get((parent, name)) == target:
                 continue
-            touched.setdefault(parent)
-            holder, node = self._holder(parent), self._node(target)
+            touched.append(parent)
+            holder, node = self._holder(parent), target.node
+            assert node is not None
             child = holder.children.get(name)
             if child is None:
                 edge = self.candidate.edge(parent, name)
@@ -273,9 +336,8 @@ class Transaction:
                 child.node = node
         for parent, name in old.keys() - new.keys():
             if self.candidate.has(parent):
-                touched.setdefault(parent)
+                touched.append(parent)
                 self._put(self._holder(parent), name, None)
-        return [name for name in touched if isinstance(self.candidate.get(name), NodeVertex)]
 
     def _put(self, holder: Node | Backend, name: str, child: Child | None) -> None:
         self._undo.append(partial(holder.set_child, name, holder.children.get(name)))
@@ -296,17 +358,18 @@ class Transaction:
     def _in_order(self, names: list[str]) -> list[Node]:
         """Children before parents, with every node above a touched one: it may take facts from its children."""
         wanted = set(names)
-        for name in names:
+        for name in set(names):
             wanted |= self.candidate.ancestors(name)
         order = [name for name in reversed(self.candidate.topological()) if name in wanted]
         return [self._node(name) for name in order if isinstance(self.candidate.get(name), NodeVertex)]
 
-    async def _close_removed(self) -> None:
-        from blockgraph.graph.graph import close_node
 
-        for node in self._removed:
-            await close_node(node)
+class _Target(NamedTuple):
+    """What an edge points to. A node of the same name need not be the same node."""
+
+    name: str
+    node: Node | None
 
 
-def _edges(model: Model) -> dict[tuple[str, str], str]:
-    return {(edge.parent, edge.name): edge.child for edge in model.edges()}
+def _edges(model: Model) -> dict[tuple[str, str], _Target]:
+    return {(edge.parent, edge.name): _Target(edge.child, model.node(edge.child).node) for edge in model.edges()}
