@@ -111,13 +111,13 @@ def declare(*names: str) -> None:
 
 def listen() -> None:
     """Events are wanted from now on; nests. Pair with `unlisten`."""
-    global enabled, _listeners
+    global enabled, _listeners  # noqa: PLW0603 - one attribute test for the data path
     _listeners += 1
     enabled = True
 
 
 def unlisten() -> None:
     """Undo one `listen`."""
-    global enabled, _listeners
+    global enabled, _listeners  # noqa: PLW0603 - one attribute test for the data path
     _listeners -= 1
     enabled = _listeners > 0
