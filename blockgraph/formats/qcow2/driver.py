@@ -281,8 +281,9 @@ class Qcow2(Format):
         table = self.mapping.tables.get(index) or await self.mapping.table(index)
         base = index << self._span_bits
         if table is None:
-            end = self.mapping.next_table(index) << self._span_bits
-            return Extent(base, max(end, offset + length) - base, Status.UNALLOCATED)
+            # Without another table up to the L1 table's end, which lies behind the disk's.
+            end = self.mapping.next_table(index + 1) << self._span_bits
+            return Extent(base, end - base, Status.UNALLOCATED)
         want = ((offset + length - 1) >> bits) - (offset >> bits) + 1
         run = self.mapping.run(table, (offset - base) >> bits, want)
         start, length = base + (run.first << bits), run.clusters << bits
@@ -384,21 +385,23 @@ class Qcow2(Format):
             raise self.unsupported("pwrite_zeroes")
         if not self._writing:
             await self._begin_writing()
-        size = self.image.cluster_size
-        end = offset + length
-        start = offset + -offset % size
-        stop = end if end == self._size else end - end % size
-        if start >= stop:
-            start = stop = end
-        edges = []
-        for low, high in ((offset, start), (stop, end)):
-            if low < high and not await self._reads_zero(low, high - low):
-                edges.append((low, high - low))
+        first, last = self._whole_clusters(offset, offset + length)
+        bits, end = self.image.cluster_bits, offset + length
+        if first < last:
+            edges = [(offset, first << bits), (last << bits, end)]
+        else:
+            edges = [(offset, end)]
+        edges = [(low, high) for low, high in edges if low < high and not await self._reads_zero(low, high - low)]
         if edges and flags & Flag.NO_FALLBACK:
             raise self.unsupported("pwrite_zeroes")
-        await rewrite(self, start // size, -(-stop // size), Mode.ZERO_UNMAP if unmap else Mode.ZERO)
-        for low, part in edges:
-            await self.pwrite(low, memoryview(bytes(part)))
+        await rewrite(self, first, last, Mode.ZERO_UNMAP if unmap else Mode.ZERO)
+        for low, high in edges:
+            await self.pwrite(low, memoryview(bytes(high - low)))
+
+    def _whole_clusters(self, start: int, end: int) -> tuple[int, int]:
+        """First and end of the clusters that lie inside the range; the disk's end may cut the last one."""
+        bits = self.image.cluster_bits
+        return -(-start >> bits), (-(-end >> bits) if end == self._size else end >> bits)
 
     async def _reads_zero(self, offset: int, length: int) -> bool:
         extent = (await self.map(offset, length)).clip(offset, length)
@@ -413,12 +416,7 @@ class Qcow2(Format):
             raise self.unsupported("discard")
         if not self._writing:
             await self._begin_writing()
-        bits = self.image.cluster_bits
-        end = offset + length
-        first = -(-offset >> bits)
-        last = -(-end >> bits) if end == self._size else end >> bits
-        if first < last:
-            await rewrite(self, first, last, Mode.DISCARD)
+        await rewrite(self, *self._whole_clusters(offset, offset + length), Mode.DISCARD)
 
     async def flush(self) -> None:
         if self._writing:

@@ -89,13 +89,24 @@ class Mapping:
         """Entries of the L1 table."""
         return len(self._l1) // 8
 
+    def has_table(self, index: int) -> bool:
+        """An L1 entry refers to an L2 table."""
+        return index < self.l1_size and self._host(index) != 0
+
+    def _host(self, index: int) -> int:
+        """Host offset in an L1 entry, not judged."""
+        entry: int = _ENTRY.unpack_from(self._l1, index * 8)[0]
+        return entry & OFFSET_MASK
+
     def l1_entry(self, index: int) -> int:
-        """Host offset of an L2 table, judged; 0: there is none.
+        """Host offset of an L2 table on disk, judged; 0: there is none.
 
         Raises:
             CorruptImage: the entry breaks the specification.
         """
-        entry = _ENTRY.unpack_from(self._l1, index * 8)[0] if index * 8 < len(self._l1) else 0
+        if index >= self.l1_size:
+            return 0
+        entry = _ENTRY.unpack_from(self._l1, index * 8)[0]
         host: int = entry & OFFSET_MASK
         if host:
             self._image.check_table(f"L1 entry {index}", host)
@@ -196,15 +207,18 @@ class Mapping:
             NoSpace: no cluster for a new table.
         """
         while True:
+            if self._l1[index * 8] & 0x80:
+                table = await self.table(index)
+                if table is not None:
+                    return table
+                raise self._image.corrupt(f"L1 entry {index} has the copied flag and no table")
             host = self.l1_entry(index)
-            if host and self._l1[index * 8] & 0x80:
-                return self.tables.get(index) or await self._load(index, host)
             if host:
                 await self._copy_table(index, host)
             else:
                 await self._image.file.event("l2_alloc_write")
                 new = (await self._refcounts.allocate(1)).host
-                if self.l1_entry(index):  # somebody else was faster
+                if self._host(index):  # somebody else was faster
                     self._refcounts.reclaim.unused(new, 1)
                     continue
                 self._link(L2Table(index, new, bytearray(self._image.cluster_size)))
@@ -212,7 +226,7 @@ class Mapping:
     async def _copy_table(self, index: int, host: int) -> None:
         old = await self._load(index, host)
         new = (await self._refcounts.allocate(1)).host
-        if self.l1_entry(index) != host:
+        if self._host(index) != host:
             self._refcounts.reclaim.unused(new, 1)
             return
         self._link(L2Table(index, new, bytearray(old.buf)))
@@ -249,7 +263,7 @@ class Mapping:
         """Unlink the L2 tables from L1 index `first` on; their clusters have been unlinked before."""
         index = self.next_table(first)
         while index < self.l1_size:
-            host = self.l1_entry(index)
+            host = self._host(index)
             self.tables.forget(index)
             self._set_l1(index, 0)
             self._refcounts.overlaps.remove(host)

@@ -51,7 +51,7 @@ async def rewrite(driver: Qcow2, first: int, end: int, mode: Mode) -> None:
         image.check_writable()
         await driver.writeback.relieve()
         index = first >> bits
-        if not backed and not mapping.l1_entry(index):
+        if not backed and not mapping.has_table(index):
             # An allocation under way may be about to link its clusters here, but has a table already.
             first = mapping.next_table(index) << bits
             if index >= mapping.l1_size:
