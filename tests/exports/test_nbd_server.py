@@ -7,13 +7,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import socket
 from pathlib import Path
 
 import pytest
 
 from blockgraph.errors import BlockGraphError, GraphError, IOFailure, OptionError
-from blockgraph.exports.nbd import NbdExport, NbdServer, protocol, start_server
+from blockgraph.exports.nbd import NbdExport, NbdServer, listener, protocol, start_server
 from blockgraph.exports.nbd.protocol import Cmd
 from blockgraph.exports.options import InetAddress, NbdServerOptions, UnixAddress
 from blockgraph.testing.memory_backend import MemoryBackend
@@ -209,6 +210,27 @@ async def test_max_connections_further_clients_wait_for_a_place() -> None:
         async with await third as client:
             assert await client.pread(0, 1) == b"\0"
         await first.disconnect()
+
+
+@run_async
+async def test_accept_out_of_descriptors_client_is_served_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(listener, "_PAUSE", 0.01)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with serving() as served:
+        with socket.socket(socket.AF_UNIX) as sock:
+            os.close(next_descriptor := os.dup(sock.fileno()))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (next_descriptor, limits[1]))
+            try:
+                sock.connect(served.path)
+                while not caplog.records:  # noqa: ASYNC110  # the log is all there is to wait for
+                    await asyncio.sleep(0)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert "a client has to wait" in caplog.text
+            sock.setblocking(False)
+            assert (await asyncio.get_running_loop().sock_recv(sock, 8)) == b"NBDMAGIC"
 
 
 # The end.

@@ -100,7 +100,11 @@ class NbdServer:
             for sock in socks:
                 sock.close()
             raise BlockGraphError("the NBD server is closed", op="listen")
-        self._listeners += [Listener(sock, self._accepted) for sock in socks]
+        for sock in socks:
+            listener = Listener(sock, self._accepted)
+            if self._full:
+                listener.pause()
+            self._listeners.append(listener)
 
     def uri(self, name: str) -> str:
         """Where clients find the export, as libnbd and QEMU spell it.

@@ -127,7 +127,7 @@ class Transmission:
 
     def _close(self) -> None:
         if not self._closed:
-            self._closed = True
+            self._closed = self._ending = True
             self._set_reading(False)
             self._set_writing(False)
             self._wire.end()
@@ -139,6 +139,8 @@ class Transmission:
                 if request:
                     self._release(request)
             self._write = self._refused = None
+            self._start = self._end = 0
+            self._input, self._input_view = bytearray(), _NOTHING  # not to wait for the garbage collector
         if not self._requests and not self._reported:
             self._reported = True
             self._on_closed()
