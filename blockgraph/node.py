@@ -416,6 +416,8 @@ class Node:
         request = await self.begin(low, high - low, serialising=True)
         try:
             await self.driver.truncate(size)
+            for bitmap in self.bitmaps.values():
+                bitmap.bits.truncate(size)
         finally:
             self.write_gen += 1
             self.end(request)

@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 #: Smallest unit of copying, bytes.
 MIN_CLUSTER = 64 << 10
 
+#: Largest, bytes: what a bitmap can count.
+MAX_CLUSTER = 2 << 30
+
 
 class BitmapRef(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """A named dirty bitmap.
@@ -85,8 +88,8 @@ class BackupTopOptions(NodeOptions, kw_only=True, frozen=True):
 
     def __post_init__(self) -> None:
         least = self.min_cluster_size
-        if least is not None and (least <= 0 or least & (least - 1)):
-            raise ValueError(f"min-cluster-size {least} is not a power of two")
+        if least is not None and (not 0 < least <= MAX_CLUSTER or least & (least - 1)):
+            raise ValueError(f"min-cluster-size {least} is not a power of two up to {MAX_CLUSTER}")
 
 
 class BackupTop(Filter):
@@ -139,6 +142,8 @@ class BackupTop(Filter):
         await super().attached()
         self._check_sizes()
         if self._ready:
+            self._check_target()
+            self.copy.serialising = self._is_fleecing()
             return
         self.cluster_size = self._choose_cluster_size()
         size = self.size()
@@ -147,8 +152,8 @@ class BackupTop(Filter):
             bitmap.fill()
         else:
             bitmap.merge(self._source_bitmap(self.options.bitmap))
-        serialising = reaches(self.target.node, self.file.node)
-        self.copy = BlockCopy(self.file, self.target, bitmap, serialising=serialising)
+        self.copy = BlockCopy(self.file, self.target, bitmap, serialising=self._is_fleecing())
+        self._kept = self.target.node
         self._access = bitmap.copy()
         self._done = Bitmap(size, self.cluster_size)
         self._frozen: list[_FrozenRead] = []
@@ -164,6 +169,23 @@ class BackupTop(Filter):
                 node=self.node.name,
                 hint=f"resize the target to {disk.size()} bytes",
             )
+
+    def _check_target(self) -> None:
+        """The target may get filters and overlays, or lose them; another one would not have what was copied."""
+        target = self.target.node
+        if not reaches(target, self._kept) and not reaches(self._kept, target):
+            raise GraphError(
+                f"target '{target.name}' does not have what has been copied to '{self._kept.name}'",
+                node=self.node.name,
+            )
+        self._kept = target
+
+    def _is_fleecing(self) -> bool:
+        """The target shows the disk where nothing has been copied."""
+        disk = self.file.node
+        while (below := _filtered(disk)) is not None:
+            disk = below
+        return reaches(self.target.node, disk)
 
     def _choose_cluster_size(self) -> int:
         least = self.options.min_cluster_size or 0
@@ -324,7 +346,13 @@ class BackupTop(Filter):
         self._access.reset(start, end - start)
         self.copy.bitmap.reset(start, end - start)
         await self.copy.wait_range(start, end)
+        self.copy.bitmap.reset(start, end - start)  # of a copy in flight that failed
         await self.target.discard(start, end - start)
+
+
+def _filtered(node: Node) -> Node | None:
+    """What a filter shows; None for other nodes."""
+    return next((child.node for child in node.children.values() if child.role & Role.FILTERED), None)
 
 
 class _FrozenRead:

@@ -124,9 +124,16 @@ class Transaction:
         self.replace(above, name)
 
     def remove_filter(self, name: str) -> None:
-        """Take the filter out: its parents move to its filtered child."""
+        """Take the filter out: its parents move to its filtered child.
+
+        Raises:
+            NodeInUse: a job works with this very node.
+        """
         below = self._filtered(name).child
         for edge in self.candidate.parents(name):
+            parent = self.candidate.get(edge.parent)
+            if isinstance(parent, RootVertex) and parent.stays:
+                raise NodeInUse(f"is in use by {parent.owner}", node=name, op="remove")
             self.candidate.set_edge(edge.parent, edge.name, below)
         self.remove(name)
 

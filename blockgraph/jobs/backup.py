@@ -15,16 +15,19 @@ so every cluster is read once, before it changes.
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING, Any
 
 from blockgraph.backend import Backend
 from blockgraph.errors import BlockGraphError, GraphError, JobError
 from blockgraph.filters.backup_top import BackupTop
+from blockgraph.finish import finish
 from blockgraph.jobs.copy_loop import CopyLoop
-from blockgraph.jobs.create_target import create_target
+from blockgraph.jobs.create_target import create_target, created_file
 from blockgraph.jobs.job import Job
 from blockgraph.jobs.options import BackupOptions
 from blockgraph.jobs.states import Verb
+from blockgraph.options import NodeRef
 from blockgraph.perm import Perm
 
 if TYPE_CHECKING:
@@ -50,29 +53,25 @@ class BackupJob(Job):
 
     async def start(self) -> None:
         options = self.options
-        backend = Backend(f"job-{self.id}", need=Perm(0), stays=True, owner=f"job '{self.id}'")
-        if options.target is None:
-            self._check_filter(options.device)
-            async with self._graph.transaction() as change:
-                change.attach(backend, options.device)
-            self.filter_name = options.device
-        else:
-            target = await create_target(self._graph, options) if options.mode == "create" else options.target
-            async with self._graph.transaction() as change:
-                if not isinstance(target, str):
-                    target = change.add(target, owned=False)
-                self.filter_name = change.add(self._filter(target))
-                change.insert(self.filter_name, above=options.device)
-                change.attach(backend, self.filter_name)
-            self._own_filter = True
-        self._backend = backend
+        self._backend = Backend(f"job-{self.id}", need=Perm(0), stays=True, owner=f"job '{self.id}'")
+        target = options.target
+        if options.mode == "create":
+            target = await create_target(self._graph, options)
+        try:
+            await self._attach(target)
+        except BaseException:
+            if self._backend in self._graph.backends():  # cancelled when the change could no longer be stopped
+                await finish(self.clean())
+            if options.mode == "create":
+                os.unlink(created_file(options))
+            raise
         self._top = self._graph.node(self.filter_name).driver
         assert isinstance(self._top, BackupTop)
         self._top.copy.only_top = options.sync == "top"
         self._loop = CopyLoop(
             self,
             self._top.copy,
-            backend,
+            self._backend,
             workers=options.max_workers,
             chunk=options.max_chunk,
             speed=options.speed,
@@ -81,6 +80,20 @@ class BackupJob(Job):
             broken=self._broken,
         )
         self.progress.update(0, self._top.copy.bitmap.count())
+
+    async def _attach(self, target: NodeRef | None) -> None:
+        device = self.options.device
+        async with self._graph.transaction() as change:
+            if target is None:
+                self._check_filter(device)
+                self.filter_name = device
+            else:
+                if not isinstance(target, str):
+                    target = change.add(target, owned=False)
+                self.filter_name = change.add(self._filter(target))
+                change.insert(self.filter_name, above=device)
+                self._own_filter = True
+            change.attach(self._backend, self.filter_name)
 
     def _check_filter(self, device: str) -> None:
         if not isinstance(self._graph.node(device).driver, BackupTop):
@@ -116,7 +129,11 @@ class BackupJob(Job):
             await self._until_cancelled()
         await self._loop.run()
         assert isinstance(self._top, BackupTop)
-        await self._top.target.flush()
+        await self._backend.enter()
+        try:
+            await self._top.target.flush()
+        finally:
+            self._backend.leave()
 
     async def _until_cancelled(self) -> None:
         """Guest writes do the copying; the job only ends by being cancelled, or with the snapshot."""
@@ -140,7 +157,14 @@ class BackupJob(Job):
         self._loop.limit.set_speed(speed)
 
     async def clean(self) -> None:
-        async with self._graph.transaction() as change:
-            change.detach(self._backend)
-            if self._own_filter:
-                change.remove_filter(self.filter_name)
+        try:
+            async with self._graph.transaction(forced=True) as change:
+                change.detach(self._backend)
+                if self._own_filter:
+                    change.remove_filter(self.filter_name)
+        except BlockGraphError:
+            # Somebody still uses the kept image (a snapshot-access over the filter): it is theirs to remove.
+            if self._backend in self._graph.backends():
+                async with self._graph.transaction(forced=True) as change:
+                    change.detach(self._backend)
+            raise

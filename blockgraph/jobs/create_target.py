@@ -26,9 +26,20 @@ async def create_target(graph: Graph, options: BackupOptions) -> dict[str, Any]:
     size = graph.node(options.device).size()
     if not isinstance(target, Mapping):
         raise OptionError("mode 'create' needs a description of the image to make", path="target", value=target)
+    image_format = "raw" if target.get("driver") == "file" else str(target.get("driver"))
+    await create_file(created_file(options), size, image_format, replace=False)
+    return dict(target)
+
+
+def created_file(options: BackupOptions) -> str:
+    """Name of the file that `create_target` makes.
+
+    Raises:
+        OptionError: the description names none.
+    """
+    target = options.target
+    assert isinstance(target, Mapping)
     file = target if target.get("driver") == "file" else target.get("file")
     if not isinstance(file, Mapping) or not isinstance(filename := file.get("filename"), str):
         raise OptionError("mode 'create' makes files: 'raw' or 'qcow2' over 'file'", path="target", value=dict(target))
-    image_format = "raw" if file is target else str(target.get("driver"))
-    await create_file(filename, size, image_format, replace=False)
-    return dict(target)
+    return filename

@@ -71,6 +71,7 @@ class Job:
         self._resumed = asyncio.Event()
         self._pause_asked = asyncio.Event()
         self._finalized = asyncio.Event()
+        self._ending = False
         self._over = asyncio.Event()
         self._body: asyncio.Task[None] | None = None
         self._life: asyncio.Task[None] | None = None
@@ -141,6 +142,8 @@ class Job:
     def cancel(self) -> None:
         """End the job; what it took is given back. Await `wait` for the end."""
         self.check(Verb.CANCEL)
+        if self._ending:
+            raise JobError("is concluding already", op=f"job '{self.id}'")
         if self.cancelled:
             return
         self.cancelled = True
@@ -159,6 +162,11 @@ class Job:
         """Forget a concluded job."""
         self.check(Verb.DISMISS)
         self._enter(JobState.NULL)
+
+    @property
+    def ending(self) -> bool:
+        """Its fate is decided; only `wait` and `dismiss` make sense."""
+        return self._ending or self.state in (JobState.CONCLUDED, JobState.NULL)
 
     async def wait(self) -> None:
         """Until the job has concluded; look at `error` and `cancelled`."""
@@ -182,6 +190,8 @@ class Job:
     async def _live(self) -> None:
         self._enter(JobState.RUNNING)
         self._body = asyncio.create_task(self._work(), name=f"job {self.id} work")
+        if self.cancelled:  # before it had begun
+            self._body.cancel()
         failure: BlockGraphError | None = None
         try:
             await self._body
@@ -191,12 +201,15 @@ class Job:
             failure = error
         except Exception as error:  # a bug in a job must not leave its filter behind
             log.exception("job '%s' failed unexpectedly", self.id)
-            failure = JobError(f"unexpected {type(error).__name__}: {error}", op=f"job '{self.id}'")
+            failure = self._unexpected(error)
         self.error = failure
         try:
             await self._finish()
         finally:
             self._over.set()
+
+    def _unexpected(self, error: Exception) -> JobError:
+        return JobError(f"unexpected {type(error).__name__}: {error}", op=f"job '{self.id}'")
 
     async def _work(self) -> None:
         await self.run()
@@ -207,6 +220,7 @@ class Job:
         await self.prepare()
 
     async def _finish(self) -> None:
+        self._ending = True
         failed = self.cancelled or self.error is not None
         if failed and self.state is JobState.PAUSED:
             self._enter(JobState.RUNNING)
@@ -218,6 +232,9 @@ class Job:
             except BlockGraphError as error:
                 log.error("job '%s': %s", self.id, error)
                 self.error = self.error or error
+            except Exception as error:  # the job must end all the same
+                log.exception("job '%s' failed unexpectedly at its end", self.id)
+                self.error = self.error or self._unexpected(error)
         text = str(self.error) if self.error else None
         if self.cancelled and self.error is None:
             self._tell(JobEvent(self.id, "cancelled", self.state))
@@ -234,7 +251,10 @@ class Job:
 
     def _tell(self, event: JobEvent) -> None:
         for listener in list(self.listeners):
-            listener(event)
+            try:
+                listener(event)
+            except Exception:
+                log.exception("a listener of job '%s' failed", self.id)
 
     # For `run`.
 

@@ -29,6 +29,7 @@ class JobManager:
         self._graph = graph
         self.jobs: dict[str, Job] = {}
         self.listeners: list[Callable[[JobEvent], None]] = []
+        graph.before_close.append(self.close)
 
     async def backup(self, options: BackupOptions) -> BackupJob:
         """Start a backup; when this returns, the point in time is taken.
@@ -52,8 +53,9 @@ class JobManager:
 
     async def close(self) -> None:
         """Cancel what still runs and wait for the end of every job."""
-        for job in list(self.jobs.values()):
-            if job.state is not JobState.CONCLUDED:
-                if job.state is not JobState.ABORTING:
-                    job.cancel()
-                await job.wait()
+        jobs = list(self.jobs.values())
+        for job in jobs:
+            if not job.ending:
+                job.cancel()
+        for job in jobs:
+            await job.wait()

@@ -15,7 +15,13 @@ OnError = Literal["report", "ignore", "stop", "enospc"]
 
 
 class BackupOptions(
-    msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True, tag_field="type", tag="backup"
+    msgspec.Struct,
+    kw_only=True,
+    rename="kebab",
+    forbid_unknown_fields=True,
+    frozen=True,
+    tag_field="type",
+    tag="backup",
 ):
     """Copy a disk as it is when the job starts, while it is being written.
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -73,7 +74,7 @@ class RateLimit:
     def __init__(self, speed: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.speed = speed
         self._clock = clock
-        self._slice_end = 0.0
+        self._slice_start = -_SLICE
         self._used = 0
         self._changed = asyncio.Event()
 
@@ -93,21 +94,17 @@ class RateLimit:
             return 0.0
         now = self._clock()
         quota = max(1.0, self.speed * _SLICE)
-        if now >= self._slice_end:
-            # A slice that took more than its quota lasts as many slices as it took.
+        # A slice that took more than its quota lasts as many slices as it took.
+        end = self._slice_start + max(1.0, self._used / quota) * _SLICE
+        if now >= end:
+            self._slice_start = now
             self._used = 0
-            self._slice_end = now + _SLICE
-        if self._used < quota:
             return 0.0
-        end = self._slice_end + (self._used / quota - 1) * _SLICE
-        return max(0.0, end - now)
+        return 0.0 if self._used < quota else end - now
 
     async def wait(self) -> None:
         """Until more may be moved."""
         while (seconds := self.delay()) > 0:
             self._changed.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), seconds)
-            except TimeoutError:
-                self._used = 0
-                self._slice_end = 0.0
