@@ -58,12 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from blockgraph.errors import BlockGraphError
+    from blockgraph.graph.problem import printable
 
     module = importlib.import_module(f"{__name__}.{args.command}")
     try:
         status: int = module.run(args)
     except BlockGraphError as error:
-        print(f"blockgraph: {error}", file=sys.stderr)
+        print(f"blockgraph: {printable(str(error))}", file=sys.stderr)
         return 1
     return status
 

@@ -29,7 +29,7 @@ class Flattener:
     """See the module's text.
 
     Args:
-        new_name: gives a name for a node that has none.
+        new_name: gives another name each time, for nodes that have none.
         names: names taken, with the path of who has them; grows.
         directory: where relative file names start; None leaves them alone.
 

@@ -133,7 +133,7 @@ def flatten_node(description: Mapping[str, Any], new_name: Callable[[], str]) ->
     """One node description and those inside it, the outer one first. File names are left as they are.
 
     Args:
-        new_name: gives a name for a node that has none.
+        new_name: gives another name each time, for nodes that have none.
     Raises:
         OptionError: for the first problem; paths start at the node.
     """

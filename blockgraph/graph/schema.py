@@ -9,6 +9,7 @@ graph (references, cycles, permissions, sizes) only `blockgraph check` knows.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from typing import Any
@@ -56,7 +57,7 @@ def graph_schema() -> dict[str, Any]:
             **_CHILD,
             "description": defs[names[kind]]["properties"]["target"].get("description", ""),
         }
-    return {
+    schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "blockgraph graph file",
         "description": summary(description.__doc__),
@@ -71,6 +72,8 @@ def graph_schema() -> dict[str, Any]:
         },
         "$defs": defs,
     }
+    plain: dict[str, Any] = json.loads(json.dumps(schema))  # defaults may be tuples
+    return plain
 
 
 def _drivers() -> list[type[Driver]]:
@@ -128,10 +131,7 @@ def _driver(driver: type[Driver], component: dict[str, Any]) -> dict[str, Any]:
     for name, schema in properties.items():
         if docs.get(name):
             schema["description"] = docs[name]
-    tables = [name for name, schema in properties.items() if name in driver.children or "$ref" in schema]
-    tables += [
-        n for n, s in properties.items() if any("$ref" in option for option in s.get("anyOf", ())) and n not in tables
-    ]
+    tables = [name for name, schema in properties.items() if name in driver.children or _has_members(schema)]
     out: dict[str, Any] = {
         "type": "object",
         "title": driver.name,
@@ -149,6 +149,11 @@ def _driver(driver: type[Driver], component: dict[str, Any]) -> dict[str, Any]:
         for name in required
     ]
     return {**out, "allOf": needs} if needs else out
+
+
+def _has_members(schema: dict[str, Any]) -> bool:
+    options = [schema, *schema.get("anyOf", ())]
+    return any("$ref" in option or option.get("type") == "array" for option in options)
 
 
 def _manual(driver: type[Driver]) -> str | None:

@@ -73,14 +73,15 @@ class _Tree:
 
     def rows(self) -> Iterator[tuple[Text, ...]]:
         """Every tree: from the tops, then from what only a cycle holds."""
-        tops = [*self._picture.tops(), *self._picture.boxes]
-        for top in tops:  # grows
-            if top in self._drawn:
-                continue
-            self._drawn.add(top)
-            box = self._picture.boxes[top]
-            yield self._row(Text(printable(box.title), _STYLES[box.kind]), box, None)
-            yield from self._below(top, tops)
+        for first in [*self._picture.tops(), *self._picture.boxes]:
+            tops = [first]
+            for top in tops:  # grows by the trees that were too deep to be drawn in one
+                if top in self._drawn:
+                    continue
+                self._drawn.add(top)
+                box = self._picture.boxes[top]
+                yield self._row(Text(printable(box.title), _STYLES[box.kind]), box, None)
+                yield from self._below(top, tops)
 
     def _below(self, top: str, tops: list[str]) -> Iterator[tuple[Text, ...]]:
         # Depth first; each entry is a line, what stands left of it, and whether it is its parent's last.

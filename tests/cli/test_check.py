@@ -1,0 +1,165 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Commands check, graph and schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from blockgraph.cli import main
+
+GOOD = """\
+[[nodes]]
+node-name = "disk"
+driver = "raw"
+file = {driver = "file", filename = "disk.img"}
+
+[[exports]]
+type = "nbd"
+id = "guest"
+node-name = "disk"
+
+[nbd-server]
+addr = {type = "unix", path = "nbd.sock"}
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "graph.toml"
+    path.write_text(GOOD)
+    return path
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    path = tmp_path / "bad.toml"
+    path.write_text(GOOD.replace('"raw"', '"rawx"').replace("nbd-server", "nbd-serve"))
+    return path
+
+
+def test_check_good_file_is_status_0_and_says_what_is_in_it(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(good)]) == 0
+    assert capsys.readouterr() == (f"{good}: ok: 2 nodes, 1 export, 0 jobs\n", "")
+
+
+def test_check_bad_file_is_status_1_with_every_problem_in_a_line(bad: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(bad)]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        f"{bad}:3:1: nodes[0].driver: unknown driver 'rawx'; did you mean 'raw'?",
+        f"{bad}:11:1: nbd-serve: unknown section 'nbd-serve'; did you mean 'nbd-server'?",
+    ]
+    assert out == f"{bad}: 2 errors\n"
+
+
+def test_check_warning_is_status_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "g.json").write_text('{"nodes": [{"driver": "memory", "size": 1, "node-name": "m"}]}')
+    assert main(["check", str(tmp_path / "g.json")]) == 0
+    out, err = capsys.readouterr()
+    assert "g.json:1:12: nodes[0]: warning: node 'm' is not used" in out
+    assert out.endswith("g.json: ok (1 warning): 1 node, 0 exports, 0 jobs\n")
+    assert err == ""
+
+
+def test_check_json_has_every_member_of_a_problem(bad: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(bad), "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert problems[0] == {
+        "severity": "error",
+        "error": "OptionError",
+        "message": "unknown driver 'rawx'",
+        "file": str(bad),
+        "line": 3,
+        "column": 1,
+        "path": "nodes[0].driver",
+        "found": "rawx",
+        "closest": "raw",
+    }
+
+
+def test_check_missing_file_is_status_1_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tmp_path / "none.toml")]) == 1
+    assert capsys.readouterr().err == f"blockgraph: can not read '{tmp_path}/none.toml': No such file or directory\n"
+
+
+def test_check_open_tells_missing_image_with_its_line(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--open", str(good)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"{good}:4:1: nodes[0].file: ")
+    assert "disk.img" in err
+    os.truncate(os.open(good.parent / "disk.img", os.O_CREAT | os.O_WRONLY), 512)
+    assert main(["check", "--open", str(good)]) == 0
+
+
+def test_check_open_with_errors_in_the_file_opens_nothing(bad: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--open", str(bad)]) == 1
+    assert capsys.readouterr().out == f"{bad}: 2 errors; images were not opened\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, starts",
+    [
+        ([], "graph "),
+        (["--format", "dot"], "digraph "),
+        (["--format", "svg"], "<svg "),
+        (["-f", "mermaid"], "flowchart TD"),
+        (["-f", "json"], "{\n"),
+    ],
+)
+def test_graph_prints_each_format(
+    good: Path, arguments: list[str], starts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["graph", str(good), *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(starts)
+    assert "disk" in out
+    assert err == ""
+
+
+def test_graph_writes_the_format_that_the_output_is_named_for(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = good.parent / "g.svg"
+    assert main(["graph", str(good), "-o", str(out)]) == 0
+    assert ElementTree.parse(out).getroot().tag.endswith("svg")
+    assert capsys.readouterr().out == ""
+
+
+def test_graph_with_problems_is_drawn_and_told(bad: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", str(bad)]) == 0
+    out, err = capsys.readouterr()
+    assert "rawx" in out
+    assert "unknown driver 'rawx'" in err
+    assert "(and 1 more, see 'blockgraph check')" in err
+
+
+def test_graph_with_broken_syntax_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "g.json").write_text("{")
+    assert main(["graph", str(tmp_path / "g.json")]) == 1
+    assert "g.json:1:2: not valid JSON" in capsys.readouterr().err
+
+
+def test_graph_output_that_can_not_be_written_is_one_line(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", str(good), "-o", str(good.parent / "no" / "g.svg")]) == 1
+    assert capsys.readouterr().err.startswith("blockgraph: can not write '")
+
+
+def test_graph_on_a_terminal_without_unicode_does_not_fail(good: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "blockgraph", "graph", str(good)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"\\u2514\\u2500 disk" in done.stdout
+
+
+def test_schema_prints_a_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["$schema"].endswith("2020-12/schema")
