@@ -159,11 +159,11 @@ class BlockCopy:
             else:
                 return
 
-    async def copy_next(self, offset: int, chunk: int) -> int | None:
+    async def copy_next(self, offset: int, chunk: int) -> tuple[int, int] | None:
         """Copy the next run that is still to be copied at or after `offset`: about `chunk` bytes of data with the
         zeroes before and between them, however many. What the source holds is asked once.
 
-        Returns: where to go on; None: nothing was left there.
+        Returns: where to go on, and how many bytes of data were moved; None: nothing was left there.
         Raises:
             CopyFailed: the bits are set again.
         """
@@ -176,16 +176,17 @@ class BlockCopy:
             # What guest writes took meanwhile is theirs; what is still set has not changed since we looked.
             claim = self._take(area[0], end, None)
             if claim is None:
-                return end
+                return end, 0
             with self._copying(claim):
                 if self.serialising:
                     await pins.release()
                     await self._hold_target(pins, claim.offset, claim.end)
                     leaves = await self._leaves(pins, claim.offset, claim.end)
-                rest = await self._copy_leaves(pins, _clip(leaves, claim.offset, claim.end))
+                leaves = _clip(leaves, claim.offset, claim.end)
+                rest = await self._copy_leaves(pins, leaves)
                 await pins.release()
                 await self._copy_rest(rest)
-        return claim.end
+        return claim.end, sum(leaf.length for leaf in leaves if not self._empty(leaf))
 
     async def _hold_target(self, pins: Pins, offset: int, end: int) -> None:
         """Let nobody read the target through to the source while the copy that comes between them is made."""

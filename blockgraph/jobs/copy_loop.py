@@ -106,11 +106,10 @@ class CopyLoop:
 
     async def _step(self) -> bool:
         """Copy one run. False: nothing is left and nothing is in flight."""
-        moved = self._copy.bytes_moved
-        end = await self._copy.copy_next(self._position, self._chunk_now())
-        if end is not None:
-            self._position = end
-            self.limit.charge(self._copy.bytes_moved - moved)
+        copied = await self._copy.copy_next(self._position, self._chunk_now())
+        if copied is not None:
+            self._position, moved = copied
+            self.limit.charge(moved)
             return True
         if self._position:
             self._position = 0  # what failed, or was passed by, lies behind
