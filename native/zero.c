@@ -6,23 +6,26 @@
 #include <stdbool.h>
 #include <string.h>
 
-#define STEP 256 /* bytes tested between two looks at the result: enough for four loads in flight */
+/* A vector of any alignment; the compiler splits it where registers are narrower. */
+typedef uint64_t vec __attribute__((vector_size(32), aligned(1), may_alias));
+#define LOADS 8 /* vectors tested between two looks at the result: enough to keep memory busy */
 
 static inline __attribute__((always_inline)) int zero_loop(const unsigned char *p, size_t length)
 {
-    while (length >= STEP) {
-        uint64_t word[STEP / 8], any = 0;
-        memcpy(word, p, STEP);
-        for (size_t i = 0; i < STEP / 8; i++)
-            any |= word[i];
-        if (any)
+    for (; length >= LOADS * sizeof(vec); p += LOADS * sizeof(vec), length -= LOADS * sizeof(vec)) {
+        const vec *v = (const vec *)p;
+        vec any = ((v[0] | v[1]) | (v[2] | v[3])) | ((v[4] | v[5]) | (v[6] | v[7]));
+        if (any[0] | any[1] | any[2] | any[3])
             return 0;
-        p += STEP;
-        length -= STEP;
     }
-    unsigned char rest = 0;
-    for (size_t i = 0; i < length; i++)
-        rest |= p[i];
+    uint64_t rest = 0;
+    for (; length >= sizeof(rest); p += sizeof(rest), length -= sizeof(rest)) {
+        uint64_t word;
+        memcpy(&word, p, sizeof(word));
+        rest |= word;
+    }
+    for (; length; p++, length--)
+        rest |= *p;
     return rest == 0;
 }
 
@@ -31,7 +34,7 @@ static int zero_baseline(const unsigned char *p, size_t length)
     return zero_loop(p, length);
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(BG_PORTABLE)
 __attribute__((target("avx2"))) static int zero_avx2(const unsigned char *p, size_t length)
 {
     return zero_loop(p, length);
@@ -48,7 +51,7 @@ int bg_is_zero(const void *buf, size_t length)
         if (first)
             return 0;
     }
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(BG_PORTABLE)
     if (__builtin_cpu_supports("avx2"))
         return zero_avx2(p, length);
 #endif

@@ -8,9 +8,9 @@ Measured (Linux 6.18, 2 CPUs, asyncio, 4 KiB, microseconds per call: awaited one
     tmpfs read    inline 2.2 / 5.0    pool 44 / 16       tmpfs write   inline 2.1 / 4.9    pool 35 / 17
     ext4 read     inline 1.6 / 4.3    pool 45 / 17       ext4 write    not inline          pool 41 / 18
 
-(64 KiB: 2 to 6 inline, 42 by the pool.) Reads in the page cache use RWF_NOWAIT. tmpfs refuses that flag but never waits,
-so it is recognised by fstatfs. Buffered writes to ext4 refuse it too, and may wait for the journal or be throttled as
-long as a device likes, so they go to the pool although most would be quick.
+(64 KiB: 2 to 6 inline, 42 by the pool.) Reads in the page cache use RWF_NOWAIT. tmpfs refuses that flag but never
+waits, so it is recognised by fstatfs. Buffered writes to ext4 refuse it too, and may wait for the journal or be
+throttled as long as a device likes, so they go to the pool although most would be quick.
 """
 
 from __future__ import annotations
