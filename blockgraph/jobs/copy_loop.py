@@ -79,8 +79,8 @@ class CopyLoop:
                 if self._decide(failure):
                     await self.sleep(back_off)
                     back_off = min(back_off * 2, _BACK_OFF[1])
-            elif not self._job.pause_requested:
-                return
+            elif not self._copy.active and not self._copy.bitmap.count():
+                return  # else the workers stopped for a pause, which may be over already
 
     async def _run_workers(self) -> None:
         tasks = [asyncio.create_task(self._worker()) for _ in range(self._workers)]

@@ -213,6 +213,7 @@ class Job:
 
     async def _work(self) -> None:
         await self.run()
+        await self.pause_point()  # paused at the very end: it stays until it is resumed
         self._enter(JobState.WAITING)
         self._enter(JobState.PENDING)
         if not self.auto_finalize:
