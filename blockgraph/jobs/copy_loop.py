@@ -80,6 +80,7 @@ class CopyLoop:
                     await self.sleep(back_off)
                     back_off = min(back_off * 2, _BACK_OFF[1])
             elif not self._copy.active and not self._copy.bitmap.count():
+                self._tell()  # guest writes may have copied the last of it
                 return  # else the workers stopped for a pause, which may be over already
 
     async def _run_workers(self) -> None:
