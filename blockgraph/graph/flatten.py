@@ -14,7 +14,7 @@ from blockgraph.errors import OptionError
 from blockgraph.graph.convert import closest, convert, members, quote, respell
 from blockgraph.graph.description import NodeDescription
 from blockgraph.graph.problem import Problem
-from blockgraph.graph.source import join
+from blockgraph.graph.source import MAX_DEPTH, join
 from blockgraph.graph.validate import is_generated, name_problem
 from blockgraph.options import NodeOptions
 from blockgraph.perm import Role
@@ -46,6 +46,7 @@ class Flattener:
         self._new_name = new_name
         self._names = {} if names is None else names
         self._directory = directory
+        self._depth = 0
 
     def add(
         self, value: Any, path: str, inherited: Mapping[str, Any] | None = None, *, inline: bool = False
@@ -58,19 +59,24 @@ class Flattener:
         if not isinstance(value, dict):
             self._problem(f"expected a node description, found {quote(value)}", path, value=value)
             return None
+        if self._depth >= MAX_DEPTH:  # dotted keys nest without the file being nested
+            self._problem(f"nested deeper than {MAX_DEPTH} levels", path)
+            return None
         driver = self._driver(value, path)
         name = self._name(value, path, required=not inline)
         node = NodeDescription(
             name=name, driver=driver, options=NodeOptions(driver=driver.name), broken=True, where=path, inline=inline
         )
         self.nodes.append(node)
+        self._depth += 1
         if is_unknown(driver):
             # Whatever looks like a node inside it can still be checked.
             for key, item in value.items():
                 if isinstance(item, dict) and "driver" in item:
                     self.add(item, join(path, key), inline=True)
-            return node
-        self._fill(node, value, inherited or {})
+        else:
+            self._fill(node, value, inherited or {})
+        self._depth -= 1
         return node
 
     def single(self, driver: type[Driver], value: dict[str, Any], path: str) -> NodeDescription:
@@ -140,7 +146,9 @@ class Flattener:
             if isinstance(item, dict) and nested:
                 passed = _passed_on(given, cow=bool(spec.role & Role.COW))
                 below = self.add(item, join(path, written.get(child, child)), passed, inline=True)
-                assert below is not None
+                if below is None:
+                    del given[child]
+                    continue
                 node.description[child] = below.description
                 item = given[child] = below.name
             if isinstance(item, str):
@@ -222,7 +230,9 @@ def expand_dotted(
     dotted: dict[str, dict[str, Any]] = {}
     for key, item in value.items():
         head, _, rest = key.partition(".")
-        if head and rest and key not in (heads or ()) and (heads is None or head in heads):
+        if key.count(".") > MAX_DEPTH:
+            problems.append(Problem(kind=OptionError, message=f"nested deeper than {MAX_DEPTH} levels", path=path))
+        elif head and rest and key not in (heads or ()) and (heads is None or head in heads):
             dotted.setdefault(head, {})[rest] = item
         else:
             out[key] = item

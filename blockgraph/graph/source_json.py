@@ -121,4 +121,5 @@ class _Walk:
     def _string(self, offset: int) -> tuple[str, int]:
         match = _STRING.match(self._text, offset)
         assert match
-        return json.loads(match.group(), strict=False), match.end()
+        text = match.group()
+        return json.loads(text) if "\\" in text else text[1:-1], match.end()

@@ -16,7 +16,7 @@ from blockgraph.graph.source import MAX_DEPTH, Lines, Parsed, SyntaxProblem, che
 _AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 _BLANK = re.compile(r"[ \t]*")
 #: between statements, and between the items of an array
-_FILLER = re.compile(r"(?:[ \t\n]|#[^\n]*)*")
+_FILLER = re.compile(r"(?:[ \t\n]++|#[^\n]*+)*+")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _BASIC = re.compile(r'"(?:[^"\\]++|\\.)*+"')
 _LITERAL = re.compile(r"'[^']*'")

@@ -520,6 +520,17 @@ def test_deep_inline_chain_is_bounded_but_a_long_one_works() -> None:
     assert problem.message == "nested deeper than 200 levels"
 
 
+@pytest.mark.parametrize("dots", [150, 199, 300])
+def test_deep_dotted_keys_are_bounded_too(dots: int) -> None:
+    """Each table is nested no deeper than allowed, but its keys nest further tables in it."""
+    node: dict[str, Any] = dict(MEMORY)
+    for _ in range(3):
+        drivers = {"file." * depth + "driver": "raw" for depth in range(dots + 1)}
+        node = {**drivers, "file." * dots + "file": node}
+    told = check({**node, "node-name": "top"})
+    assert any("nested deeper than 200 levels" in text for text in told)
+
+
 def test_dict_that_contains_itself_is_a_problem() -> None:
     node: dict[str, Any] = {"driver": "raw", "node-name": "a"}
     node["file"] = node

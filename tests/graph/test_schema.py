@@ -80,7 +80,7 @@ def test_members_are_explained_in_the_words_of_the_manuals() -> None:
     assert len(without) < 5, without
 
 
-class Documented(NodeOptions):
+class Documented(NodeOptions, frozen=True):
     """A structure.
 
     Attributes:

@@ -88,7 +88,9 @@ keys = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=4),
 )
 texts = st.text(st.sampled_from("ab '\"\\\n\t#=[]{},.é"), max_size=8)
-leaves = st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), texts, st.floats(allow_nan=False, allow_infinity=False))
+leaves = st.one_of(
+    st.booleans(), st.integers(-(2**63), 2**63 - 1), texts, st.floats(allow_nan=False, allow_infinity=False)
+)
 tables = st.dictionaries(
     keys,
     st.recursive(
@@ -106,7 +108,7 @@ class Writer:
         self.lines: list[str] = []
 
     def choose(self, *choices: str) -> str:
-        return self.draw(st.sampled_from(choices))
+        return str(self.draw(st.sampled_from(choices)))
 
     def key(self, key: str) -> str:
         if re.fullmatch(r"[A-Za-z0-9_-]+", key) and self.choose("bare", "quoted") == "bare":
@@ -150,7 +152,7 @@ class Writer:
         return str(value)
 
     def table(self, prefix: str, table: dict[str, Any]) -> None:
-        later = []
+        later: list[tuple[str, Any]] = []
         for key, value in table.items():
             if isinstance(value, dict):
                 style = self.choose("inline", "header", "dotted")
