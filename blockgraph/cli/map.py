@@ -28,6 +28,7 @@ from blockgraph.cli.images import add_image_arguments, looked_at
 from blockgraph.cli.text import size_argument
 from blockgraph.driver import Format
 from blockgraph.extent import Extent, Status
+from blockgraph.formats.qcow2 import Qcow2
 from blockgraph.node import Node
 
 
@@ -70,7 +71,7 @@ class MapEntry:
 
     def to_row(self) -> str:
         """A row of the table: what holds data."""
-        mapped = "compressed" if self.offset is None else f"{self.offset:#x}"
+        mapped = "compressed" if self.offset is None else _hex(self.offset)
         return f"{_hex(self.start):<16}{_hex(self.length):<16}{mapped:<16}{self.filename or ''}".rstrip()
 
 
@@ -118,8 +119,9 @@ async def _run(args: Namespace) -> None:
 async def image_map(top: Node, start: int, end: int) -> AsyncIterator[MapEntry]:
     """The range [start, end) of a node, equal neighbours merged."""
     last: MapEntry | None = None
+    preallocated: dict[Node, bool] = {}
     while start < end:
-        entry = await _entry(top, start, end - start)
+        entry = await _entry(top, start, end - start, preallocated)
         start += entry.length
         if last is None:
             last = entry
@@ -132,8 +134,12 @@ async def image_map(top: Node, start: int, end: int) -> AsyncIterator[MapEntry]:
         yield last
 
 
-async def _entry(node: Node, offset: int, length: int) -> MapEntry:
-    """What is known from `offset` on: down the layers until one answers."""
+async def _entry(node: Node, offset: int, length: int, preallocated: dict[Node, bool]) -> MapEntry:
+    """What is known from `offset` on: down the layers until one answers.
+
+    Args:
+        preallocated: what `_preallocated` said of the nodes it was asked about.
+    """
     depth = 0
     while True:
         driver = node.driver
@@ -144,7 +150,9 @@ async def _entry(node: Node, offset: int, length: int) -> MapEntry:
             return MapEntry(offset, found.length, depth, True, found.zero, found.data, found.host_offset, name)
         extent = await _map(node, offset, length)
         if extent.status is not Status.UNALLOCATED:
-            return await _allocated(node, extent, depth)
+            if extent.status is Status.DATA and node not in preallocated:
+                preallocated[node] = await _preallocated(node)
+            return await _allocated(extent, depth, ask_file=preallocated.get(node, False))
         length = extent.length
         cow = driver.cow()
         if cow is None or offset >= cow.node.size():
@@ -162,30 +170,28 @@ async def _map(node: Node, offset: int, length: int) -> Extent:
         node.end(request)
 
 
-async def _allocated(node: Node, extent: Extent, depth: int) -> MapEntry:
-    if extent.status is Status.SPECIAL:
-        return MapEntry(extent.offset, extent.length, depth, True, False, True)
+async def _allocated(extent: Extent, depth: int, *, ask_file: bool) -> MapEntry:
+    """What a format has allocated; `ask_file`: the file knows better whether its data are zeroes."""
+    offset, length = extent.offset, extent.length
     zero = extent.status is Status.ZERO
     if extent.child is None:
-        return MapEntry(extent.offset, extent.length, depth, True, zero, not zero)
-    below = extent.child.node
-    length = extent.length
+        return MapEntry(offset, length, depth, True, zero, not zero)
     data = not zero
-    if data and _preallocated(node, below):
-        status = await extent.child.block_status(extent.child_offset, length)
-        length, zero = status.length, status.zero
-    return MapEntry(extent.offset, length, depth, True, zero, data, extent.child_offset, below.driver.filename())
+    if data and ask_file:
+        below = await extent.child.block_status(extent.child_offset, length)
+        length, zero = below.length, below.zero
+    filename = extent.child.node.driver.filename()
+    return MapEntry(offset, length, depth, True, zero, data, extent.child_offset, filename)
 
 
-def _preallocated(node: Node, file: Node) -> bool:
+async def _preallocated(node: Node) -> bool:
     """Clusters were given room before they were written: only the file knows which of them hold data.
 
     As in QEMU this is told from the room that the file really takes: a tenth less than its clusters is suspicious.
     Otherwise a hole in the file is but a page of zeroes inside a cluster, and not worth an entry.
     """
-    fd = file.driver.fd()
-    cluster = node.driver.info().cluster_size
-    if fd is None or not cluster:
+    driver = node.driver
+    if not isinstance(driver, Qcow2) or (fd := driver.file.node.driver.fd()) is None:
         return False
-    real = os.fstat(fd).st_blocks * 512 // cluster
-    return file.size() // cluster > max(real * 10 // 9, real + 2)
+    real = os.fstat(fd).st_blocks * 512 // driver.image.cluster_size
+    return await driver.refcounts.count_used() >= max(real * 10 // 9, real + 2)

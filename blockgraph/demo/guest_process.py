@@ -78,7 +78,7 @@ class GuestProcess:
 @asynccontextmanager
 async def started(socket: Path, export: str, seed: int) -> AsyncIterator[GuestProcess]:
     """Start the guest; it has disconnected, or was killed, when the block ends."""
-    command = [sys.executable, "-m", "blockgraph.demo.guest", str(socket), export, str(seed)]
+    command = [sys.executable, "-P", "-m", "blockgraph.demo.guest", str(socket), export, str(seed)]
     process = await asyncio.create_subprocess_exec(
         *command, stdin=PIPE, stdout=PIPE, stderr=None, start_new_session=True
     )

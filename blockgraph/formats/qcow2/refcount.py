@@ -105,6 +105,16 @@ class Refcounts:
 
     # Blocks.
 
+    async def count_used(self) -> int:
+        """Clusters of the file that are in use. Reads every refcount block."""
+        used, clusters = 0, self._image.file_end() >> self._bits
+        for index in range(min(self._entries(), -(-clusters // self._per_block))):
+            block = await self._block(index)
+            if block is not None:
+                counts = array("H", block.buf)[: clusters - index * self._per_block]
+                used += len(counts) - counts.count(0)
+        return used
+
     def _entries(self) -> int:
         return len(self._table) // 8
 

@@ -1,0 +1,115 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""`blockgraph info` beside `qemu-img info`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockgraph.cli import main
+
+#: What blockgraph tells beyond qemu-img.
+OWN = {"snapshot-count", "bitmaps-valid"}
+#: What QEMU tells in its own way: all snapshots, all bitmaps.
+THEIRS = {"snapshots"}
+
+
+def ours(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    capsys.readouterr()
+    assert main(["info", "--json", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def theirs(qemu_img: str, *arguments: object) -> Any:
+    command = [qemu_img, "info", "--output=json", *map(str, arguments)]
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def make(qemu_img: str, *arguments: object) -> None:
+    subprocess.run([qemu_img, "create", "-q", *map(str, arguments)], check=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "compat=1.1",
+        "compat=0.10",
+        "cluster_size=512",
+        "cluster_size=2M,lazy_refcounts=on",
+        "compression_type=zstd",
+        "preallocation=metadata",
+    ],
+)
+def test_info_of_qcow2_is_that_of_qemu_img(
+    require_tool: Callable[[str], str], capsys: pytest.CaptureFixture[str], tmp_path: Path, options: str
+) -> None:
+    qemu_img, image = require_tool("qemu-img"), tmp_path / "a.qcow2"
+    make(qemu_img, "-f", "qcow2", "-o", options, image, "24M")
+    found = ours(capsys, image)
+    assert {key: value for key, value in found.items() if key not in OWN} == theirs(qemu_img, image)
+
+
+def test_info_of_raw_is_that_of_qemu_img(
+    require_tool: Callable[[str], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    image = tmp_path / "a.raw"
+    with image.open("wb") as file:
+        file.truncate(5 << 20)
+        file.write(b"x" * 8192)
+    assert ours(capsys, image) == theirs(require_tool("qemu-img"), "-f", "raw", image)
+
+
+def test_info_of_chain_tells_every_image(
+    require_tool: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    qemu_img = require_tool("qemu-img")
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    make(qemu_img, "-f", "raw", "images/base", "1M")
+    make(qemu_img, "-f", "qcow2", "-b", "base", "-F", "raw", "images/middle", "2M")
+    make(qemu_img, "-f", "qcow2", "-b", "images/middle", "-F", "qcow2", "top", "3M")
+    chain = [{k: v for k, v in info.items() if k not in OWN} for info in ours(capsys, "--backing-chain", "top")]
+    assert chain == theirs(qemu_img, "--backing-chain", "top")
+    assert main(["info", "top"]) == 0
+    text = capsys.readouterr().out
+    assert "backing file:     images/middle\n" in text
+    assert "\x1b" not in text
+
+
+def test_info_counts_snapshots(
+    require_tool: Callable[[str], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    qemu_img, image = require_tool("qemu-img"), tmp_path / "a.qcow2"
+    make(qemu_img, "-f", "qcow2", image, "1M")
+    for name in ("one", "two"):
+        subprocess.run([qemu_img, "snapshot", "-c", name, image], check=True)
+    found = ours(capsys, image)
+    assert found["snapshot-count"] == 2
+    expected = theirs(qemu_img, image)
+    assert {k: v for k, v in found.items() if k not in OWN} == {k: v for k, v in expected.items() if k not in THEIRS}
+
+
+def test_info_of_circular_chain_ends_with_an_error(
+    require_tool: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    qemu_img = require_tool("qemu-img")
+    monkeypatch.chdir(tmp_path)
+    make(qemu_img, "-f", "qcow2", "b", "1M")
+    make(qemu_img, "-f", "qcow2", "-b", "b", "-F", "qcow2", "a", "1M")
+    subprocess.run([qemu_img, "rebase", "-u", "-b", "a", "-F", "qcow2", "b"], check=True)
+    assert main(["info", "--backing-chain", "a"]) == 1
+    assert "part of its own backing chain" in capsys.readouterr().err
+    assert main(["map", "a"]) == 1
+    assert "part of its own chain" in capsys.readouterr().err
