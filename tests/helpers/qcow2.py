@@ -18,6 +18,7 @@ import pytest
 from blockgraph.backend import Backend
 from blockgraph.formats.qcow2 import Qcow2, create_image
 from blockgraph.node import Node
+from blockgraph.protocols.memory import Memory
 from helpers.harness import EVERYTHING, edge, hold, make_node, opened
 from helpers.loop import backend_over
 
@@ -51,9 +52,9 @@ async def create(path: Path, size: int, **options: Any) -> None:
         await create_image(file, size, **options)
 
 
-async def memory_image(size: int, **options: Any) -> Node:
+async def memory_image(size: int, *, driver: str | type[Memory] = "memory", **options: Any) -> Node:
     """An open memory node with an empty image."""
-    node = make_node("memory", "memory", size=0)
+    node = make_node(driver, "memory", size=0)
     await node.driver.open()
     await hold(node, EVERYTHING)
     await create_image(edge(node), size, **options)

@@ -39,20 +39,24 @@ async def resize(driver: Qcow2, size: int) -> None:
     if size > old:
         await driver.mapping.grow_l1(entries)
         await _zero_grown(driver, old, size)
-        # First: a crash must not leave the new size with the backing file's bytes in the grown area.
-        await driver.writeback.run()
+        await _set_size(driver, size)
     else:
-        bits = image.cluster_bits
-        end = image.l2_entries * driver.mapping.l1_size
-        await rewrite(driver, -(-size >> bits), end, Mode.CUT_OFF)
+        first, end = -(-size >> image.cluster_bits), driver.mapping.l1_size << image.l2_bits
+        await rewrite(driver, first, end, Mode.EMPTY)
+        await _set_size(driver, size)
+        await rewrite(driver, first, end, Mode.CUT_OFF)
         await driver.mapping.drop_tables(entries)
-        # First: a disk that grows again must not find what was cut off.
-        await driver.writeback.run()
-    image.header.size = size
+
+
+async def _set_size(driver: Qcow2, size: int) -> None:
+    """Put the size into the header, when the tables as they are now are durable: a crash never leaves the new size with
+    what a backing file, or the longer disk of before, has in the area; nor the old size with a backing file's bytes."""
+    header, old = driver.image.header, driver.size()
+    header.size = size
     try:
         await driver.writeback.run()
     except BaseException:
-        image.header.size = old
+        header.size = old
         raise
     driver.resized(size)
 

@@ -4,12 +4,13 @@
 
 What becomes of a cluster (version 3; "keep": its host cluster stays, for the next write):
 
-| cluster        | discard        | write zeroes | with MAY_UNMAP | cut off by truncate |
-|----------------|----------------|--------------|----------------|---------------------|
-| data           | zero           | zero, keep   | zero           | unallocated         |
-| zero, reserved | zero           | as it is     | zero           | unallocated         |
-| compressed     | zero           | zero         | zero           | unallocated         |
-| unallocated    | zero if backed | same         | same           | as it is            |
+| cluster        | discard        | write zeroes | with MAY_UNMAP | cut off by truncate: EMPTY, then CUT_OFF |
+|----------------|----------------|--------------|----------------|------------------------------------------|
+| data           | zero           | zero, keep   | zero           | zero, then unallocated                   |
+| zero, reserved | zero           | as it is     | zero           | same                                     |
+| compressed     | zero           | zero         | zero           | same                                     |
+| zero           | as it is       | as it is     | as it is       | as it is, then unallocated               |
+| unallocated    | zero if backed | same         | same           | as it is                                 |
 
 A discarded cluster becomes zero, not unallocated: what a backing file has there must not come back. Version 2 has no
 zero clusters: without a backing file they become unallocated, with one these operations are not supported.
@@ -32,9 +33,11 @@ class Mode(enum.Enum):
     DISCARD = enum.auto()
     ZERO = enum.auto()
     ZERO_UNMAP = enum.auto()
+    EMPTY = enum.auto()
     CUT_OFF = enum.auto()
 
 
+_CUTTING = (Mode.EMPTY, Mode.CUT_OFF)
 _PLACED = (L2Kind.DATA, L2Kind.ZERO_ALLOCATED)
 
 
@@ -46,12 +49,12 @@ async def rewrite(driver: Qcow2, first: int, end: int, mode: Mode) -> None:
     """
     image, mapping = driver.image, driver.mapping
     bits = image.l2_bits
-    backed = driver.backed and mode is not Mode.CUT_OFF
+    fill = driver.backed and mode not in _CUTTING
     while first < end:
         image.check_writable()
         await driver.writeback.relieve()
         index = first >> bits
-        if not backed and not mapping.has_table(index):
+        if not fill and not mapping.has_table(index):
             # An allocation under way may be about to link its clusters here, but has a table already.
             first = mapping.next_table(index) << bits
             if index >= mapping.l1_size:
@@ -66,7 +69,7 @@ async def rewrite(driver: Qcow2, first: int, end: int, mode: Mode) -> None:
                 if new is not None:
                     mapping.set_run(table, new)
                     if new.kind != L2Kind.ZERO_ALLOCATED:
-                        driver.unlink_run(run, discard=mode is not Mode.CUT_OFF)
+                        driver.unlink_run(run, discard=mode not in _CUTTING)
         first = stop
 
 
@@ -78,7 +81,7 @@ def _new_run(driver: Qcow2, run: L2Run, mode: Mode) -> L2Run | None:
     if run.kind == L2Kind.ZERO:
         return None
     if run.kind == L2Kind.UNALLOCATED:
-        return plain if driver.backed else None
+        return plain if driver.backed and mode is not Mode.EMPTY else None
     if mode is Mode.ZERO and run.kind in _PLACED and run.copied:
         return None if run.kind == L2Kind.ZERO_ALLOCATED else run._replace(kind=L2Kind.ZERO_ALLOCATED)
     return plain
