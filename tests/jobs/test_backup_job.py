@@ -1,0 +1,731 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""The backup job: what it copies, its error policies, its target, and that it leaves no filter behind.
+
+guest --> (top) --file----> disk (inject-error) --> disk-bytes
+           `----target---> target (inject-error) -> target-bytes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.backup import CLUSTER, content, disk_and_target, fill, memory, pattern, settle, top_over
+from helpers.loop import driver_of, graph_of, in_loop
+
+from blockgraph import trace
+from blockgraph.api import AsyncGraph
+from blockgraph.backend import Backend
+from blockgraph.create import create_file
+from blockgraph.errors import BlockGraphError, GraphError, IOFailure, JobError, NodeInUse
+from blockgraph.filters.backup_top import BackupTop
+from blockgraph.filters.inject_error import InjectError
+from blockgraph.jobs.backup import BackupJob
+from blockgraph.jobs.job import JobEvent
+from blockgraph.jobs.manager import JobManager
+from blockgraph.jobs.options import BackupOptions
+
+SIZE = 8 * CLUSTER
+
+
+class Setup:
+    """A running graph, its jobs, and what they have told.
+
+    Attributes:
+        old: the disk's bytes.
+        guest: a writable root over the disk.
+        sleeps: pauses before an ignored error was tried again, seconds.
+    """
+
+    def __init__(self, graph: AsyncGraph, guest: Backend, old: bytes) -> None:
+        self.graph = graph
+        self.guest = guest
+        self.old = old
+        self.manager = JobManager(graph)
+        self.events: list[JobEvent] = []
+        self.sleeps: list[float] = []
+        self.manager.listeners.append(self.events.append)
+        self._before = sorted(name for name, _ in graph.model.vertices())
+
+    async def start(self, **more: Any) -> BackupJob:
+        """Start a backup of the disk to the target, unless `more` says otherwise."""
+        options = {"device": "disk", "target": "target", "sync": "full", "max_chunk": CLUSTER, "max_workers": 1, **more}
+        job = await self.manager.backup(BackupOptions(**options))
+        assert job._loop is not None
+        job._loop.sleep = self._sleep
+        return job
+
+    async def _sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        await asyncio.sleep(0)
+
+    @property
+    def disk(self) -> InjectError:
+        """The fault filter of the disk."""
+        return driver_of(self.graph, "disk", InjectError)
+
+    @property
+    def target(self) -> InjectError:
+        """The fault filter of the target."""
+        return driver_of(self.graph, "target", InjectError)
+
+    def kinds(self) -> list[str]:
+        """Events, without states."""
+        return [event.kind for event in self.events if event.kind != "state"]
+
+    async def check_clean(self) -> None:
+        """The graph is as it was, and the guest can write."""
+        assert sorted(name for name, _ in self.graph.model.vertices()) == self._before
+        assert self.guest.node.name == "disk"
+        await self.guest.pwrite(0, b"still works")
+        writer = await self.graph.backend("target", writable=True, resize=True)  # nothing holds permissions
+        await self.graph.close_backend(writer)
+
+
+@asynccontextmanager
+async def setup(**more: Any) -> AsyncIterator[Setup]:
+    """`disk`, `target` in `more`: members of the fault filters."""
+    async with graph_of(*disk_and_target(SIZE, **more)) as graph:
+        old = pattern(SIZE)
+        await fill(graph, "disk-bytes", old)
+        yield Setup(graph, await graph.backend("disk", writable=True), old)
+
+
+def fails(event: str, iotype: str, **more: Any) -> dict[str, Any]:
+    """An inject-error rule."""
+    return {"inject-error": [{"event": event, "iotype": iotype, "errno": "EIO", **more}]}
+
+
+# What is copied.
+
+
+@in_loop
+async def test_full_copies_everything_and_takes_its_filter_out() -> None:
+    async with setup() as s:
+        job = await s.start()
+        assert s.guest.node.name == job.filter_name
+        await job.wait()
+        assert job.error is None
+        assert await content(s.graph, "target-bytes") == s.old
+        assert s.kinds() == ["completed"]
+        assert (job.progress.current, job.progress.total) == (SIZE, SIZE)
+        await s.check_clean()
+
+
+@in_loop
+async def test_full_sparse_disk_moves_only_data() -> None:
+    async with graph_of(memory("disk", 64 * CLUSTER), memory("target", 64 * CLUSTER)) as graph:
+        await fill(graph, "disk", b"d" * CLUSTER)
+        job = await JobManager(graph).backup(BackupOptions(device="disk", target="target", sync="full"))
+        copy = driver_of(graph, job.filter_name, BackupTop).copy
+        await job.wait()
+        assert copy.bytes_moved == CLUSTER
+        assert copy.bytes_copied == 64 * CLUSTER
+
+
+@in_loop
+async def test_full_of_an_empty_disk_succeeds() -> None:
+    async with graph_of(memory("disk", 0), memory("target", 0)) as graph:
+        job = await JobManager(graph).backup(BackupOptions(device="disk", target="target", sync="full"))
+        await job.wait()
+        assert job.error is None
+
+
+def test_top_copies_only_what_the_top_layer_has(tmpfs: Path) -> None:
+    @in_loop
+    async def run() -> None:
+        image = str(tmpfs / "overlay.qcow2")
+        await create_file(image, SIZE, "qcow2", replace=False)
+        overlay = {
+            "driver": "qcow2",
+            "node-name": "disk",
+            "backing": "base",
+            "file": {"driver": "file", "filename": image},
+        }
+        async with graph_of(memory("base", SIZE), overlay, memory("target", SIZE)) as graph:
+            base = await graph.backend("base")
+            assert base.size() == SIZE
+            guest = await graph.backend("disk", writable=True)
+            await guest.pwrite(2 * CLUSTER, b"t" * CLUSTER)
+            await guest.write_zeroes(4 * CLUSTER, CLUSTER)
+            await fill(graph, "target", b"?" * SIZE)
+            job = await JobManager(graph).backup(BackupOptions(device="disk", target="target", sync="top"))
+            copy = driver_of(graph, job.filter_name, BackupTop).copy
+            await job.wait()
+            assert job.error is None
+            kept = await content(graph, "target")
+            assert kept[2 * CLUSTER : 3 * CLUSTER] == b"t" * CLUSTER
+            assert kept[4 * CLUSTER : 5 * CLUSTER] == bytes(CLUSTER)
+            assert kept[: 2 * CLUSTER] == b"?" * 2 * CLUSTER
+            assert copy.bytes_moved == CLUSTER
+
+    run()
+
+
+@in_loop
+async def test_none_copies_what_the_guest_overwrites_until_it_is_cancelled() -> None:
+    async with setup() as s:
+        job = await s.start(sync="none")
+        await settle()
+        await s.guest.pwrite(3 * CLUSTER, b"new")
+        assert await content(s.graph, "target-bytes") == bytes(3 * CLUSTER) + s.old[3 * CLUSTER : 4 * CLUSTER] + bytes(
+            4 * CLUSTER
+        )
+        job.pause()
+        await settle()
+        assert job.state == "paused"
+        await s.guest.pwrite(5 * CLUSTER, b"new")  # the filter works on
+        job.resume()
+        await settle()
+        assert job.state == "running"
+        job.cancel()
+        await job.wait()
+        assert s.kinds() == ["cancelled"]
+        await s.check_clean()
+
+
+@in_loop
+async def test_none_ends_with_its_snapshot() -> None:
+    async with setup(target=fails("pwritev", "write", once=True)) as s:
+        job = await s.start(sync="none", on_cbw_error="break-snapshot")
+        await settle()
+        await s.guest.pwrite(0, b"new")
+        await job.wait()
+        assert job.error is not None
+        await s.check_clean()
+
+
+@in_loop
+async def test_backup_top_as_device_completes_its_target_and_stays() -> None:
+    async with graph_of(*disk_and_target(SIZE)) as graph:
+        old = pattern(SIZE)
+        await fill(graph, "disk-bytes", old)
+        await graph.insert_filter(top_over(), above="disk")
+        guest = await graph.backend("top", writable=True)
+        await guest.pwrite(CLUSTER, b"n" * CLUSTER)
+        manager = JobManager(graph)
+        job = await manager.backup(BackupOptions(device="top", sync="full"))
+        with pytest.raises(GraphError, match="job 'top'"):
+            await manager.backup(BackupOptions(device="top", sync="full", job_id="second"))
+        await job.wait()
+        assert await content(graph, "target-bytes") == old
+        assert graph.model.has("top")
+        assert guest.node.name == "top"
+        assert manager.jobs == {}
+        again = await manager.backup(BackupOptions(device="top", sync="full"))
+        await again.wait()
+        assert again.error is None
+
+
+# Refusals: the graph and the disk stay as they were.
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"target": None}, "not a backup-top"),
+        ({"target": "nowhere"}, "nowhere"),
+        ({"target": "disk"}, "disk"),
+        ({"target": "small"}, "bytes"),
+        ({"device": "nowhere"}, "nowhere"),
+        ({"target": {"driver": "file", "filename": "/nowhere/at/all"}}, "No such file"),
+        ({"target": "target", "mode": "create"}, "description"),
+        ({"target": {"driver": "null-co"}, "mode": "create"}, "raw"),
+        ({"filter_node_name": "target"}, "name"),
+        ({"filter_node_name": "not a name"}, "node name"),
+    ],
+    ids=["no-filter", "unknown", "same", "size", "device", "file", "create-name", "create-kind", "taken", "bad-name"],
+)
+def test_start_refused_leaves_everything_as_it_was(options: dict[str, Any], error: str) -> None:
+    @in_loop
+    async def run() -> None:
+        async with graph_of(*disk_and_target(SIZE), memory("small", CLUSTER)) as graph:
+            s = Setup(graph, await graph.backend("disk", writable=True), b"")
+            before = graph.model
+            with pytest.raises(BlockGraphError, match=error):
+                await s.start(**options)
+            assert graph.model is before or sorted(n for n, _ in graph.model.vertices()) == sorted(
+                n for n, _ in before.vertices()
+            )
+            assert s.manager.jobs == {}
+            await s.guest.pwrite(0, b"still works")
+
+    run()
+
+
+@in_loop
+async def test_start_twice_under_one_id_is_refused() -> None:
+    async with setup() as s:
+        job = await s.start(sync="none")
+        with pytest.raises(JobError, match="already"):
+            await s.start(target="disk")
+        job.cancel()
+        await job.wait()
+
+
+def test_start_refused_after_making_its_target_removes_the_file(tmp_path: Path) -> None:
+    image = tmp_path / "new.raw"
+
+    @in_loop
+    async def run() -> None:
+        async with setup() as s:
+            with pytest.raises(BlockGraphError):
+                await s.start(
+                    target={"driver": "file", "filename": str(image)}, mode="create", filter_node_name="not a name"
+                )
+            assert not image.exists()
+
+    run()
+
+
+@in_loop
+async def test_start_cancelled_while_requests_are_waited_for_changes_nothing() -> None:
+    async with setup() as s:
+        s.disk.break_at("pwritev", "held")
+        write = asyncio.ensure_future(s.guest.pwrite(0, b"held"))
+        await s.disk.wait_break("held")
+        start = asyncio.ensure_future(s.start())
+        await settle()
+        start.cancel()
+        await asyncio.wait({start})
+        assert start.cancelled()
+        s.disk.resume("held")
+        await write
+        assert s.manager.jobs == {}
+        await s.check_clean()
+
+
+# Targets.
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("mode", ["existing", "create"])
+def test_target_image_holds_the_disk(tmpfs: Path, image_format: str, mode: str) -> None:
+    image = tmpfs / "target"
+
+    @in_loop
+    async def run() -> None:
+        async with setup() as s:
+            await s.guest.write_zeroes(CLUSTER, CLUSTER)
+            old = await content(s.graph, "disk-bytes")
+            if mode == "existing":
+                await create_file(str(image), SIZE, image_format, replace=False)
+            file = {"driver": "file", "filename": str(image)}
+            job = await s.start(target={"driver": image_format, "file": file}, mode=mode)
+            await s.guest.pwrite(3 * CLUSTER, b"new")
+            await job.wait()
+            assert job.error is None
+            assert sorted(node.name for node in s.graph.nodes()) == ["disk", "disk-bytes", "target", "target-bytes"]
+            check = {
+                "driver": image_format,
+                "node-name": "check",
+                "read-only": True,
+                "file": {**file, "read-only": True},
+            }
+            await s.graph.add_node(check)
+            assert await content(s.graph, "check") == old
+
+    run()
+
+
+def test_target_created_is_not_overwritten(tmpfs: Path) -> None:
+    image = tmpfs / "precious.raw"
+    image.write_bytes(b"precious")
+
+    @in_loop
+    async def run() -> None:
+        async with setup() as s:
+            with pytest.raises(IOFailure, match="exists"):
+                await s.start(target={"driver": "file", "filename": str(image)}, mode="create")
+            await s.check_clean()
+
+    run()
+    assert image.read_bytes() == b"precious"
+
+
+# Flush.
+
+
+@in_loop
+async def test_success_comes_after_the_flush_of_the_target() -> None:
+    async with setup() as s:
+        with trace.record() as events:
+            job = await s.start(auto_finalize=False)
+            await settle()
+            assert job.state == "pending"
+        flushed = [index for index, e in enumerate(events) if (e.op, e.node) == ("flush", "target")]
+        written = [index for index, e in enumerate(events) if (e.op, e.node) == ("pwrite", "target")]
+        assert flushed
+        assert flushed[-1] > written[-1]
+        job.finalize()
+        await job.wait()
+
+
+@in_loop
+async def test_flush_of_the_target_failing_fails_the_job_and_takes_the_filter_out() -> None:
+    with pytest.raises(IOFailure, match="flush"):  # closing the graph tells it again
+        async with setup(target=fails("flush_to_disk", "flush")) as s:
+            job = await s.start()
+            await job.wait()
+            assert job.error is not None
+            assert job.error.errno == errno.EIO
+            assert s.kinds() == ["completed"]
+            assert not s.graph.model.has(job.filter_name)
+            assert s.guest.node.name == "disk"
+            await s.guest.pwrite(0, b"still works")
+
+
+@in_loop
+async def test_flush_of_the_disk_failing_does_not_keep_the_filter_in() -> None:
+    with pytest.raises(IOFailure, match="flush"):
+        async with setup(disk=fails("flush_to_disk", "flush")) as s:
+            job = await s.start()
+            await s.guest.pwrite(0, b"x")
+            await job.wait()
+            assert job.error is None
+            assert s.guest.node.name == "disk"
+            assert not s.graph.model.has(job.filter_name)
+
+
+# Error policies.
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_report_fails_the_job(side: str) -> None:
+    @in_loop
+    async def run() -> None:
+        rules = (
+            {"disk": fails("preadv", "read", once=True)} if side == "source" else {"target": fails("pwritev", "write")}
+        )
+        async with setup(**rules) as s:
+            job = await s.start(**{f"on_{side}_error": "report"})
+            await job.wait()
+            assert job.error is not None
+            assert job.error.node == ("disk" if side == "source" else "target")
+            assert s.kinds() == ["error", "completed"]
+            assert s.events[-3].error == str(job.error)
+            assert [e.action for e in s.events if e.kind == "error"] == ["report"]
+            await s.check_clean()
+
+    run()
+
+
+@in_loop
+async def test_ignore_tries_again_with_pauses_that_double_up_to_a_limit() -> None:
+    async with setup(target=fails("pwritev", "write")) as s:
+        job = await s.start(on_target_error="ignore")
+        await settle()
+        assert s.sleeps[:9] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+        assert job.state == "running"
+        job.cancel()
+        await job.wait()
+        await s.check_clean()
+
+
+@in_loop
+async def test_ignore_error_once_copies_everything() -> None:
+    async with setup(target=fails("pwritev", "write", once=True), disk=fails("preadv", "read", once=True)) as s:
+        job = await s.start(on_target_error="ignore", on_source_error="ignore")
+        await job.wait()
+        assert job.error is None
+        assert await content(s.graph, "target-bytes") == s.old
+        assert s.kinds() == ["error", "error", "completed"]
+
+
+@in_loop
+async def test_stop_pauses_with_a_status_and_resume_goes_on() -> None:
+    async with setup(target=fails("pwritev", "write", once=True)) as s:
+        job = await s.start(on_target_error="stop")
+        await settle()
+        assert (job.state, job.io_status) == ("paused", "failed")
+        assert [e.action for e in s.events if e.kind == "error"] == ["stop"]
+        await s.guest.pwrite(4 * CLUSTER, b"new")  # the guest goes on meanwhile
+        job.resume()
+        assert job.io_status == "ok"
+        await job.wait()
+        assert job.error is None
+        assert await content(s.graph, "target-bytes") == s.old
+
+
+@pytest.mark.parametrize("code, state", [("ENOSPC", "paused"), ("EIO", None)], ids=["full", "other"])
+def test_enospc_stops_when_full_and_reports_everything_else(code: str, state: str | None) -> None:
+    @in_loop
+    async def run() -> None:
+        async with setup(target=fails("pwritev", "write", errno=code, once=True)) as s:
+            job = await s.start(on_target_error="enospc")
+            await settle()
+            if state:
+                assert (job.state, job.io_status) == (state, "nospace")
+                job.resume()
+            await job.wait()
+            assert (job.error is None) == (state is not None)
+            await s.check_clean()
+
+    run()
+
+
+@in_loop
+async def test_policy_is_that_of_the_side_that_failed() -> None:
+    async with setup(disk=fails("preadv", "read", once=True)) as s:
+        job = await s.start(on_source_error="stop", on_target_error="report")
+        await settle()
+        assert job.state == "paused"
+        job.resume()
+        await job.wait()
+        assert job.error is None
+
+
+@in_loop
+async def test_guest_copy_failing_fails_the_write_and_not_the_job() -> None:
+    async with setup(target=fails("pwritev", "write", once=True)) as s:
+        job = await s.start(sync="none")
+        await settle()
+        with pytest.raises(IOFailure):
+            await s.guest.pwrite(0, b"new")
+        assert job.state == "running"
+        assert "error" not in s.kinds()
+        job.cancel()
+        await job.wait()
+
+
+@in_loop
+async def test_snapshot_broken_by_a_guest_write_fails_the_job() -> None:
+    async with setup(target=fails("pwritev", "write", once=True)) as s:
+        job = await s.start(sync="full", on_cbw_error="break-snapshot", auto_finalize=True, on_target_error="ignore")
+        await s.guest.pwrite(7 * CLUSTER, b"new")
+        await job.wait()
+        assert (await content(s.graph, "disk-bytes"))[7 * CLUSTER : 7 * CLUSTER + 3] == b"new"
+        assert job.error is not None or await content(s.graph, "target-bytes") == s.old
+        await s.check_clean()
+
+
+# Pause, speed, cancel.
+
+
+@in_loop
+async def test_pause_stops_copying_and_resume_finishes() -> None:
+    async with setup() as s:
+        s.target.break_at("pwritev", "first")
+        job = await s.start()
+        await s.target.wait_break("first")
+        job.pause()
+        s.target.resume("first")
+        await settle()
+        assert job.state == "paused"
+        with trace.record() as events:
+            await settle()
+        assert not events
+        assert 0 < job.progress.current < SIZE
+        job.resume()
+        await job.wait()
+        assert await content(s.graph, "target-bytes") == s.old
+
+
+@in_loop
+async def test_pause_and_resume_at_once_leaves_nothing_out() -> None:
+    async with setup() as s:
+        s.target.break_at("pwritev", "first")
+        job = await s.start()
+        await s.target.wait_break("first")
+        job.pause()
+        s.target.resume("first")
+        for _ in range(3):
+            await asyncio.sleep(0)
+        job.resume()
+        await job.wait()
+        assert await content(s.graph, "target-bytes") == s.old
+
+
+@in_loop
+async def test_speed_limit_asks_before_each_copy_and_is_charged_after() -> None:
+    async with setup() as s:
+        job = await s.start(speed=10 * CLUSTER)
+        assert job._loop is not None
+        limit = job._loop.limit
+        now = [0.0]
+        limit._clock = lambda: now[0]
+        waits: list[float] = []
+
+        async def wait() -> None:
+            while (seconds := limit.delay()) > 0:
+                waits.append(seconds)
+                now[0] += seconds
+                await asyncio.sleep(0)
+
+        limit.wait = wait  # type: ignore[method-assign]
+        await job.wait()
+        assert job.error is None
+        assert now[0] == pytest.approx(0.1 * 8, abs=0.11)  # eight clusters, one a slice
+        with pytest.raises(JobError):
+            job.set_speed(1)
+
+
+@in_loop
+async def test_speed_changes_while_running() -> None:
+    async with setup() as s:
+        job = await s.start(speed=1)
+        await settle()
+        assert job.state == "running"
+        with pytest.raises(JobError, match="negative"):
+            job.set_speed(-1)
+        job.set_speed(0)
+        await job.wait()
+        assert await content(s.graph, "target-bytes") == s.old
+
+
+@pytest.mark.parametrize("when", ["at-once", "copying", "paused", "waiting-for-speed", "pending"])
+def test_cancel_in_every_state_takes_the_filter_out(when: str) -> None:
+    @in_loop
+    async def run() -> None:
+        async with setup() as s:
+            if when == "copying":
+                s.target.break_at("pwritev", "copy")
+            speed = 1 if when == "waiting-for-speed" else 0
+            job = await s.start(auto_finalize=when != "pending", speed=speed)
+            if when == "copying":
+                await s.target.wait_break("copy")
+            elif when == "paused":
+                job.pause()
+                await settle()
+                assert job.state == "paused"
+            elif when != "at-once":
+                await settle()
+            assert job.state == {"at-once": "created", "paused": "paused", "pending": "pending"}.get(when, "running")
+            job.cancel()
+            await job.wait()
+            assert s.kinds() == ["cancelled"]
+            assert s.manager.jobs == {}
+            await s.check_clean()
+
+    run()
+
+
+@in_loop
+async def test_finalize_held_back_keeps_the_filter_until_then() -> None:
+    async with setup() as s:
+        job = await s.start(auto_finalize=False, auto_dismiss=False)
+        await settle()
+        assert job.state == "pending"
+        assert s.graph.model.has(job.filter_name)
+        await s.guest.pwrite(0, b"new")
+        job.finalize()
+        await job.wait()
+        assert await content(s.graph, "target-bytes") == s.old
+        assert job.state == "concluded"
+        assert s.manager.jobs == {"disk": job}
+        job.dismiss()
+        assert s.manager.jobs == {}
+        await s.check_clean()
+
+
+@in_loop
+async def test_progress_of_a_running_job_never_falls() -> None:
+    async with setup() as s:
+        job = await s.start(max_workers=3)
+        seen = [0]
+        while not job.ending:
+            seen.append(job.progress.current)
+            assert job.progress.current <= job.progress.total
+            await asyncio.sleep(0)
+        assert seen == sorted(seen)
+        assert max(seen) == SIZE
+
+
+# The graph around a job.
+
+
+@in_loop
+async def test_filter_of_a_job_can_not_be_removed() -> None:
+    async with setup() as s:
+        job = await s.start(sync="none")
+        with pytest.raises(NodeInUse, match="job 'disk'"):
+            await s.graph.remove_filter(job.filter_name)
+        await s.guest.pwrite(0, b"new")
+        assert (await content(s.graph, "target-bytes"))[:CLUSTER] == s.old[:CLUSTER]
+        job.cancel()
+        await job.wait()
+
+
+@in_loop
+async def test_reader_left_on_the_filter_keeps_it_and_the_job_tells() -> None:
+    async with setup() as s:
+        job = await s.start(sync="none", filter_node_name="top")
+        await s.graph.add_node({"driver": "snapshot-access", "node-name": "fleece", "file": "top"})
+        await s.guest.pwrite(0, b"new")
+        job.cancel()
+        await job.wait()
+        assert job.error is not None
+        assert s.graph.model.has("top")
+        fleece = await s.graph.backend("fleece")
+        assert await fleece.pread(0, CLUSTER) == s.old[:CLUSTER]
+        await s.graph.close_backend(fleece)
+        await s.graph.remove_node("fleece")
+        await s.graph.remove_filter("top")  # nobody holds it any more
+        await s.check_clean()
+
+
+@in_loop
+async def test_filter_inserted_above_the_disk_during_the_job_does_not_disturb_it() -> None:
+    async with setup() as s:
+        s.target.break_at("pwritev", "copy")
+        job = await s.start()
+        await s.target.wait_break("copy")
+        s.target.resume("copy")
+        await s.graph.insert_filter({"driver": "delay", "node-name": "slow", "file": "disk"}, above="disk")
+        await s.guest.pwrite(7 * CLUSTER, b"new")
+        await job.wait()
+        assert job.error is None
+        assert await content(s.graph, "target-bytes") == s.old
+
+
+@in_loop
+async def test_two_jobs_on_one_disk_both_keep_their_point_in_time() -> None:
+    async with graph_of(*disk_and_target(SIZE), memory("second", SIZE)) as graph:
+        old = pattern(SIZE)
+        await fill(graph, "disk-bytes", old)
+        s = Setup(graph, await graph.backend("disk", writable=True), old)
+        first = await s.start(sync="full", job_id="a", auto_finalize=False)
+        await s.guest.pwrite(0, b"between")
+        middle = await content(graph, "disk-bytes")
+        second = await s.start(sync="full", job_id="b", target="second", auto_finalize=False)
+        await s.guest.pwrite(10, b"later")
+        await settle()
+        for job in (first, second):
+            job.finalize()
+            await job.wait()
+            assert job.error is None
+        assert await content(graph, "target-bytes") == old
+        assert await content(graph, "second") == middle
+        assert s.guest.node.name == "disk"
+
+
+@in_loop
+async def test_graph_closing_cancels_its_jobs() -> None:
+    async with setup() as s:
+        job = await s.start(sync="none")
+        paused = await s.start(job_id="b", target={"driver": "memory", "size": SIZE})
+        paused.pause()
+        await s.graph.close()
+        assert job.cancelled
+        assert paused.cancelled
+        assert s.kinds() == ["cancelled", "cancelled"]
+
+
+@in_loop
+async def test_drain_holds_the_job_and_its_flush() -> None:
+    async with setup() as s:
+        async with s.graph.drained(["target"]):
+            start = asyncio.ensure_future(s.start())
+            await settle()
+            with trace.record() as events:
+                await settle()
+            assert not [e for e in events if e.node == "target" and e.op != "map"]
+        job = await start
+        await job.wait()
+        assert job.error is None
