@@ -49,7 +49,7 @@ static void or_words(bg_levels *into, const bg_levels *from)
     for (uint64_t w = next_word(from, 0); w < from->words[0]; w = next_word(from, w + 1)) {
         uint64_t old = into->level[0][w], now = old | from->level[0][w];
         if (now != old) {
-            into->level[0][w] = now;
+            word_store(&into->level[0][w], now);
             levels_word_changed(into, w, old);
         }
     }
@@ -92,6 +92,30 @@ int bg_bitmap_set(bg_bitmap *b, int64_t offset, int64_t length)
     }
     pthread_mutex_unlock(&b->lock);
     return ret;
+}
+
+static bool is_marked(const bg_bitmap *b, uint64_t first, uint64_t last)
+{
+    const uint64_t *words = b->levels.level[0];
+    for (uint64_t w = first / 64; w <= last / 64; w++) {
+        uint64_t mask = ~(uint64_t)0;
+        if (w == first / 64)
+            mask &= ~(uint64_t)0 << (first & 63);
+        if (w == last / 64)
+            mask &= ~(uint64_t)0 >> (63 - (last & 63));
+        if (mask & ~__atomic_load_n(&words[w], __ATOMIC_RELAXED))
+            return false;
+    }
+    return true;
+}
+
+void bg_bitmap_mark(bg_bitmap *b, int64_t offset, int64_t length)
+{
+    if (length <= 0)
+        return;
+    __sync_synchronize(); /* see the header */
+    if (!is_marked(b, (uint64_t)offset >> b->shift, (uint64_t)(offset + length - 1) >> b->shift))
+        bg_bitmap_set(b, offset, length);
 }
 
 int bg_bitmap_reset(bg_bitmap *b, int64_t offset, int64_t length)

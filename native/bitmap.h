@@ -20,11 +20,9 @@
  * Threads:   every function but bg_bitmap_free may be called at any time from any thread: a mutex in the bitmap makes each
  *            one atomic. Two bitmaps are locked in the order of their addresses.
  *
- * The lock-free path to come (native workers that set bits after each write): a setter ORs level 0 atomically, counts
- * the bits it turned on, then ORs each summary upwards, sequentially consistent. Whoever clears holds the mutex, clears
- * a summary bit only when it saw the word below become zero, and then reads that word again and restores the
- * summary when a setter came between. Readers that must not miss a completed set hold the mutex too, so they never see
- * that moment. Resizing needs the setters drained, as every resize does.
+ * Native workers that mark after each write mostly find the bits set: bg_bitmap_mark looks before it takes the mutex. So
+ * level 0 is written atomically, and between a write and the look, as between clearing and the read of whoever takes a
+ * dirty range, stands a full barrier: either the look sees the bit cleared, or the read sees the write.
  */
 #ifndef BG_BITMAP_H
 #define BG_BITMAP_H
@@ -56,6 +54,12 @@ int64_t bg_bitmap_granularity(const bg_bitmap *bitmap);
 
 /* Mark every granule that [offset, offset + length) touches. */
 int bg_bitmap_set(bg_bitmap *bitmap, int64_t offset, int64_t length);
+
+/*
+ * The same for a range known to be inside the disk, cheap when it is marked already. Not while another thread resizes the
+ * bitmap.
+ */
+void bg_bitmap_mark(bg_bitmap *bitmap, int64_t offset, int64_t length);
 
 /* Unmark. -EINVAL unless offset is a multiple of the granularity, and the end is too or is the disk's end. */
 int bg_bitmap_reset(bg_bitmap *bitmap, int64_t offset, int64_t length);

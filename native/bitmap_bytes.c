@@ -72,10 +72,11 @@ int bg_bitmap_deserialise(bg_bitmap *b, int64_t offset, int64_t length, const vo
             if (w == levels->words[0] - 1 && levels->nbits % 64)
                 word &= ~(uint64_t)0 >> (64 - levels->nbits % 64);
             if (word != old) {
-                levels->level[0][w] = word;
+                word_store(&levels->level[0][w], word);
                 levels_word_changed(levels, w, old);
             }
         }
+        cleared();
         ret = 0;
     }
     pthread_mutex_unlock(&b->lock);

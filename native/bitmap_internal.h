@@ -19,7 +19,7 @@ typedef struct {
     uint64_t set; /* bits set on level 0 */
     unsigned nlevels; /* at least 2, the last of one word */
     uint64_t words[LEVELS_MAX];  /* words of each level */
-    uint64_t *level[LEVELS_MAX]; /* into `map`; bits past the end of a level are always 0 */
+    uint64_t *level[LEVELS_MAX]; /* into `map`; bits past the end of a level are always 0. Level 0: see word_store */
     void *map;
     size_t map_bytes;
 } bg_levels;
@@ -43,6 +43,18 @@ uint64_t levels_next_set(const bg_levels *levels, uint64_t from);
 uint64_t levels_next_clear(const bg_levels *levels, uint64_t from, uint64_t limit);
 /* A word of level 0 was written directly and was `old` before: bring the count and the summaries in line. */
 void levels_word_changed(bg_levels *levels, uint64_t word, uint64_t old);
+
+/* bg_bitmap_mark reads words of level 0 without the mutex. Readers that hold it need nothing special. */
+static inline void word_store(uint64_t *word, uint64_t value)
+{
+    __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
+
+/* Bits were cleared: they are seen as such before anything that the caller reads next. */
+static inline void cleared(void)
+{
+    __sync_synchronize();
+}
 
 /* Bits in bytes: how many granules `bytes` takes, rounded out. */
 static inline uint64_t granules(const bg_bitmap *b, uint64_t bytes)

@@ -4,7 +4,6 @@
 #include "bitmap_internal.h"
 
 #include <errno.h>
-#include <string.h>
 #include <sys/mman.h>
 
 #define FULL (~(uint64_t)0)
@@ -60,7 +59,7 @@ static uint64_t words_set(uint64_t *words, uint64_t first, uint64_t last)
         uint64_t new_bits = mask & ~words[w];
         if (new_bits) {
             turned += new_bits == FULL ? 64 : (uint64_t)__builtin_popcountll(new_bits);
-            words[w] |= mask;
+            word_store(&words[w], words[w] | mask);
         }
     }
     return turned;
@@ -117,7 +116,7 @@ void levels_clear(bg_levels *levels, uint64_t first, uint64_t last)
         if (w == last / 64)
             mask &= to_bit(last);
         turned += (uint64_t)__builtin_popcountll(words[w] & mask);
-        words[w] &= ~mask;
+        word_store(&words[w], words[w] & ~mask);
         bit = (w + 1) * 64;
         if (bit > last)
             break;
@@ -127,6 +126,7 @@ void levels_clear(bg_levels *levels, uint64_t first, uint64_t last)
     if (turned == 0)
         return;
     levels->set -= turned;
+    cleared();
     summaries_clear(levels, 1, first / 64, last / 64);
 }
 
@@ -149,8 +149,9 @@ void levels_fill(bg_levels *levels)
     uint64_t bits = levels->nbits;
     levels->set = bits;
     for (unsigned i = 0; bits && i < levels->nlevels; i++) {
-        memset(levels->level[i], 0xff, levels->words[i] * sizeof(uint64_t));
-        levels->level[i][levels->words[i] - 1] = to_bit(bits - 1);
+        for (uint64_t w = 0; w < levels->words[i] - 1; w++)
+            word_store(&levels->level[i][w], FULL);
+        word_store(&levels->level[i][levels->words[i] - 1], to_bit(bits - 1));
         bits = levels->words[i];
     }
 }
@@ -161,8 +162,12 @@ void levels_clear_all(bg_levels *levels)
         return;
     levels->set = 0;
     /* Dropping the pages zeroes them, and gives the memory back. */
-    if (levels->map_bytes < DROP_PAGES_FROM || madvise(levels->map, levels->map_bytes, MADV_DONTNEED) != 0)
-        memset(levels->map, 0, levels->map_bytes);
+    if (levels->map_bytes < DROP_PAGES_FROM || madvise(levels->map, levels->map_bytes, MADV_DONTNEED) != 0) {
+        uint64_t *words = levels->map;
+        for (size_t w = 0; w < levels->map_bytes / sizeof(*words); w++)
+            word_store(&words[w], 0);
+    }
+    cleared();
 }
 
 uint64_t levels_next_set(const bg_levels *levels, uint64_t from)

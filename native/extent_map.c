@@ -1,0 +1,354 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/* The map as a whole: life, storage slots, bitmaps, inserting, invalidating, statistics. */
+#include "extent_map_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+int bg_map_new(int64_t size, int64_t memory, bg_map **out)
+{
+    if (size < 0 || memory < BG_MAP_MIN_MEMORY)
+        return -EINVAL;
+    bg_map *map = aligned_alloc(LINE, sizeof(*map));
+    if (!map)
+        return -ENOMEM;
+    memset(map, 0, sizeof(*map));
+    map->limit = (size_t)memory;
+    map->bytes = sizeof(*map);
+    map->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    int ret = map->eventfd < 0 ? -errno : 0;
+    space *sp = ret == 0 ? space_new(map, size) : NULL;
+    if (ret == 0 && !sp) {
+        close(map->eventfd);
+        ret = -ENOMEM;
+    }
+    if (ret < 0) {
+        free(map);
+        return ret;
+    }
+    atomic_init(&map->space, sp);
+    /* 0 is a record's sign of being free, and no ticket. */
+    atomic_init(&map->epoch, 1);
+    for (int i = 0; i < BG_MAP_SLOTS; i++)
+        atomic_init(&map->slots[i].fd, -1);
+    map->looked.last = &map->looked.first;
+    map->held.last = &map->held.first;
+    map->region = -1;
+    pthread_mutex_init(&map->lock, NULL);
+    pthread_mutex_init(&map->wait_lock, NULL);
+    pthread_cond_init(&map->settled_cond, NULL);
+    *out = map;
+    return 0;
+}
+
+static bool is_busy(bg_map *map)
+{
+    for (readers *block = &map->readers; block; block = atomic_load(&block->next))
+        for (int i = 0; i < READERS; i++)
+            if (atomic_load(&block->record[i].state))
+                return true;
+    return false;
+}
+
+int bg_map_free(bg_map *map)
+{
+    if (!map)
+        return 0;
+    if (is_busy(map))
+        return -EBUSY;
+    map_reclaim(map);
+    for (readers *block = atomic_load(&map->readers.next), *next; block; block = next) {
+        next = atomic_load(&block->next);
+        free(block);
+    }
+    space_free(atomic_load(&map->space));
+    free(atomic_load(&map->bitmaps));
+    free(map->work.spans);
+    free(map->wide_work.spans);
+    close(map->eventfd);
+    pthread_cond_destroy(&map->settled_cond);
+    pthread_mutex_destroy(&map->wait_lock);
+    pthread_mutex_destroy(&map->lock);
+    free(map);
+    return 0;
+}
+
+int64_t bg_map_size(bg_map *map)
+{
+    pthread_mutex_lock(&map->lock);
+    int64_t size = atomic_load(&map->space)->size;
+    pthread_mutex_unlock(&map->lock);
+    return size;
+}
+
+int64_t bg_map_generation(bg_map *map)
+{
+    return (int64_t)atomic_load(&map->epoch);
+}
+
+/* The latest ticket among those of the range's regions. */
+static uint64_t latest(bg_map *map, const uint64_t *stamps, int64_t offset, int64_t length)
+{
+    unsigned shift = atomic_load(&map->space)->shift;
+    int64_t first = offset >> shift, last = (offset + length - 1) >> shift;
+    uint64_t found = 0;
+    if (last - first >= STAMPS)
+        last = first + STAMPS - 1;
+    for (; first <= last; first++)
+        if (stamps[first % STAMPS] > found)
+            found = stamps[first % STAMPS];
+    return found;
+}
+
+static uint64_t take_away(bg_map *map, int64_t offset, int64_t length, enum change change, uint64_t *stamps)
+{
+    if (length)
+        map_change(map, offset, offset + length, change, NULL);
+    map_finish(map);
+    uint64_t ticket = map_advance(map);
+    if (length) {
+        unsigned shift = atomic_load(&map->space)->shift;
+        int64_t first = offset >> shift, last = (offset + length - 1) >> shift;
+        if (last - first >= STAMPS)
+            last = first + STAMPS - 1;
+        for (; first <= last; first++)
+            stamps[first % STAMPS] = ticket;
+    }
+    return ticket;
+}
+
+static uint64_t drop_everything(bg_map *map)
+{
+    uint64_t ticket = take_away(map, 0, atomic_load(&map->space)->size, CHANGE_REMOVE, map->removed);
+    for (int i = 0; i < BG_MAP_SLOTS; i++)
+        if (map->slots[i].state == SLOT_REMOVED) {
+            map->slots[i].state = SLOT_UNMAPPED;
+            map->slots[i].ticket = ticket;
+        }
+    return ticket;
+}
+
+int64_t bg_map_invalidate(bg_map *map, int64_t offset, int64_t length)
+{
+    int64_t ret = -EINVAL;
+    pthread_mutex_lock(&map->lock);
+    int64_t size = atomic_load(&map->space)->size;
+    if (range_in(size, offset, length)) {
+        ret = (int64_t)(length == size ? drop_everything(map)
+                                       : take_away(map, offset, length, CHANGE_REMOVE, map->removed));
+        map->invalidations++;
+    }
+    pthread_mutex_unlock(&map->lock);
+    return ret;
+}
+
+int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length)
+{
+    int64_t ret = -EINVAL;
+    pthread_mutex_lock(&map->lock);
+    if (range_in(atomic_load(&map->space)->size, offset, length)) {
+        ret = (int64_t)take_away(map, offset, length, CHANGE_PROTECT, map->protected);
+        map->protections++;
+    }
+    pthread_mutex_unlock(&map->lock);
+    return ret;
+}
+
+int64_t bg_map_resize(bg_map *map, int64_t size)
+{
+    if (size < 0)
+        return -EINVAL;
+    int64_t ret = 0;
+    pthread_mutex_lock(&map->lock);
+    const bitmap_list *list = atomic_load(&map->bitmaps);
+    for (size_t i = 0; list && i < list->count; i++)
+        if (bg_bitmap_size(list->bitmaps[i]) < size)
+            ret = -EINVAL;
+    space *old = atomic_load(&map->space), *sp = NULL;
+    if (ret == 0 && !(sp = space_new(map, size)))
+        ret = -ENOMEM;
+    if (ret == 0) {
+        drop_everything(map);
+        atomic_store(&map->space, sp);
+        map_retire(map, &map->looked, &old->garbage);
+        uint64_t ticket = map_advance(map);
+        /* Regions may have another size now. */
+        for (int i = 0; i < STAMPS; i++)
+            map->removed[i] = ticket;
+        map->hand = 0;
+        map_finish(map);
+        map->invalidations++;
+        ret = (int64_t)ticket;
+    }
+    pthread_mutex_unlock(&map->lock);
+    return ret;
+}
+
+static bool extent_ok(const space *sp, const bg_map_extent *e)
+{
+    if (e->length <= 0 || !range_in(sp->size, e->offset, e->length) || e->flags & ~(BG_MAP_ZERO | BG_MAP_WRITABLE))
+        return false;
+    return e->flags & BG_MAP_ZERO ||
+           (e->slot >= 0 && e->slot < BG_MAP_SLOTS && range_in(INT64_MAX, e->storage_offset, e->length));
+}
+
+int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *extents, int64_t count)
+{
+    if (generation < 1 || count < 0)
+        return -EINVAL;
+    int64_t taken = 0;
+    pthread_mutex_lock(&map->lock);
+    const space *sp = atomic_load(&map->space);
+    for (int64_t i = 0; i < count; i++)
+        if (!extent_ok(sp, &extents[i])) {
+            pthread_mutex_unlock(&map->lock);
+            return -EINVAL;
+        }
+    for (int64_t i = 0; i < count; i++) {
+        const bg_map_extent *e = &extents[i];
+        bool zero = e->flags & BG_MAP_ZERO;
+        if (latest(map, map->removed, e->offset, e->length) >= (uint64_t)generation ||
+            (!zero && map->slots[e->slot].state != SLOT_LIVE)) {
+            map->stale++;
+            continue;
+        }
+        span what = {e->offset, e->offset + e->length, zero ? 0 : e->storage_offset, zero ? 0 : (uint16_t)e->slot,
+                     zero ? BG_MAP_ZERO : (uint16_t)e->flags};
+        if (what.flags & BG_MAP_WRITABLE && latest(map, map->protected, e->offset, e->length) >= (uint64_t)generation)
+            what.flags = 0;
+        map_change(map, what.start, what.end, CHANGE_SET, &what);
+        taken++;
+    }
+    map_finish(map);
+    map->inserts += taken;
+    pthread_mutex_unlock(&map->lock);
+    return taken;
+}
+
+static int find_free_slot(bg_map *map)
+{
+    for (int i = 0; i < BG_MAP_SLOTS; i++) {
+        const storage *s = &map->slots[i];
+        if (s->state == SLOT_FREE || (s->state == SLOT_UNMAPPED && map_oldest(map, false) > s->ticket))
+            return i;
+    }
+    return -ENOSPC;
+}
+
+static bool has_removed_slots(const bg_map *map)
+{
+    for (int i = 0; i < BG_MAP_SLOTS; i++)
+        if (map->slots[i].state == SLOT_REMOVED)
+            return true;
+    return false;
+}
+
+static bool alignment_ok(int alignment)
+{
+    return alignment > 0 && alignment <= BG_MAP_MAX_ALIGNMENT && (alignment & (alignment - 1)) == 0;
+}
+
+int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment)
+{
+    if (fd < 0 || !alignment_ok(alignment) || !alignment_ok(memory_alignment))
+        return -EINVAL;
+    pthread_mutex_lock(&map->lock);
+    int slot = find_free_slot(map);
+    if (slot < 0 && has_removed_slots(map)) {
+        drop_everything(map);
+        slot = find_free_slot(map);
+    }
+    if (slot >= 0) {
+        storage *s = &map->slots[slot];
+        s->state = SLOT_LIVE;
+        s->alignment = (uint32_t)alignment;
+        s->memory_alignment = (uint32_t)memory_alignment;
+        atomic_store(&s->written, false);
+        atomic_store(&s->fd, fd);
+    }
+    pthread_mutex_unlock(&map->lock);
+    return slot;
+}
+
+int64_t bg_map_remove_slot(bg_map *map, int slot)
+{
+    int64_t ret = -EINVAL;
+    pthread_mutex_lock(&map->lock);
+    if (slot >= 0 && slot < BG_MAP_SLOTS && map->slots[slot].state == SLOT_LIVE) {
+        map->slots[slot].state = SLOT_REMOVED;
+        atomic_store(&map->slots[slot].fd, -1);
+        ret = (int64_t)map_advance(map);
+    }
+    pthread_mutex_unlock(&map->lock);
+    return ret;
+}
+
+int bg_map_take_written(bg_map *map, int slot)
+{
+    if (slot < 0 || slot >= BG_MAP_SLOTS)
+        return -EINVAL;
+    return atomic_exchange(&map->slots[slot].written, false);
+}
+
+int64_t bg_map_set_bitmaps(bg_map *map, bg_bitmap **bitmaps, int64_t count)
+{
+    if (count < 0 || count > INT32_MAX)
+        return -EINVAL;
+    size_t bytes = sizeof(bitmap_list) + (size_t)count * sizeof(*bitmaps);
+    bitmap_list *list = malloc(bytes);
+    if (!list)
+        return -ENOMEM;
+    list->garbage.bytes = bytes + MALLOC_HEAD;
+    list->count = (size_t)count;
+    for (int64_t i = 0; i < count; i++)
+        list->bitmaps[i] = bitmaps[i];
+    pthread_mutex_lock(&map->lock);
+    int64_t size = atomic_load(&map->space)->size, ret = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (bg_bitmap_size(bitmaps[i]) < size)
+            ret = -EINVAL;
+    if (ret == 0) {
+        map->bytes += list->garbage.bytes;
+        bitmap_list *old = atomic_exchange(&map->bitmaps, list);
+        if (old)
+            map_retire(map, &map->held, &old->garbage);
+        ret = (int64_t)map_advance(map);
+        map_reclaim(map);
+    } else {
+        free(list);
+    }
+    pthread_mutex_unlock(&map->lock);
+    return ret;
+}
+
+void bg_map_get_stats(bg_map *map, bg_map_stats *out)
+{
+    *out = (bg_map_stats){0};
+    pthread_mutex_lock(&map->lock);
+    map_reclaim(map);
+    out->inserts = map->inserts;
+    out->stale = map->stale;
+    out->invalidations = map->invalidations;
+    out->protections = map->protections;
+    out->evictions = map->evictions;
+    out->extents = map->extents;
+    out->regions = map->leaves;
+    out->bytes = (int64_t)map->bytes;
+    out->limit = (int64_t)map->limit;
+    pthread_mutex_unlock(&map->lock);
+    for (readers *block = &map->readers; block; block = atomic_load(&block->next)) {
+        if (block != &map->readers)
+            out->bytes += (int64_t)sizeof(*block);
+        for (int i = 0; i < READERS; i++) {
+            const reader *r = &block->record[i];
+            out->hits += atomic_load_explicit(&r->hits, memory_order_relaxed);
+            out->misses += atomic_load_explicit(&r->misses, memory_order_relaxed);
+            out->bytes_read += atomic_load_explicit(&r->bytes_read, memory_order_relaxed);
+            out->bytes_written += atomic_load_explicit(&r->bytes_written, memory_order_relaxed);
+        }
+    }
+}

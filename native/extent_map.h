@@ -1,0 +1,183 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * The extent map of one root: guest range -> where its bytes live, and I/O through it. It is to a backend what page tables
+ * and the TLB are to a process: Python fills it, a hit is served here without the GIL, anything else is a miss, and Python
+ * serves the whole request.
+ *
+ *     region table    | wide | leaf | wide | wide | wide | none | ...     one pointer for 16 MiB of the disk
+ *     leaf                    sorted extents inside the region, immutable, replaced as a whole
+ *     wide array      [0, 4M)........[8M ............... 20M)             sorted extents that cover whole regions
+ *
+ * A region with a leaf is described by the leaf alone; one without, by the wide array. So a raw file of any size is one
+ * extent, and a cluster whose write protection is lifted costs one small leaf, which goes away when the whole region is
+ * alike again. Regions are larger where the table would take more than an eighth of the memory bound.
+ *
+ * Who takes a mapping away does it in two steps: bg_map_invalidate (or protect, or removing a storage slot) removes it
+ * at once, so that later requests miss, and returns a ticket; the ticket settles when every request that began before has
+ * ended. Only then may the bytes be moved or the descriptor be closed.
+ *
+ * Who resolves a miss reads bg_map_generation first, asks the drivers, then inserts with that generation: what was invalidated
+ * in between is refused, region by region (1024 classes of them); what was only protected in between goes in without
+ * `writable`. That does not help one who asks the drivers after the invalidation but before the change it announces:
+ * the insert must happen while the resolver still holds the requests (or the gate) that the change has to wait for.
+ *
+ * Units:     bytes; offsets from the disk's start, storage offsets from the storage's.
+ * Ownership: bg_map_new hands out a map that bg_map_free ends. Descriptors and bitmaps are borrowed until the ticket of their
+ *            removal has settled, buffers and pieces for the request.
+ * Errno:     0, a count or a ticket; BG_MAP_MISS; else -EINVAL, -ENOMEM, -EBUSY, -ENOSPC, or -errno of a system call.
+ *            Invalidating and protecting never fail for want of memory: they drop more instead.
+ * Threads:   all functions but bg_map_free from any thread. Look-ups take no lock and write to no cache line that
+ *            another thread uses; changes take a mutex for microseconds (whole-map ones for as long as it takes to
+ *            free the extents) and never wait for requests. bg_map_wait waits.
+ */
+#ifndef BG_EXTENT_MAP_H
+#define BG_EXTENT_MAP_H
+
+#include "bitmap.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi:begin */
+#define BG_MAP_MISS 1
+#define BG_MAP_SLOTS 1024
+#define BG_MAP_MIN_MEMORY 262144
+#define BG_MAP_MAX_PIECES 65536
+#define BG_MAP_MAX_ALIGNMENT 65536
+
+#define BG_MAP_ZERO 1     /* reads as zeroes; storage_offset, slot and WRITABLE are ignored */
+#define BG_MAP_WRITABLE 2 /* may be overwritten in place */
+
+typedef struct bg_map bg_map;
+
+typedef struct {
+    int64_t offset;
+    int64_t length; /* > 0 */
+    int64_t storage_offset;
+    int32_t slot;
+    int32_t flags;
+} bg_map_extent;
+
+typedef struct {
+    int64_t hits; /* requests begun */
+    int64_t misses;
+    int64_t bytes_read; /* of hits */
+    int64_t bytes_written;
+    int64_t inserts; /* extents taken */
+    int64_t stale;   /* extents refused */
+    int64_t invalidations;
+    int64_t protections;
+    int64_t evictions; /* regions */
+    int64_t extents;   /* held now, those hidden under a leaf included */
+    int64_t regions;   /* with a leaf */
+    int64_t bytes;     /* memory in use, everything included */
+    int64_t limit;
+} bg_map_stats;
+
+/* An empty map of a disk of `size` bytes that uses at most `memory` (>= BG_MAP_MIN_MEMORY) bytes. */
+int bg_map_new(int64_t size, int64_t memory, bg_map **out);
+
+/* -EBUSY while a request is under way. No other call may be, either. */
+int bg_map_free(bg_map *map);
+
+int64_t bg_map_size(bg_map *map);
+
+/* The disk has a new size: drops everything. Returns a ticket. -EINVAL when a bitmap of the map is too small. */
+int64_t bg_map_resize(bg_map *map, int64_t size);
+
+/*
+ * A place where bytes live: returns its slot, 0 to BG_MAP_SLOTS - 1. Requests that are not aligned for it, or whose memory
+ * is not, are misses (powers of two up to BG_MAP_MAX_ALIGNMENT; 1: no matter). -ENOSPC: no slot is free.
+ */
+int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment);
+
+/*
+ * Everything in the slot is a miss from now on. Returns a ticket; then `fd` may be closed. The number is not given out again
+ * before all extents have been dropped, which bg_map_add_slot does itself when numbers run out.
+ */
+int64_t bg_map_remove_slot(bg_map *map, int slot);
+
+/* 1 when native writes to the slot were completed since the last call, else 0. */
+int bg_map_take_written(bg_map *map, int slot);
+
+/*
+ * Replace the dirty bitmaps whose bits a native write sets when it is over, also when it failed. Returns a ticket; until it has
+ * settled, writes may set bits in either list. A bitmap must be at least as large as the disk (-EINVAL), and is neither freed
+ * nor resized while the map has it.
+ */
+int64_t bg_map_set_bitmaps(bg_map *map, bg_bitmap **bitmaps, int64_t count);
+
+/* To be read before the drivers are asked what to insert. */
+int64_t bg_map_generation(bg_map *map);
+
+/*
+ * Insert extents, in any order, each over what it overlaps. Neighbours that continue each other become one. Returns how
+ * many were not stale; one whose slot has been removed is. Nothing promises that an extent stays: the bound on memory holds.
+ */
+int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *extents, int64_t count);
+
+/* 1 and the extent around `offset` in *out (it may be cut at a region's ends), or 0. */
+int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out);
+
+/* Remove, or only take `writable` away. Return a ticket (> 0). */
+int64_t bg_map_invalidate(bg_map *map, int64_t offset, int64_t length);
+int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
+
+/* 1 when every request that began before the ticket was given has ended, else 0. */
+int bg_map_settled(bg_map *map, int64_t ticket);
+
+/* Wait until the ticket settles. Never from a thread that holds a request itself. */
+void bg_map_wait(bg_map *map, int64_t ticket);
+
+/*
+ * For event loops: as bg_map_settled; after a 0 the eventfd becomes readable, once or more often, until the ticket has
+ * settled. bg_map_acknowledge makes it unreadable: call it before asking again.
+ */
+int bg_map_notify(bg_map *map, int64_t ticket);
+int bg_map_eventfd(const bg_map *map);
+void bg_map_acknowledge(bg_map *map);
+
+/*
+ * A whole request: 0 when it was done, BG_MAP_MISS when nothing was touched, or -errno (then any part of it may have been
+ * done). Past the storage's end zeroes are read. -EINVAL when it is not inside the disk.
+ */
+int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length);
+int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length);
+
+void bg_map_get_stats(bg_map *map, bg_map_stats *out);
+
+/*
+ * A request in two steps, for who does its I/O otherwise. Between begin and end the pieces stay valid: no ticket given
+ * after begin settles before end.
+ */
+typedef struct {
+    int64_t length;
+    int64_t storage_offset;
+    int32_t slot;
+    int32_t fd; /* -1: zeroes */
+} bg_map_piece;
+
+typedef struct {
+    void *reader;
+    const bg_map_piece *pieces;
+    int64_t offset;
+    int64_t length;
+    int32_t count;
+    int32_t write;
+} bg_map_request;
+
+/*
+ * Look up all of [offset, offset + length) and write its pieces, in order, to pieces[0..max). A write hits only what is DATA
+ * and writable. `buf` is the memory that will be used, for slots with a memory alignment; NULL: the caller sees to that. 0: end
+ * it with bg_map_end; pieces must stay until then. Else nothing is held: BG_MAP_MISS, -EINVAL as above,
+ * or -E2BIG when there are more than `max` pieces.
+ */
+int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, int write, bg_map_piece *pieces, int max,
+                 bg_map_request *request);
+
+/* `touched`: for a write, whether it was attempted; then bitmaps and the slots' written marks are set. */
+void bg_map_end(bg_map *map, bg_map_request *request, int touched);
+/* cffi:end */
+
+#endif

@@ -1,0 +1,182 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the extent_map*.c files share.
+ *
+ * Every request owns a reader record from begin to end. Its state is epoch << 1 | looking: the epoch read just before, and
+ * whether pointers into the map are still in use. A change unpublishes, then looks at the records; both sides
+ * use sequentially consistent operations on the pointers and on the states, so either the change sees the
+ * record, or the request sees the change. An epoch read too early only makes a change wait for longer.
+ *
+ * Two things wait for that: tickets, for records of an older epoch to be given back; memory, for them to have stopped looking,
+ * which takes nanoseconds, so that a slow disk does not keep dead leaves in memory.
+ */
+#ifndef BG_EXTENT_MAP_INTERNAL_H
+#define BG_EXTENT_MAP_INTERNAL_H
+
+#include "extent_map.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#define LINE 64
+#define READERS 64
+#define STAMPS 1024
+#define REGION_SHIFT_MIN 24
+#define REGION_SHIFT_MAX 32 /* offsets in a leaf are 32 bits */
+#define MALLOC_HEAD 16
+
+typedef struct garbage {
+    struct garbage *next;
+    uint64_t epoch; /* in use by records of this epoch or older */
+    size_t bytes;
+} garbage;
+
+typedef struct {
+    uint64_t storage_offset;
+    uint32_t length;
+    uint16_t slot;
+    uint16_t flags;
+} place;
+
+/* The extents of a region: start[i] is relative to the region and belongs to at[i]. */
+typedef struct {
+    garbage garbage; /* first in all that is retired */
+    uint32_t count;
+    atomic_bool used; /* since the clock's hand came by */
+    place at[];       /* count, then uint32_t start[count] */
+} leaf;
+
+typedef struct {
+    int64_t start, end, storage_offset;
+    uint16_t slot, flags;
+} span;
+
+typedef struct {
+    garbage garbage;
+    size_t count;
+    span spans[];
+} wide;
+
+/* All that depends on the disk's size. */
+typedef struct {
+    garbage garbage;
+    int64_t size;
+    unsigned shift;      /* log2 of a region's bytes */
+    int64_t regions;     /* in the table; a disk past 4 PiB may have more: those have wide extents only */
+    _Atomic(wide *) wide; /* or NULL */
+    _Atomic(leaf *) leaf[];
+} space;
+
+typedef struct {
+    garbage garbage;
+    size_t count;
+    bg_bitmap *bitmaps[];
+} bitmap_list;
+
+/* The counters are written by the record's owner only. */
+typedef struct {
+    _Alignas(LINE) _Atomic uint64_t state; /* 0: free */
+    _Atomic int64_t hits, misses, bytes_read, bytes_written;
+} reader;
+
+typedef struct readers {
+    reader record[READERS];
+    _Atomic(struct readers *) next;
+} readers;
+
+enum slot_state { SLOT_FREE, SLOT_LIVE, SLOT_REMOVED, SLOT_UNMAPPED };
+
+typedef struct {
+    atomic_int fd; /* -1 unless live */
+    uint32_t alignment, memory_alignment;
+    atomic_bool written;
+    enum slot_state state; /* UNMAPPED: removed, and no extent names it any more once `ticket` has settled */
+    uint64_t ticket;
+} storage;
+
+typedef struct {
+    span *spans;
+    size_t count, room;
+} span_list;
+
+typedef struct {
+    garbage *first, **last;
+} garbage_list;
+
+struct bg_map {
+    /* Read by every request, written by changes. */
+    _Alignas(LINE) _Atomic(space *) space;
+    _Atomic(bitmap_list *) bitmaps;
+    _Atomic uint64_t epoch;   /* of the next ticket */
+    _Atomic uint64_t waiting; /* the latest ticket that somebody waits for, 0: nobody */
+    storage slots[BG_MAP_SLOTS];
+    readers readers;
+
+    /* Changes. */
+    _Alignas(LINE) pthread_mutex_t lock;
+    uint64_t removed[STAMPS], protected[STAMPS]; /* the latest ticket for a class of regions */
+    garbage_list looked;     /* until nobody looks */
+    garbage_list held;       /* until no request holds it */
+    uint64_t retired_at;     /* epoch of the latest garbage */
+    size_t limit, bytes, retired; /* bytes includes retired */
+    int64_t hand;            /* of the clock: a region */
+    int64_t leaves, extents, inserts, stale, invalidations, protections, evictions;
+    span_list work, wide_work; /* scratch */
+    int64_t region;          /* in `work`, -1: none */
+
+    /* Waiting. */
+    pthread_mutex_t wait_lock;
+    pthread_cond_t settled_cond;
+    uint64_t told; /* tickets up to here were announced */
+    int eventfd;
+};
+
+/* A region without any extent, whatever the wide array says. */
+extern leaf no_extents;
+
+static inline const uint32_t *leaf_starts(const leaf *l)
+{
+    return (const uint32_t *)(const void *)(l->at + l->count);
+}
+
+static inline bool range_in(int64_t size, int64_t offset, int64_t length)
+{
+    return offset >= 0 && length >= 0 && offset <= size && length <= size - offset;
+}
+
+/* extent_map_epoch.c. `enter` returns NULL for want of memory. */
+reader *map_enter(bg_map *map);
+static inline void map_looked(reader *r)
+{
+    uint64_t state = atomic_load_explicit(&r->state, memory_order_relaxed);
+    atomic_store_explicit(&r->state, state & ~(uint64_t)1, memory_order_release);
+}
+void map_leave(bg_map *map, reader *r);
+/* The oldest epoch among records in use (that still look, when `looking`), or the present epoch. */
+uint64_t map_oldest(bg_map *map, bool looking);
+
+/* The rest runs under the lock. */
+void map_retire(bg_map *map, garbage_list *list, garbage *g);
+void map_reclaim(bg_map *map);
+/* The ticket of what has been unpublished; whoever begins later does not wait for it. */
+uint64_t map_advance(bg_map *map);
+
+/* extent_map_store.c */
+enum change { CHANGE_SET, CHANGE_REMOVE, CHANGE_PROTECT };
+space *space_new(bg_map *map, int64_t size);
+void space_free(space *sp);
+/* `what` is for CHANGE_SET: its start is the range's. */
+void map_change(bg_map *map, int64_t start, int64_t end, enum change change, const span *what);
+/* The last of the changes: publish what is still in work, keep to the bound. */
+void map_finish(bg_map *map);
+
+/* extent_map_spans.c: a sorted list of spans. What needs memory returns false, and has changed nothing then. */
+bool spans_reserve(bg_map *map, span_list *list, size_t room);
+bool spans_put(bg_map *map, span_list *list, int64_t start, int64_t end, const span *what);
+bool spans_protect(bg_map *map, span_list *list, int64_t start, int64_t end);
+/* The first span that ends after `offset`. */
+size_t spans_from(const span *spans, size_t count, int64_t offset);
+
+#endif

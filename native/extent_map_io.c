@@ -1,0 +1,232 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/* Requests: looking up, reading, writing. Takes no lock. */
+#include "extent_map_internal.h"
+
+#include "io.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define FEW_PIECES 16
+
+/* The entry of `leaf` that holds the region's byte `at`, or -1. */
+static int64_t leaf_find(leaf *l, uint32_t at)
+{
+    /* Once set it stays: the line is shared by all readers. */
+    if (!atomic_load_explicit(&l->used, memory_order_relaxed))
+        atomic_store_explicit(&l->used, true, memory_order_relaxed);
+    const uint32_t *starts = leaf_starts(l), *base = starts;
+    uint32_t count = l->count;
+    if (count == 0)
+        return -1;
+    /* Without branches that could be mispredicted: the last start <= at, or the first. */
+    while (count > 1) {
+        uint32_t half = count / 2;
+        base += base[half] <= at ? half : 0;
+        count -= half;
+    }
+    return *base <= at && at - *base < l->at[base - starts].length ? base - starts : -1;
+}
+
+/*
+ * The span around `offset`, cut to its region: the next region may have a leaf that says otherwise, and to know, its pointer
+ * would have to be loaded before the wide array. See extent_map_store.c.
+ */
+static bool find(space *sp, int64_t offset, span *out)
+{
+    int64_t region = offset >> sp->shift, start = region << sp->shift;
+    leaf *l = region < sp->regions ? atomic_load(&sp->leaf[region]) : NULL;
+    if (l) {
+        int64_t i = leaf_find(l, (uint32_t)(offset - start));
+        if (i < 0)
+            return false;
+        const place *p = &l->at[i];
+        start += leaf_starts(l)[i];
+        *out = (span){start, start + p->length, (int64_t)p->storage_offset, p->slot, p->flags};
+        return true;
+    }
+    const wide *w = atomic_load(&sp->wide);
+    size_t i = w ? spans_from(w->spans, w->count, offset) : 0;
+    if (!w || i == w->count || w->spans[i].start > offset)
+        return false;
+    const span *s = &w->spans[i];
+    int64_t size = (int64_t)1 << sp->shift;
+    *out = (span){start, s->end - start < size ? s->end : start + size,
+                  s->flags & BG_MAP_ZERO ? 0 : s->storage_offset + start - s->start, s->slot, s->flags};
+    return true;
+}
+
+static void count(_Atomic int64_t *counter, int64_t more)
+{
+    int64_t now = atomic_load_explicit(counter, memory_order_relaxed);
+    atomic_store_explicit(counter, now + more, memory_order_relaxed);
+}
+
+static bool is_aligned(const bg_map *map, const bg_map_piece *pieces, int n, const void *buf)
+{
+    uintptr_t memory = (uintptr_t)buf;
+    for (int i = 0; i < n; i++) {
+        const bg_map_piece *p = &pieces[i];
+        if (p->fd >= 0) {
+            const storage *s = &map->slots[p->slot];
+            if ((uint64_t)(p->storage_offset | p->length) & (s->alignment - 1) ||
+                (buf && memory & (s->memory_alignment - 1)))
+                return false;
+        }
+        memory += (uintptr_t)p->length;
+    }
+    return true;
+}
+
+/* 0, BG_MAP_MISS, -EINVAL or -E2BIG; *used is the number of pieces. */
+static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_map_piece *pieces, int max, int *used)
+{
+    space *sp = atomic_load(&map->space);
+    if (!range_in(sp->size, offset, length))
+        return -EINVAL;
+    int n = 0;
+    for (int64_t at = offset, end = offset + length; at < end;) {
+        span s;
+        if (!find(sp, at, &s))
+            return BG_MAP_MISS;
+        bg_map_piece piece = {.length = (s.end < end ? s.end : end) - at, .slot = -1, .fd = -1};
+        if (!(s.flags & BG_MAP_ZERO)) {
+            piece.storage_offset = s.storage_offset + at - s.start;
+            piece.slot = s.slot;
+            piece.fd = atomic_load(&map->slots[s.slot].fd);
+            if (piece.fd < 0)
+                return BG_MAP_MISS;
+        }
+        if (write && !(s.flags & BG_MAP_WRITABLE))
+            return BG_MAP_MISS;
+        at += piece.length;
+        bg_map_piece *last = &pieces[n - 1];
+        if (n > 0 && last->slot == piece.slot &&
+            (piece.fd < 0 || last->storage_offset + last->length == piece.storage_offset))
+            last->length += piece.length;
+        else if (n < max)
+            pieces[n++] = piece;
+        else
+            return -E2BIG;
+    }
+    *used = n;
+    return 0;
+}
+
+int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, int write, bg_map_piece *pieces, int max,
+                 bg_map_request *request)
+{
+    reader *r = map_enter(map);
+    if (!r)
+        return BG_MAP_MISS;
+    int n = 0, ret = look_up(map, offset, length, write != 0, pieces, max, &n);
+    map_looked(r);
+    if (ret == 0 && !is_aligned(map, pieces, n, buf))
+        ret = BG_MAP_MISS;
+    if (ret != 0) {
+        if (ret == BG_MAP_MISS)
+            count(&r->misses, 1);
+        map_leave(map, r);
+        return ret;
+    }
+    count(&r->hits, 1);
+    count(write ? &r->bytes_written : &r->bytes_read, length);
+    *request = (bg_map_request){r, pieces, offset, length, n, write};
+    return 0;
+}
+
+void bg_map_end(bg_map *map, bg_map_request *request, int touched)
+{
+    if (request->write && touched) {
+        /* After the data, never before: whoever takes the mark flushes then, whoever clears a bit copies then. */
+        for (int i = 0; i < request->count; i++) {
+            atomic_bool *written = &map->slots[request->pieces[i].slot].written;
+            if (!atomic_load(written))
+                atomic_store(written, true);
+        }
+        const bitmap_list *list = atomic_load(&map->bitmaps);
+        for (size_t i = 0; list && i < list->count; i++)
+            bg_bitmap_mark(list->bitmaps[i], request->offset, request->length);
+    }
+    map_leave(map, request->reader);
+}
+
+int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out)
+{
+    span s;
+    reader *r = map_enter(map);
+    if (!r)
+        return 0;
+    space *sp = atomic_load(&map->space);
+    bool found = offset >= 0 && offset < sp->size && find(sp, offset, &s);
+    if (found && !(s.flags & BG_MAP_ZERO) && atomic_load(&map->slots[s.slot].fd) < 0)
+        found = false;
+    map_leave(map, r);
+    if (found)
+        *out = (bg_map_extent){s.start, s.end - s.start, s.storage_offset, s.flags & BG_MAP_ZERO ? -1 : s.slot, s.flags};
+    return found;
+}
+
+static int do_read(const bg_map_request *request, char *buf)
+{
+    for (int i = 0; i < request->count; i++) {
+        const bg_map_piece *p = &request->pieces[i];
+        if (p->fd < 0) {
+            memset(buf, 0, (size_t)p->length);
+        } else {
+            int64_t n = bg_pread(p->fd, buf, p->length, p->storage_offset);
+            if (n < 0)
+                return (int)n;
+        }
+        buf += p->length;
+    }
+    return 0;
+}
+
+static int do_write(const bg_map_request *request, const char *buf)
+{
+    for (int i = 0; i < request->count; i++) {
+        const bg_map_piece *p = &request->pieces[i];
+        int64_t n = bg_pwrite(p->fd, buf, p->length, p->storage_offset);
+        if (n < 0)
+            return (int)n;
+        buf += p->length;
+    }
+    return 0;
+}
+
+/* Exactly one of `into` and `from` is used. */
+static int transfer(bg_map *map, int64_t offset, int64_t length, char *into, const char *from, bool write)
+{
+    bg_map_piece few[FEW_PIECES], *pieces = few, *many = NULL;
+    bg_map_request request;
+    int ret;
+    for (int max = FEW_PIECES;; max = BG_MAP_MAX_PIECES) {
+        ret = bg_map_begin(map, offset, length, write ? from : into, write, pieces, max, &request);
+        if (ret != -E2BIG)
+            break;
+        if (many || !(many = malloc(BG_MAP_MAX_PIECES * sizeof(*many)))) {
+            ret = BG_MAP_MISS;
+            break;
+        }
+        pieces = many;
+    }
+    if (ret == 0) {
+        ret = write ? do_write(&request, from) : do_read(&request, into);
+        bg_map_end(map, &request, 1);
+    }
+    free(many);
+    return ret;
+}
+
+int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length)
+{
+    return transfer(map, offset, length, buf, NULL, false);
+}
+
+int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)
+{
+    return transfer(map, offset, length, NULL, buf, true);
+}

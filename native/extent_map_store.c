@@ -1,0 +1,294 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * Regions: leaves, the wide array, and the bound on memory. All under the lock.
+ *
+ * A pointer in the region table is NULL only while what the wide array says of that region is true. So the wide array is
+ * published before leaves under it are taken away, and readers load the table first.
+ *
+ * Memory is short or gone: what can not be kept is dropped, more than asked for when need be. A map never
+ * fails; it misses.
+ */
+#include "extent_map_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* The wide array may take this part of the memory; it takes a disk of many TiB without two regions alike to get there. */
+#define WIDE_PART 4
+/* Making room goes on until so small a part is free, not to begin again at every insert. */
+#define SPARE_PART 64
+
+leaf no_extents = {.used = true};
+
+space *space_new(bg_map *map, int64_t size)
+{
+    size_t most = map->limit / 8 / sizeof(leaf *);
+    unsigned shift = REGION_SHIFT_MIN;
+    while (shift < REGION_SHIFT_MAX && (uint64_t)size >> shift >= most)
+        shift++;
+    uint64_t regions = ((uint64_t)size >> shift) + 1;
+    if (regions > most)
+        regions = most;
+    size_t bytes = sizeof(space) + regions * sizeof(leaf *);
+    space *sp = calloc(1, bytes);
+    if (!sp)
+        return NULL;
+    sp->garbage.bytes = bytes;
+    sp->size = size;
+    sp->shift = shift;
+    sp->regions = (int64_t)regions;
+    map->bytes += bytes;
+    return sp;
+}
+
+void space_free(space *sp)
+{
+    for (int64_t r = 0; r < sp->regions; r++) {
+        leaf *l = atomic_load(&sp->leaf[r]);
+        if (l != &no_extents)
+            free(l);
+    }
+    free(atomic_load(&sp->wide));
+    free(sp);
+}
+
+static int64_t region_end(const space *sp, int64_t region)
+{
+    int64_t start = region << sp->shift;
+    return sp->size - start > (int64_t)1 << sp->shift ? start + ((int64_t)1 << sp->shift) : sp->size;
+}
+
+static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf *new_leaf)
+{
+    leaf *old = atomic_exchange(&sp->leaf[region], new_leaf);
+    if (new_leaf && new_leaf != &no_extents) {
+        map->leaves++;
+        map->extents += new_leaf->count;
+    }
+    if (old && old != &no_extents) {
+        map->leaves--;
+        map->extents -= old->count;
+        map_retire(map, &map->looked, &old->garbage);
+    }
+}
+
+static void publish_wide(bg_map *map, space *sp, wide *new_wide)
+{
+    wide *old = atomic_exchange(&sp->wide, new_wide);
+    if (new_wide)
+        map->extents += (int64_t)new_wide->count;
+    if (old) {
+        map->extents -= (int64_t)old->count;
+        map_retire(map, &map->looked, &old->garbage);
+    }
+}
+
+static bool evict_one(bg_map *map, space *sp)
+{
+    if (map->leaves == 0)
+        return false;
+    /* Readers may set marks as fast as they are taken away, so the second time round they do not count. */
+    for (int64_t step = 0;; step++, map->hand++) {
+        if (map->hand >= sp->regions)
+            map->hand = 0;
+        leaf *l = atomic_load_explicit(&sp->leaf[map->hand], memory_order_relaxed);
+        if (!l || l == &no_extents)
+            continue;
+        if (step < sp->regions && atomic_load_explicit(&l->used, memory_order_relaxed)) {
+            atomic_store_explicit(&l->used, false, memory_order_relaxed);
+        } else {
+            publish_leaf(map, sp, map->hand++, &no_extents);
+            map->evictions++;
+            return true;
+        }
+    }
+}
+
+static bool make_room(bg_map *map, space *sp, size_t bytes)
+{
+    if (map->bytes + bytes <= map->limit)
+        return true;
+    map_reclaim(map);
+    if (map->bytes + bytes <= map->limit)
+        return true;
+    while (map->bytes - map->retired + bytes > map->limit - map->limit / SPARE_PART && evict_one(map, sp))
+        ;
+    map_reclaim(map);
+    return map->bytes + bytes <= map->limit;
+}
+
+static void *room_for(bg_map *map, space *sp, size_t bytes)
+{
+    garbage *g = make_room(map, sp, bytes + MALLOC_HEAD) ? malloc(bytes) : NULL;
+    if (g) {
+        g->bytes = bytes + MALLOC_HEAD;
+        map->bytes += g->bytes;
+    }
+    return g;
+}
+
+/* Change the wide array over whole regions. What there is no memory for is lost, and with it the array. */
+static void change_wide(bg_map *map, space *sp, int64_t start, int64_t end, enum change change, const span *what)
+{
+    const wide *old = atomic_load(&sp->wide);
+    span_list *list = &map->wide_work;
+    size_t count = old ? old->count : 0;
+    if (count == 0 && change != CHANGE_SET)
+        return;
+    if (change != CHANGE_SET) {
+        size_t at = spans_from(old->spans, count, start);
+        if (at == count || old->spans[at].start >= end)
+            return;
+    }
+    wide *made = NULL;
+    list->count = 0;
+    /* Beyond its part of the memory the array begins anew. */
+    if ((count + 2) * 3 * sizeof(span) > map->limit / WIDE_PART)
+        count = 0;
+    if (spans_reserve(map, list, count + 2)) {
+        if (count)
+            memcpy(list->spans, old->spans, count * sizeof(span));
+        list->count = count;
+        bool done = change == CHANGE_PROTECT ? spans_protect(map, list, start, end)
+                                             : spans_put(map, list, start, end, change == CHANGE_SET ? what : NULL);
+        if (done && list->count)
+            made = room_for(map, sp, sizeof(wide) + list->count * sizeof(span));
+    }
+    if (made) {
+        made->count = list->count;
+        memcpy(made->spans, list->spans, list->count * sizeof(span));
+    }
+    publish_wide(map, sp, made);
+}
+
+/* Spans that the region now has, into `work`. */
+static bool load_region(bg_map *map, space *sp, int64_t region)
+{
+    int64_t start = region << sp->shift, end = region_end(sp, region);
+    span_list *list = &map->work;
+    const leaf *l = atomic_load(&sp->leaf[region]);
+    list->count = 0;
+    if (l) {
+        if (!spans_reserve(map, list, l->count + 2))
+            return false;
+        for (uint32_t i = 0; i < l->count; i++) {
+            int64_t at = start + leaf_starts(l)[i];
+            list->spans[i] = (span){at, at + l->at[i].length, (int64_t)l->at[i].storage_offset, l->at[i].slot, l->at[i].flags};
+        }
+        list->count = l->count;
+        return true;
+    }
+    const wide *w = atomic_load(&sp->wide);
+    size_t at = w ? spans_from(w->spans, w->count, start) : 0;
+    /* A wide span covers the region or leaves it alone. spans_put cuts it. */
+    return !w || at == w->count || w->spans[at].start > start || spans_put(map, list, start, end, &(span){
+        start, end,
+        w->spans[at].flags & BG_MAP_ZERO ? 0 : w->spans[at].storage_offset + start - w->spans[at].start,
+        w->spans[at].slot, w->spans[at].flags});
+}
+
+/* Publish what is in work. */
+static void flush(bg_map *map)
+{
+    space *sp = atomic_load(&map->space);
+    int64_t region = map->region;
+    const span_list *list = &map->work;
+    map->region = -1;
+    if (region < 0)
+        return;
+    int64_t start = region << sp->shift, end = region_end(sp, region);
+    if (list->count == 1 && list->spans[0].start == start && list->spans[0].end == end) {
+        change_wide(map, sp, start, end, CHANGE_SET, &list->spans[0]);
+        publish_leaf(map, sp, region, NULL);
+        return;
+    }
+    leaf *made = NULL;
+    if (list->count) {
+        made = room_for(map, sp, sizeof(leaf) + list->count * (sizeof(place) + sizeof(uint32_t)));
+        leaf *old = atomic_load(&sp->leaf[region]);
+        if (made) {
+            made->count = (uint32_t)list->count;
+            atomic_init(&made->used, old && old != &no_extents && atomic_load(&old->used));
+            uint32_t *starts = (uint32_t *)(void *)(made->at + made->count);
+            for (size_t i = 0; i < list->count; i++) {
+                const span *s = &list->spans[i];
+                made->at[i] = (place){(uint64_t)s->storage_offset, (uint32_t)(s->end - s->start), s->slot, s->flags};
+                starts[i] = (uint32_t)(s->start - start);
+            }
+        }
+    }
+    publish_leaf(map, sp, region, made ? made : &no_extents);
+}
+
+static void change_region(bg_map *map, space *sp, int64_t region, int64_t start, int64_t end, enum change change,
+                          const span *what)
+{
+    span_list *list = &map->work;
+    if (map->region != region) {
+        flush(map);
+        const leaf *l = atomic_load(&sp->leaf[region]);
+        if (change != CHANGE_SET && l == &no_extents)
+            return;
+        map->region = region;
+        if (!load_region(map, sp, region))
+            list->count = 0;
+    }
+    bool done = change == CHANGE_PROTECT ? spans_protect(map, list, start, end)
+                                         : spans_put(map, list, start, end, change == CHANGE_SET ? what : NULL);
+    if (!done)
+        list->count = 0;
+}
+
+static void change_whole_regions(bg_map *map, space *sp, int64_t start, int64_t end, enum change change, const span *what)
+{
+    flush(map);
+    change_wide(map, sp, start, end, change, what);
+    int64_t last = (end - 1) >> sp->shift;
+    for (int64_t r = start >> sp->shift; r <= last && r < sp->regions; r++) {
+        leaf *l = atomic_load_explicit(&sp->leaf[r], memory_order_relaxed);
+        if (l && change != CHANGE_PROTECT)
+            publish_leaf(map, sp, r, NULL);
+        else if (l && l != &no_extents)
+            change_region(map, sp, r, r << sp->shift, region_end(sp, r), change, what);
+    }
+}
+
+void map_finish(bg_map *map)
+{
+    flush(map);
+    make_room(map, atomic_load(&map->space), 0);
+    if (map->retired > map->limit / SPARE_PART)
+        map_reclaim(map);
+}
+
+static span part_of(const span *what, int64_t start, int64_t end)
+{
+    span part = *what;
+    if (!(part.flags & BG_MAP_ZERO))
+        part.storage_offset += start - part.start;
+    part.start = start;
+    part.end = end;
+    return part;
+}
+
+void map_change(bg_map *map, int64_t start, int64_t end, enum change change, const span *what)
+{
+    space *sp = atomic_load(&map->space);
+    for (int64_t stop; start < end; start = stop) {
+        int64_t region = start >> sp->shift, region_start = region << sp->shift;
+        stop = region_end(sp, region);
+        bool whole = start == region_start && end >= stop;
+        if (whole)
+            stop = end == sp->size ? end : end >> sp->shift << sp->shift;
+        else if (end < stop)
+            stop = end;
+        span part = what ? part_of(what, start, stop) : (span){0};
+        if (whole)
+            change_whole_regions(map, sp, start, stop, change, &part);
+        else if (region < sp->regions)
+            change_region(map, sp, region, start, stop, change, &part);
+        else
+            change_wide(map, sp, region_start, region_end(sp, region), CHANGE_REMOVE, NULL);
+    }
+}
