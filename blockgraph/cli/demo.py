@@ -52,12 +52,26 @@ def run(args: Namespace) -> int:
         raise OptionError(
             "is less than 32M, or no multiple of 4k", path="--size", value=args.size, hint="try --size 512M"
         )
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         with _folder(args.keep) as folder:
             _check_room(folder, args.size)
             return asyncio.run(_run(args, folder))
+    except KeyboardInterrupt:
+        if terminated:
+            return 128 + signal.SIGTERM
+        raise
     except OSError as error:
         raise IOFailure.from_oserror(error, node="demo", op="demo", hint="set TMPDIR to a place with room") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def _run(args: Namespace, folder: Path) -> int:
@@ -67,14 +81,7 @@ async def _run(args: Namespace, folder: Path) -> int:
     console = Console(highlight=False)
     if not args.json:
         console.print(f"Backing up a disk of {format_size(args.size)} while a guest overwrites it ...")
-    task = asyncio.create_task(run_scenario(folder, args.size, args.format, args.seed))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    try:
-        outcome = await task
-    except asyncio.CancelledError:
-        if task.cancelled() and not asyncio.current_task().cancelling():  # type: ignore[union-attr]
-            return 128 + signal.SIGTERM
-        raise
+    outcome = await run_scenario(folder, args.size, args.format, args.seed)
     if args.json:
         print(json.dumps(to_json(outcome), indent=2))
     else:

@@ -23,9 +23,12 @@ from blockgraph.testing.nbd_client import NbdClient
 
 #: Requests in flight.
 DEPTH = 16
-#: Writes at the end of the disk, and requests in all, before "begun".
-FIRST_WRITES = 128
-FIRST_REQUESTS = 4000
+
+
+def first_requests(size: int) -> int:
+    """Requests before "begun", so many that a good part of a disk of `size` bytes is overwritten, but never all."""
+    return max(64, size >> 17)
+
 
 _LARGEST = 256 << 10
 _SECTOR = 512
@@ -57,7 +60,7 @@ class Guest:
 
     Attributes:
         counters: so far.
-        begun: set after FIRST_REQUESTS.
+        begun: set after the first requests.
     """
 
     def __init__(self, client: NbdClient, seed: int) -> None:
@@ -65,6 +68,7 @@ class Guest:
         self.begun = asyncio.Event()
         self._client = client
         self._rng = random.Random(seed)
+        self._first = first_requests(client.size)
         self._data = self._rng.randbytes(2 * _LARGEST)
 
     async def first_writes(self) -> None:
@@ -75,8 +79,9 @@ class Guest:
             offset -= length
             if not flags & _HOLE:
                 places += range(offset + length - length % _LARGEST, offset, -_LARGEST)
-        for start in range(0, min(FIRST_WRITES, len(places)), DEPTH):
-            chosen = places[start : min(start + DEPTH, FIRST_WRITES)]
+        del places[self._first // 32 :]
+        for start in range(0, len(places), DEPTH):
+            chosen = places[start : start + DEPTH]
             await asyncio.gather(*(self._write(place - _SECTOR, _SECTOR) for place in chosen))
 
     async def forever(self) -> None:
@@ -86,7 +91,7 @@ class Guest:
     async def _worker(self) -> None:
         while True:
             await asyncio.shield(asyncio.ensure_future(self._any_request()))
-            if self.counters.requests >= FIRST_REQUESTS:
+            if self.counters.requests >= self._first:
                 self.begun.set()
 
     async def _any_request(self) -> None:

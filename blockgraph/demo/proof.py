@@ -51,8 +51,8 @@ def compare(one: Path, other: Path) -> Difference:
                     if x != y:
                         clusters += 1
                         if first is None:
-                            same = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), len(x))
-                            first = offset + start + same
+                            pairs = enumerate(zip(x, y, strict=False))
+                            first = offset + start + next((i for i, (p, q) in pairs if p != q), min(len(x), len(y)))
             if not left and not right:
                 return Difference(clusters, first, same_size)
             offset += max(len(left), len(right))
