@@ -89,8 +89,8 @@ int bg_bitmap_take(bg_bitmap *bitmap, int64_t offset, int64_t end, int64_t max_l
 
 /*
  * Write dirty runs of [offset, end) to `out` in order, each maximal but cut to the range, and return their number. It
- * stops at the end, or early when `out` (room for `max` >= BG_BITMAP_EXTENTS_MIN runs) might not hold more; *next is where to go on,
- * and equals the end once all has been seen. A batch may be empty before that. One batch is one moment's view.
+ * stops at the end, or early when `out` (room for `max` >= BG_BITMAP_EXTENTS_MIN runs) might not hold more; *next is where
+ * to go on, and equals the end once all has been seen. A batch may be empty before that. One batch is one moment's view.
  */
 int64_t bg_bitmap_extents(bg_bitmap *bitmap, int64_t offset, int64_t end, bg_bitmap_extent *out, size_t max, int64_t *next);
 
