@@ -369,7 +369,7 @@ async def test_success_comes_after_the_flush_of_the_target() -> None:
 
 @in_loop
 async def test_flush_of_the_target_failing_fails_the_job_and_takes_the_filter_out() -> None:
-    with pytest.raises(IOFailure, match="flush"):  # closing the graph tells it again
+    with pytest.raises(IOFailure, match="flush"):  # noqa: PT012 - closing the graph tells it again
         async with setup(target=fails("flush_to_disk", "flush")) as s:
             job = await s.start()
             await job.wait()
@@ -383,7 +383,7 @@ async def test_flush_of_the_target_failing_fails_the_job_and_takes_the_filter_ou
 
 @in_loop
 async def test_flush_of_the_disk_failing_does_not_keep_the_filter_in() -> None:
-    with pytest.raises(IOFailure, match="flush"):
+    with pytest.raises(IOFailure, match="flush"):  # noqa: PT012 - as above
         async with setup(disk=fails("flush_to_disk", "flush")) as s:
             job = await s.start()
             await s.guest.pwrite(0, b"x")
