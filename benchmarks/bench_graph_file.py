@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""Checking a graph file of 5,000 nodes: under 2 s, whatever the syntax, whether or not every part is wrong."""
+"""Checking a graph file of 5,000 nodes: wanted in under 2 s, whatever the syntax, whether or not every part is
+wrong."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.peers import Against, add_row
 from blockgraph.graph.load import check_description
 
 GROUPS = 1000
@@ -46,6 +48,11 @@ def _value(value: Any) -> str:
     return json.dumps(value)
 
 
+def record(benchmark: BenchmarkFixture, what: str) -> None:
+    """The median as a row."""
+    add_row(benchmark, "2.5", what, "s", benchmark.stats.stats.median, Against("bound", None, None, 2))
+
+
 WRITERS = {"toml": toml, "json": json.dumps, "yaml": yaml.safe_dump}
 
 
@@ -54,7 +61,7 @@ def test_check_of_a_good_file(benchmark: BenchmarkFixture, tmp_path: Path, synta
     path = tmp_path / f"g.{syntax}"
     path.write_text(WRITERS[syntax](big()))
     assert benchmark(check_description, path) == []
-    assert benchmark.stats.stats.min < 2
+    record(benchmark, f"check of a good {syntax.upper()} file of 5,000 nodes")
 
 
 @pytest.mark.parametrize("syntax", WRITERS)
@@ -65,4 +72,4 @@ def test_check_of_a_file_with_a_thousand_mistakes(benchmark: BenchmarkFixture, t
     path = tmp_path / f"g.{syntax}"
     path.write_text(WRITERS[syntax](data))
     assert len(benchmark(check_description, path)) == GROUPS
-    assert benchmark.stats.stats.min < 2
+    record(benchmark, f"check of a {syntax.upper()} file of 5,000 nodes with 1,000 mistakes")

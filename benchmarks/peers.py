@@ -1,25 +1,25 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""The peers that figures are compared with, run in turn with ours in one session.
+"""Comparing with peers, run in turn with ours in one session.
 
-These machines are noisy: `ratio` alternates the two sides and compares medians of the pairs' ratios.
+These machines are noisy: the sides alternate, and what counts is the median of the ratios of each round. Comparisons
+end as rows in pytest-benchmark's record (extra_info["rows"]), which `table.py` turns into the tables of README.rst.
+BLOCKGRAPH_BENCH_ROUNDS says how often the sides alternate (5).
 """
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
-import socket
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
+
+T = TypeVar("T")
 
 
 def need(*tools: str) -> None:
@@ -29,17 +29,9 @@ def need(*tools: str) -> None:
             pytest.skip(f"needs {tool}")
 
 
-class Compared(NamedTuple):
-    """Two sides timed in turn.
-
-    Attributes:
-        ours, peer: median seconds.
-        speed: median of peer / ours pair by pair: above 1.0 we are faster.
-    """
-
-    ours: float
-    peer: float
-    speed: float
+def default_rounds() -> int:
+    """How often the sides alternate."""
+    return int(os.environ.get("BLOCKGRAPH_BENCH_ROUNDS", "5"))
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -49,108 +41,91 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(ours: Callable[[], float], peer: Callable[[], float], *, rounds: int = 5) -> Compared:
-    """Compare two sides, each of which does its work once and tells how many seconds of it count.
+def in_turn(sides: dict[str, Callable[[], T]], *, rounds: int | None = None) -> dict[str, list[T]]:
+    """What every side returned, round by round. One round before does not count."""
+    results: dict[str, list[T]] = {name: [] for name in sides}
+    for _ in range((rounds or default_rounds()) + 1):
+        for name, run in sides.items():
+            results[name].append(run())
+    return {name: values[1:] for name, values in results.items()}
 
-    They alternate; one round before does not count.
+
+class Compared(NamedTuple):
+    """Two sides timed in turn.
+
+    Attributes:
+        ours, peer: median seconds.
+        speed: median of peer / ours round by round: above 1.0 we are faster.
     """
-    pairs = [(ours(), peer()) for _ in range(rounds + 1)][1:]
+
+    ours: float
+    peer: float
+    speed: float
+
+
+def ratio(ours: Callable[[], float], peer: Callable[[], float], *, rounds: int | None = None) -> Compared:
+    """Compare two sides, each of which does its work once and tells how many seconds of it count."""
+    times = in_turn({"ours": ours, "peer": peer}, rounds=rounds)
     return Compared(
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(b / a for a, b in pairs),
+        statistics.median(times["ours"]),
+        statistics.median(times["peer"]),
+        statistics.median(b / a for a, b in zip(times["ours"], times["peer"], strict=True)),
     )
 
 
-def report(benchmark: BenchmarkFixture, compared: Compared, ours: Callable[[], object], **facts: object) -> None:
-    """Put a comparison into pytest-benchmark's record, with one more run of ours under its clock."""
-    benchmark.extra_info |= {
-        "ours_s": round(compared.ours, 4),
-        "peer_s": round(compared.peer, 4),
-        "speed": round(compared.speed, 3),
-        **facts,
-    }
-    benchmark.pedantic(ours, rounds=1)
-    name = benchmark.name
-    print(f"\n{name}: ours {compared.ours:.3f} s, peer {compared.peer:.3f} s, speed {compared.speed:.2f}")
+class Against(NamedTuple):
+    """A peer's side of a row.
 
-
-class StorageDaemon:
-    """A qemu-storage-daemon with its monitor on a unix socket; a context manager.
-
-    Args:
-        directory: for the socket.
-        arguments: of the daemon, beside the monitor's.
+    Attributes:
+        peer: its name.
+        value: its median, in the row's unit; None: what is wanted is a bound on our own value.
+        ratio: how many times better we are.
+        wanted: the ratio to reach (the value, without a peer); None: nothing was promised.
     """
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
-        path = directory / "qmp.sock"
-        path.unlink(missing_ok=True)
-        self._process = subprocess.Popen(
-            [
-                "qemu-storage-daemon",
-                *arguments,
-                "--chardev",
-                f"socket,id=qmp,path={path},server=on,wait=off",
-                "--monitor",
-                "chardev=qmp",
-            ]
-        )
-        deadline = time.monotonic() + 10
-        self._socket = socket.socket(socket.AF_UNIX)
-        while True:
-            try:
-                self._socket.connect(str(path))
-                break
-            except OSError:
-                if time.monotonic() > deadline or self._process.poll() is not None:
-                    raise
-                time.sleep(0.01)
-        self._file = self._socket.makefile("rw")
-        self._events: list[dict[str, Any]] = []
-        json.loads(self._file.readline())
-        self.command("qmp_capabilities")
+    peer: str
+    value: float | None
+    ratio: float | None
+    wanted: float | None = None
 
-    def command(self, name: str, **arguments: Any) -> Any:
-        """Run a QMP command. Member names with "_" for "-"."""
-        given = {key.replace("_", "-"): value for key, value in arguments.items()}
-        self._file.write(json.dumps({"execute": name, "arguments": given}) + "\n")
-        self._file.flush()
-        while True:
-            answer = json.loads(self._file.readline())
-            if "event" in answer:
-                self._events.append(answer)
-            elif "error" in answer:
-                raise RuntimeError(f"{name}: {answer['error']['desc']}")
-            else:
-                return answer["return"]
 
-    def wait_event(self, name: str) -> dict[str, Any]:
-        """The next event of that name."""
-        while True:
-            event = self._events.pop(0) if self._events else json.loads(self._file.readline())
-            if event.get("event") == name:
-                data: dict[str, Any] = event.get("data", {})
-                return data
+def against(
+    name: str, ours: Sequence[float], theirs: Sequence[float], wanted: float | None = None, *, lower: bool = False
+) -> Against:
+    """Compare values of the same rounds. `lower`: smaller ones are better."""
+    pairs = zip(theirs, ours, strict=True) if lower else zip(ours, theirs, strict=True)
+    return Against(name, statistics.median(theirs), statistics.median(a / b for a, b in pairs), wanted)
 
-    def backup(self, device: str, target: str, **options: Any) -> None:
-        """Run a blockdev-backup job to its end."""
-        self.command("blockdev-backup", job_id="b", device=device, target=target, **{"sync": "full", **options})
-        done = self.wait_event("BLOCK_JOB_COMPLETED")
-        if "error" in done:
-            raise RuntimeError(done["error"])
 
-    def close(self) -> None:
-        """End the daemon."""
-        self._file.close()
-        self._socket.close()
-        self._process.terminate()
-        self._process.wait(30)
+def add_row(benchmark: BenchmarkFixture, figure: str, what: str, unit: str, ours: float, *peers: Against) -> None:
+    """Put a row into the record, and on the terminal.
 
-    def __enter__(self) -> Self:
-        return self
+    Args:
+        figure: which promise it belongs to, "2.1": issue 2, the first.
+        what: was measured.
+        unit: of the values.
+        ours: our median.
+    """
+    row = {"figure": figure, "what": what, "unit": unit, "ours": ours, "peers": [peer._asdict() for peer in peers]}
+    benchmark.extra_info.setdefault("rows", []).append(row)
+    told = [f"{peer.peer} {peer.value:.4g} (ratio {peer.ratio:.2f})" for peer in peers if peer.value is not None]
+    print(f"\n{figure} {what}: ours {ours:.4g} {unit}", *told, sep="; ")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+
+def report(benchmark: BenchmarkFixture, compared: Compared, ours: Callable[[], object], **facts: object) -> None:
+    """Record a comparison of seconds, with one more run of ours under pytest-benchmark's clock.
+
+    Args:
+        facts: `figure`, `what`, `peer` and `wanted` go into the row, others beside it.
+    """
+    benchmark.extra_info["speed"] = round(compared.speed, 3)
+    wanted = facts.pop("wanted", None)
+    peer = Against(
+        str(facts.pop("peer", "peer")),
+        compared.peer,
+        compared.speed,
+        float(wanted) if isinstance(wanted, int | float) else None,
+    )
+    add_row(benchmark, str(facts.pop("figure", "")), str(facts.pop("what", benchmark.name)), "s", compared.ours, peer)
+    benchmark.extra_info.update(facts)
+    benchmark.pedantic(ours, rounds=1)

@@ -1,0 +1,128 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""The NBD export beside nbdkit's file plugin and qemu-nbd: fio over a unix socket, on tmpfs.
+
+Every run has a server of its own, so no side profits from what another run has warmed up.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import servers
+from benchmarks.fio import Figures, fio, first_touches, need_fio, pattern
+from benchmarks.images import GIB, empty, make, node
+from benchmarks.peers import add_row, against, in_turn, need
+
+Server = Callable[[], AbstractContextManager[str]]
+
+KIB = 1024
+SIZE = GIB
+
+#: Name, rw, block, depth.
+PATTERNS = [
+    ("4 KiB random read, depth 1", "randread", 4 * KIB, 1),
+    ("4 KiB random read, depth 16", "randread", 4 * KIB, 16),
+    ("4 KiB random write, depth 1", "randwrite", 4 * KIB, 1),
+    ("4 KiB random write, depth 16", "randwrite", 4 * KIB, 16),
+    ("256 KiB sequential read, depth 16", "read", 256 * KIB, 16),
+    ("256 KiB sequential write, depth 16", "write", 256 * KIB, 16),
+]
+patterns = pytest.mark.parametrize("shape", PATTERNS, ids=lambda shape: shape[0].replace(" ", "-").replace(",", ""))
+connected = pytest.mark.parametrize("connections", [1, 4], ids=["1-connection", "4-connections"])
+
+
+def served(server: Server, options: list[str]) -> Figures:
+    """One run against a new server."""
+    with server() as uri:
+        return fio(uri, *options)
+
+
+def compare(
+    benchmark: BenchmarkFixture,
+    figure: str,
+    what: str,
+    sides: dict[str, Callable[[], Figures]],
+    wanted: dict[str, float],
+) -> None:
+    """Run the sides in turn, the first is ours, and record requests per second."""
+    results = benchmark.pedantic(in_turn, args=(sides,), rounds=1)
+    rates = {name: [run.iops for run in runs] for name, runs in results.items()}
+    ours = rates.pop("ours")
+    peers = [against(name, ours, rate, wanted.get(name)) for name, rate in rates.items()]
+    add_row(benchmark, figure, what, "IOPS", statistics.median(ours), *peers)
+    benchmark.extra_info["p99_us"] = {
+        name: statistics.median(run.p99_us for run in runs) for name, runs in results.items()
+    }
+
+
+@patterns
+@connected
+def test_raw(benchmark: BenchmarkFixture, shm: Path, shape: tuple[str, str, int, int], connections: int) -> None:
+    """Wanted: nbdkit's rate, 2.5 of qemu-nbd's."""
+    need_fio()
+    need("nbdkit", "qemu-nbd")
+    what, rw, block, depth = shape
+    disk = shm / "disk"
+    make(disk, SIZE, "raw")
+    options = pattern(rw, SIZE, block, depth, connections)
+    sides: dict[str, Callable[[], Figures]] = {
+        "ours": lambda: served(lambda: servers.ours(shm, [node("disk", disk)]), options),
+        "nbdkit": lambda: served(lambda: servers.nbdkit(shm, disk), options),
+        "qemu-nbd": lambda: served(lambda: servers.qemu_nbd(shm, disk), options),
+    }
+    what += f", {connections} connections" if connections > 1 else ""
+    compare(benchmark, "3.1", f"raw, {what}", sides, {"nbdkit": 1.0, "qemu-nbd": 2.5})
+
+
+@patterns
+@connected
+def test_qcow2(benchmark: BenchmarkFixture, shm: Path, shape: tuple[str, str, int, int], connections: int) -> None:
+    """Fully allocated; wanted: 0.9 of our own raw rate, 2.5 of qemu-nbd's with the same image."""
+    need_fio()
+    need("qemu-nbd")
+    what, rw, block, depth = shape
+    disk, image = shm / "disk", shm / "disk.qcow2"
+    make(disk, SIZE, "raw")
+    make(image, SIZE, "qcow2")
+    options = pattern(rw, SIZE, block, depth, connections)
+    sides: dict[str, Callable[[], Figures]] = {
+        "ours": lambda: served(lambda: servers.ours(shm, [node("disk", image, "qcow2")]), options),
+        "our raw": lambda: served(lambda: servers.ours(shm, [node("disk", disk)]), options),
+        "qemu-nbd": lambda: served(lambda: servers.qemu_nbd(shm, image, "qcow2"), options),
+    }
+    what += f", {connections} connections" if connections > 1 else ""
+    compare(benchmark, "3.2", f"qcow2, {what}", sides, {"our raw": 0.9, "qemu-nbd": 2.5})
+
+
+@pytest.mark.parametrize("backed", [False, True], ids=["alone", "with-backing"])
+@pytest.mark.parametrize("block", [4 * KIB, 64 * KIB], ids=["4-KiB", "64-KiB"])
+def test_first_touch(benchmark: BenchmarkFixture, shm: Path, block: int, backed: bool) -> None:
+    """Writes that allocate, into an empty qcow2; wanted: 1.5 of qemu-nbd's."""
+    need_fio()
+    need("qemu-nbd")
+    base, image = shm / "base", shm / "disk.qcow2"
+    backing = {"backing_file": str(base), "backing_fmt": "raw"} if backed else {}
+    if backed:
+        make(base, SIZE, "raw")
+    options = first_touches(shm / "requests", SIZE, block)
+
+    def one(server: Server) -> Figures:
+        empty(image, SIZE, "qcow2", **backing)
+        return served(server, options)
+
+    description = node("disk", image, "qcow2")
+    if backed:
+        description["backing"] = {**node("base", base), "read-only": True}
+    sides = {
+        "ours": lambda: one(lambda: servers.ours(shm, [description])),
+        "qemu-nbd": lambda: one(lambda: servers.qemu_nbd(shm, image, "qcow2")),
+    }
+    what = f"empty qcow2{' with a backing file' if backed else ''}, first touch of clusters by {block // KIB} KiB"
+    compare(benchmark, "3.5", f"{what}, depth 16", sides, {"qemu-nbd": 1.5})
