@@ -152,7 +152,7 @@ def test_graph_output_that_can_not_be_written_is_one_line(good: Path, capsys: py
 
 def test_graph_on_a_terminal_without_unicode_does_not_fail(good: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "blockgraph", "graph", str(good)],
+        [sys.executable, "-P", "-m", "blockgraph", "graph", str(good)],
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
         capture_output=True,
         check=True,

@@ -21,7 +21,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "print(sorted(name for name in sys.modules if name.startswith('blockgraph.')), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert all(f"\n    {name} " in done.stdout for name in cli.COMMANDS)
     assert done.stderr.strip() == "['blockgraph.cli']"
 
@@ -79,7 +79,7 @@ def test_interrupt_is_status_130_without_a_traceback(
 
 def test_reader_that_leaves_early_is_no_traceback() -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "blockgraph", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-P", "-m", "blockgraph", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -91,7 +91,11 @@ def test_reader_that_leaves_early_is_no_traceback() -> None:
 def test_full_device_is_told() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "blockgraph", "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-P", "-m", "blockgraph", "schema"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
     assert done.returncode == 1
     assert done.stderr == "blockgraph: can not write the output: No space left on device\n"
