@@ -11,12 +11,13 @@ reader ----------------------'
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from helpers.backup import CLUSTER, fault, memory, pattern, settle, top_over
+from helpers.backup import CLUSTER, Shuffle, fault, memory, pattern, settle, top_over
 from helpers.loop import driver_of, graph_of, in_loop
 
 from blockgraph.api import AsyncGraph
@@ -24,6 +25,8 @@ from blockgraph.backend import Backend
 from blockgraph.create import create_file
 from blockgraph.filters.backup_top import BackupTop
 from blockgraph.filters.inject_error import InjectError
+from blockgraph.jobs.manager import JobManager
+from blockgraph.jobs.options import BackupOptions
 
 SIZE = 8 * CLUSTER
 
@@ -129,3 +132,47 @@ async def _through_a_filter(tmpfs: Path) -> None:
 
 def test_serialising_is_known_through_filters_over_the_disk(tmpfs: Path) -> None:
     _through_a_filter(tmpfs)
+
+
+@pytest.mark.parametrize("cluster", [512, CLUSTER, 4 * CLUSTER], ids=["small", "same", "large"])
+@pytest.mark.parametrize("with_job", [False, True], ids=["alone", "job"])
+def test_readers_of_the_target_see_the_point_in_time_in_every_interleaving(
+    tmpfs: Path, cluster: int, with_job: bool
+) -> None:
+    async def write(guest: Backend, rng: random.Random) -> None:
+        for _ in range(25):
+            offset = rng.randrange(SIZE)
+            length = rng.randint(1, min(CLUSTER, SIZE - offset))
+            kind = rng.randrange(4)
+            if kind == 0:
+                await guest.write_zeroes(offset, length)
+            elif kind == 1:
+                await guest.discard(offset, length)
+            else:
+                await guest.pwrite(offset, rng.randbytes(length))
+
+    async def read(reader: Backend, rng: random.Random, old: bytes) -> None:
+        for _ in range(25):
+            offset = rng.randrange(SIZE)
+            length = rng.randint(1, min(3 * CLUSTER, SIZE - offset))
+            assert await reader.pread(offset, length) == old[offset : offset + length]
+
+    @in_loop
+    async def run() -> None:
+        for seed in range(5):
+            rng = random.Random(seed)
+            directory = tmpfs / str(seed)
+            directory.mkdir()
+            async with fleecing(directory, cluster, align=512 if seed % 2 else 1) as (graph, old, guest, reader):
+                await graph.insert_filter({"driver": "shuffle", "node-name": "shuffle", "file": "disk"}, above="disk")
+                driver_of(graph, "shuffle", Shuffle).rng = rng
+                work = [write(guest, random.Random(seed * 10 + n)) for n in range(3)]
+                work += [read(reader, random.Random(seed * 10 + 5 + n), old) for n in range(3)]
+                if with_job:
+                    options = BackupOptions(device="top", sync="full", max_chunk=CLUSTER)
+                    job = await JobManager(graph).backup(options)
+                    work.append(job.wait())
+                await asyncio.wait_for(asyncio.gather(*work), 60)
+                assert await reader.pread(0, SIZE) == old
+
+    run()
