@@ -229,13 +229,13 @@ class Bitmap:
         Raises:
             ValueError: offset is not a multiple of 8 granules, or the data reach past the disk's end.
         """
-        view = ffi.from_buffer(data)
-        size = self.size
-        length = min(len(view) * 8 * self.granularity, size - offset)
-        if self._serialised(offset, length) != len(view):
-            raise ValueError(f"{len(view)} bytes of bits at offset {offset} reach past the disk of {size} bytes")
-        if lib.bg_bitmap_deserialise(self._bitmap, offset, length, view, len(view)) < 0:
-            raise ValueError("the bitmap was resized meanwhile")
+        with ffi.from_buffer(data) as view:  # released before an error leaves: see pool
+            size = self.size
+            length = min(len(view) * 8 * self.granularity, size - offset)
+            if self._serialised(offset, length) != len(view):
+                raise ValueError(f"{len(view)} bytes of bits at offset {offset} reach past the disk of {size} bytes")
+            if lib.bg_bitmap_deserialise(self._bitmap, offset, length, view, len(view)) < 0:
+                raise ValueError("the bitmap was resized meanwhile")
 
     def _serialised(self, offset: int, length: int) -> int:
         count = _call(lib.bg_bitmap_serialised, self._bitmap, offset, length)

@@ -11,6 +11,10 @@ Measured (Linux 6.18, 2 CPUs, asyncio, 4 KiB, microseconds per call: awaited one
 (64 KiB: 2 to 6 inline, 42 by the pool.) Reads in the page cache use RWF_NOWAIT. tmpfs refuses that flag but never
 waits, so it is recognised by fstatfs. Buffered writes to ext4 refuse it too, and may wait for the journal or be
 throttled as long as a device likes, so they go to the pool although most would be quick.
+
+Views of buffers are released before an error leaves here: a traceback that keeps a memoryview and a view of it in a
+cycle crashes the garbage collector of CPython 3.11 (memoryview's tp_clear does not expect to be refused). A coroutine
+that is closed instead leaves its view to the operation under way.
 """
 
 from __future__ import annotations
@@ -203,12 +207,16 @@ class Pool:
         Cancelled: `buf` is unspecified.
         """
         view = ffi.from_buffer(buf, require_writable=True)
-        length = len(view)
-        if length <= INLINE_MAX:
-            done: int = lib.bg_pread_now(fd, view, length, offset)
-            if done != _EAGAIN:
-                return done if done >= 0 else check(done)
-        return await self._submit(_PREAD, fd, view, length, offset, 0)
+        try:
+            length = len(view)
+            if length <= INLINE_MAX:
+                done: int = lib.bg_pread_now(fd, view, length, offset)
+                if done != _EAGAIN:
+                    return done if done >= 0 else check(done)
+            return await self._submit(_PREAD, fd, view, length, offset, 0)
+        except (Exception, asyncio.CancelledError):
+            ffi.release(view)
+            raise
 
     async def pwrite(self, fd: int, offset: int, buf: Buffer) -> int:
         """Write all of `buf` at `offset`; returns its length.
@@ -222,12 +230,16 @@ class Pool:
         Cancelled: any part may have been written.
         """
         view = ffi.from_buffer(buf)
-        length = len(view)
-        if length <= INLINE_MAX:
-            done: int = lib.bg_pwrite_now(fd, view, length, offset)
-            if done != _EAGAIN:
-                return done if done >= 0 else check(done)
-        return await self._submit(_PWRITE, fd, view, length, offset, 0)
+        try:
+            length = len(view)
+            if length <= INLINE_MAX:
+                done: int = lib.bg_pwrite_now(fd, view, length, offset)
+                if done != _EAGAIN:
+                    return done if done >= 0 else check(done)
+            return await self._submit(_PWRITE, fd, view, length, offset, 0)
+        except (Exception, asyncio.CancelledError):
+            ffi.release(view)
+            raise
 
     async def fdatasync(self, fd: int) -> None:
         """Make what has been written durable. Raises OSError; whether anything is durable is then unknown."""

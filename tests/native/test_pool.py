@@ -7,6 +7,8 @@ import errno
 import gc
 import os
 import random
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -47,6 +49,32 @@ def test_pread_after_pwrite_returns_the_bytes(fd: int, length: int) -> None:
         assert buf == data
 
     asyncio.run(main())
+
+
+@pytest.mark.usefixtures("small_transfers")
+@pytest.mark.parametrize("length", [4096, 1 << 20], ids=["page", "large"])
+def test_failed_transfer_kept_in_a_cycle_survives_garbage_collection(length: int) -> None:
+    script = f"""
+import asyncio, gc, os
+from blockgraph.native import allocate_aligned, get_pool, pool
+pool.INLINE_MAX = {pool_module.INLINE_MAX}
+
+async def fail(fd, operation):
+    buf = allocate_aligned({length})
+    try:
+        await operation(fd, 0, buf)
+    except OSError as error:
+        error.kept = error  # and with it the traceback, its frames and their buffers
+
+async def main():
+    await fail(os.open("/dev/full", os.O_WRONLY), get_pool().pwrite)
+    await fail(os.open("/dev/full", os.O_WRONLY), get_pool().pread)
+    gc.collect()
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.usefixtures("small_transfers")
