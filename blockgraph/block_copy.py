@@ -313,7 +313,8 @@ class BlockCopy:
         except CopyError as error:
             source, target = storages[error.extent]
             node, side = (source, "source") if error.side == "read" else (target, "target")
-            failure = IOFailure.from_oserror(error, node=node.name, op="copy", offset=error.offset)
+            named = OSError(error.errno, error.strerror, node.driver.filename())
+            failure = IOFailure.from_oserror(named, node=node.name, op="copy", offset=error.offset)
             raise CopyFailed(failure, "source" if side == "source" else "target") from error
         finally:
             for extent, (_, target) in zip(extents, storages, strict=True):

@@ -142,19 +142,18 @@ async def close_node(node: Node) -> BlockGraphError | None:
     except BlockGraphError as error:
         log.error("closing node '%s': %s", node.name, error)
         failure = error
-    closed = await _close(node)
-    return failure or closed
+    return await _close(node, failure)
 
 
-async def _close(node: Node) -> BlockGraphError | None:
-    failure: BlockGraphError
+async def _close(node: Node, told: BlockGraphError | None = None) -> BlockGraphError | None:
+    """Close; returns the first failure. What was `told` already fails here again and is not logged twice."""
     try:
         await node.driver.close()
-        return None
     except BlockGraphError as error:
-        log.error("closing node '%s': %s", node.name, error)
-        failure = error
+        if str(error) != str(told):
+            log.error("closing node '%s': %s", node.name, error)
+        return told or error
     except Exception as error:  # a bug in one driver must not leave the others open
         log.exception("closing node '%s'", node.name)
-        failure = GraphError(f"unexpected {type(error).__name__}: {error}", node=node.name, op="close")
-    return failure
+        return told or GraphError(f"unexpected {type(error).__name__}: {error}", node=node.name, op="close")
+    return told

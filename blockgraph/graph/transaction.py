@@ -267,7 +267,8 @@ class Transaction:
             except BlockGraphError as error:
                 if not self._forced:
                     raise
-                log.error("node '%s' could not be flushed: %s", node.name, error)
+                if self.candidate.has(node.name):  # else it is told when the node is closed
+                    log.error("node '%s' could not be flushed: %s", node.name, error)
 
     async def _attach_again(self, touched: list[str]) -> None:
         """The edges are as they were: so are the facts that nodes took from their children."""

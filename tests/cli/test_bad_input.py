@@ -145,6 +145,22 @@ def test_target_on_a_full_file_system_is_told(
     assert (tmp_path / "disk.img").read_bytes() == content
 
 
+def test_created_target_on_a_full_file_system_takes_two_lines(tmp_path: Path, small_tmpfs: Path) -> None:
+    content = disk(tmp_path, 4 * MIB)
+    graph = graph_file(tmp_path)
+    job = '[[jobs]]\ntype = "backup"\njob-id = "b0"\ndevice = "disk"\nsync = "full"\nmode = "create"\n'
+    target = f'{{driver = "qcow2", file = {{driver = "file", filename = "{small_tmpfs / "t"}"}}}}'
+    graph.write_text(f"{graph.read_text()}\n{job}target = {target}\n")
+    with command(tmp_path, "run", "--exit-when-done", str(graph)) as running:
+        assert running.end() == 1
+        errors = running.errors.splitlines()
+    assert len(errors) <= 2, errors  # the job, and what could not be written when its target was closed
+    for error in errors:
+        names(error, "node '", f"'{small_tmpfs / 't'}'", "No space left", "free space")
+    assert "job 'b0' failed" in errors[-1]
+    assert (tmp_path / "disk.img").read_bytes() == content
+
+
 def test_socket_in_use_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     disk(tmp_path, MIB)
     with socket.socket(socket.AF_UNIX) as other:
