@@ -24,6 +24,7 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from blockgraph import trace
 from blockgraph.backend import Backend
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
@@ -33,6 +34,7 @@ from blockgraph.graph.load import Describable, load
 from blockgraph.graph.policy import OpenPolicy
 
 T = TypeVar("T")
+
 
 class AsyncGraph(Graph):
     """A graph in a running asyncio loop; an async context manager that closes it."""
@@ -72,11 +74,15 @@ async def open_description(description: Description, *, policy: OpenPolicy | Non
 
 
 class SyncBackend:
-    """A root for use from any thread; see `Backend` for what the methods do and raise."""
+    """A root for use from any thread; see `Backend` for what the methods do and raise.
+
+    Reads and writes whose place is known go to the storage in the calling thread, past the loop thread (`RootMap`).
+    """
 
     def __init__(self, graph: SyncGraph, backend: Backend) -> None:
         self._graph = graph
         self._backend = backend
+        self._extents = backend.use_map().extents
 
     @property
     def size(self) -> int:
@@ -90,14 +96,30 @@ class SyncBackend:
 
     def pread(self, offset: int, length: int) -> bytes:
         """The bytes of [offset, offset + length)."""
-        return self._graph.call(self._backend.pread(offset, length))
+        if not 0 < length <= self._backend.size() - offset:  # before a buffer is made of whatever length is asked for
+            return self._graph.call(self._backend.pread(offset, length))
+        buf = bytearray(length)
+        self.pread_into(offset, buf)
+        return bytes(buf)
 
     def pread_into(self, offset: int, buf: bytearray | memoryview) -> None:
         """Fill `buf`."""
+        if not trace.enabled:
+            try:
+                if self._extents.pread_into(offset, buf):
+                    return
+            except (OSError, ValueError):
+                pass  # asked again below, for an error that names node and range
         self._graph.call(self._backend.pread_into(offset, memoryview(buf).cast("B")))
 
     def pwrite(self, offset: int, buf: bytes | bytearray | memoryview, *, flags: Flag = Flag.NONE) -> None:
         """Write `buf`."""
+        if not (flags or trace.enabled):
+            try:
+                if self._extents.pwrite(offset, buf):
+                    return
+            except (OSError, ValueError):
+                pass  # as in pread_into; writing the same bytes again does no harm
         self._graph.call(self._backend.pwrite(offset, memoryview(buf).cast("B"), flags))
 
     def write_zeroes(self, offset: int, length: int, *, flags: Flag = Flag.NONE) -> None:

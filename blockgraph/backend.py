@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 from blockgraph.errors import IOFailure, OutOfRange, ReadOnly
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
+from blockgraph.native.extent_map import DEFAULT_MEMORY
 from blockgraph.perm import ALL, Perm
+from blockgraph.root_map import RootMap
 
 if TYPE_CHECKING:
     from blockgraph.node import Child, Node
@@ -33,6 +35,7 @@ class Backend:
         stays: the edge stays at its node when a filter is inserted above that node (jobs).
         owner: who holds it, for messages: "export 'guest'", "job 'b0'".
         root: the edge; its `node` changes with the graph.
+        map: where its bytes live, for native requests; None: nobody asked for it (`use_map`).
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Backend:
         self.owner = owner or name
         self.root: Child
         self.children: dict[str, Child] = {}
+        self.map: RootMap | None = None
         self._ended = False
         self._closed_gates = 0
         self._gate: asyncio.Event | None = None
@@ -81,6 +85,12 @@ class Backend:
         else:
             self.children[name] = child
             self.root = child
+
+    def use_map(self, memory: int = DEFAULT_MEMORY) -> RootMap:
+        """Keep an extent map of at most `memory` bytes from now on; returns it."""
+        if self.map is None:
+            self.map = RootMap(self, memory)
+        return self.map
 
     # Gate.
 
@@ -156,6 +166,8 @@ class Backend:
         await self.enter()
         try:
             await self.root.node.pread(offset, buf)
+            if self.map is not None:
+                await self.map.fill(offset, len(buf))
         finally:
             self.leave()
 
@@ -169,6 +181,8 @@ class Backend:
         await self.enter()
         try:
             await self.root.pwrite(offset, view, flags)
+            if self.map is not None:
+                await self.map.fill(offset, len(view))
         finally:
             self.leave()
 

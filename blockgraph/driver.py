@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol as TypingProtocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import Protocol as TypingProtocol
 
 from blockgraph import debug
 from blockgraph.errors import OptionError, Unsupported
@@ -94,6 +95,9 @@ class Driver:
     paths: ClassVar[tuple[str, ...]] = ("filename",)
     #: extents' contents are the child's own: block status takes over the child's answer unchanged
     transparent: ClassVar[bool] = False
+    #: where bytes live never changes while the node is open, or the driver calls `node.revoke` whenever it does; else
+    #: every write, write-zeroes and discard counts as a change of where its range lives
+    revokes: ClassVar[bool] = False
 
     #: requests reach the driver with offset and length multiples of this, bytes; only a write may end off it, at the
     #: node's end or where it makes the node longer
@@ -231,6 +235,9 @@ class Driver:
     async def map(self, offset: int, length: int) -> Extent:
         """The widest extent known from `offset`: it starts at or before `offset` and may pass offset + length.
 
+        Native requests rely on the answer until it is revoked (see `revokes`): a driver that takes back a place, or
+        the permission to write there, calls `node.revoke` in the same step.
+
         Costs at most one metadata read. Together with: any request.
         """
         raise NotImplementedError
@@ -321,6 +328,7 @@ class Protocol(Driver):
     """Reaches bytes; has no children. Its storage is its own: `map` says so, contents come from `storage_status`."""
 
     kind = "protocol"
+    revokes = True
 
     @classmethod
     def known_size(cls, options: NodeOptions, sizes: Mapping[str, int]) -> int | None:
@@ -428,6 +436,7 @@ class Filter(Driver):
 
     kind = "filter"
     transparent = True
+    revokes = True
     children = {"file": ChildSpec(Role.FILTERED | Role.PRIMARY)}
     write_flags = Flag.FUA | Flag.WRITE_UNCHANGED
     zero_flags = Flag.FUA | Flag.WRITE_UNCHANGED | Flag.MAY_UNMAP | Flag.NO_FALLBACK

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from blockgraph.driver import Driver
     from blockgraph.native import Bitmap
     from blockgraph.options import NodeOptions
+    from blockgraph.root_map import RootMap
 
 #: Longest run of explicit zeroes written by one driver call where write-zeroes is not supported, bytes.
 _ZERO_CHUNK = 1 << 20
@@ -78,6 +79,7 @@ class Node:
         children: edges by child name.
         read_only: writes are refused.
         in_flight: requests by seq, oldest first.
+        serialising: how many of them are serialising.
         next_request: seq that the next request will get.
         write_gen: grows with every write; a flush is skipped when nothing was written since the last.
         bitmaps: dirty bitmaps by name.
@@ -95,7 +97,10 @@ class Node:
         self.find_bitmap: Callable[[str, str], Bitmap] = _no_graph
         self._flushed_gen = 0
         self.next_request = 1
-        self._serialising = 0
+        self.serialising = 0
+        #: extent maps that lead through this node
+        self.maps: list[RootMap] = []
+        self._revoked: dict[RootMap, int] = {}
         self._background = 0
         self._idle: asyncio.Event | None = None
         self.driver = driver(self, options)
@@ -125,10 +130,13 @@ class Node:
         self.next_request += 1
         self.in_flight[request.seq] = request
         if serialising:
-            self._serialising += 1
-        if self._serialising:
+            self.serialising += 1
+        if self.serialising:
             try:
                 await self._wait_overlapping(request)
+                if serialising and self.maps:
+                    self.revoke(offset, length)
+                    await self.settle()
             except BaseException:
                 self.end(request)
                 raise
@@ -138,9 +146,34 @@ class Node:
         """The request registered by `begin` is over."""
         del self.in_flight[request.seq]
         if request.serialising:
-            self._serialising -= 1
+            self.serialising -= 1
         request.finish()
         self._check_idle()
+
+    async def finish(self, request: Request) -> None:
+        """`end` for a request that may have changed where bytes live: nobody uses the old place any more."""
+        try:
+            if self._revoked:
+                await self.settle()
+        finally:
+            self.end(request)
+
+    def revoke(self, offset: int, length: int) -> None:
+        """For drivers: where the range lives, or whether it may be written there, has just changed.
+
+        Call it in the same step as the change. The request that made the change does not end before native requests
+        that began earlier have ended.
+        """
+        for extents in self.maps:
+            self._revoked[extents] = extents.revoke(self, offset, length)
+
+    async def settle(self) -> None:
+        """Until no native request uses what was revoked."""
+        while self._revoked:
+            extents, ticket = next(iter(self._revoked.items()))
+            await extents.settle(ticket)
+            if self._revoked.get(extents) == ticket:
+                del self._revoked[extents]
 
     async def _wait_overlapping(self, request: Request) -> None:
         for other in list(self.in_flight.values()):
@@ -176,6 +209,10 @@ class Node:
         self.write_gen += 1
         for bitmap in self.bitmaps.values():
             bitmap.record(offset, length)
+        if self.maps and not self.driver.revokes:
+            unit = self.driver.info().cluster_size or 1
+            start = offset - offset % unit
+            self.revoke(start, _round_up(offset + length, unit) - start)
 
     def not_flushed(self) -> None:
         """What a parent wrote before it moved here may lie below: the next flush goes down."""
@@ -283,7 +320,7 @@ class Node:
                 await self._pwrite_cut(offset, buf, flags)
         finally:
             self.changed(offset, length)
-            self.end(request)
+            await self.finish(request)
         if flags & Flag.FUA and not self.driver.write_flags & Flag.FUA:
             await self.flush()
 
@@ -360,7 +397,7 @@ class Node:
                 await self._pwrite_unaligned(end, memoryview(bytes(offset + length - end)), flags)
         finally:
             self.changed(offset, length)
-            self.end(request)
+            await self.finish(request)
         if flags & Flag.FUA and not self.driver.zero_flags & Flag.FUA:
             await self.flush()
 
@@ -391,12 +428,14 @@ class Node:
             pass
         finally:
             self.changed(start, end - start)
-            self.end(request)
+            await self.finish(request)
 
     async def flush(self) -> None:
         """Make durable every write that has completed."""
         if trace.enabled:
             trace.emit("flush", self.name)
+        for extents in self.maps:
+            extents.sync_written()
         if self.options.cache.no_flush or self._flushed_gen == self.write_gen:
             return
         generation = self.write_gen
@@ -420,7 +459,9 @@ class Node:
                 bitmap.bits.truncate(size)
         finally:
             self.write_gen += 1
-            self.end(request)
+            for extents in self.maps:
+                self._revoked[extents] = extents.resized()
+            await self.finish(request)
 
 
 class Child:

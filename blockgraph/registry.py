@@ -81,7 +81,7 @@ def register(driver: type[Driver]) -> None:
 
 
 def _third_party() -> dict[str, str]:
-    global _external
+    global _external  # noqa: PLW0603 (read once, kept for the process)
     if _external is None:
         _external = {entry.name: entry.value for entry in entry_points(group="blockgraph.drivers")}
     return _external

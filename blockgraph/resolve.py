@@ -72,10 +72,10 @@ class Pins:
         finally:
             for node, offset, length in self._written:
                 node.changed(offset, length)
+            self._written.clear()
             while self._held:
                 node, request = self._held.pop()
-                node.end(request)
-            self._written.clear()
+                await node.finish(request)
 
     async def commit(self) -> None:
         """Link in everything allocated, deepest node first; the data has been written."""

@@ -42,7 +42,7 @@ def emit(op: str, node: str, offset: int = 0, length: int = 0) -> None:
 @contextmanager
 def listen(sink: Callable[[Event], None]) -> Iterator[None]:
     """Call `sink` for every event until the block ends."""
-    global enabled
+    global enabled  # noqa: PLW0603 (one flag that the data path can test without a call)
     _sinks.append(sink)
     enabled = True
     try:

@@ -7,8 +7,9 @@ costs latency, not bandwidth.
 
         guest --> delay --(after N ms)--> disk
 
-Options, all in milliseconds, 0 (nothing happens) when omitted:
+Options; the times in milliseconds, 0 (nothing happens) when omitted:
 
+    file         the node that is slowed down
     read-ms      reads
     write-ms     writes
     zero-ms      write-zeroes

@@ -65,7 +65,9 @@ class SnapshotAccess(Filter):
         driver: Driver = self.file.node.driver
         if not isinstance(driver, BackupTop):
             raise GraphError(
-                f"'{self.file.node.name}' is a {driver.name} node", node=self.node.name, hint="file must be a backup-top"
+                f"'{self.file.node.name}' is a {driver.name} node",
+                node=self.node.name,
+                hint="file must be a backup-top",
             )
         return driver
 

@@ -3,7 +3,7 @@
 """Drain: nodes held still.
 
 ```
-    roots above     gate closed, in flight: none
+    roots above     gate closed, in flight: none, extent map: empty
       nodes above   no work in the background (a copy that outlived its request)
         nodes       idle
 ```
@@ -64,6 +64,8 @@ class Drain:
         while True:
             for backend in list(self._gates):
                 await backend.wait_idle()
+                if backend.map is not None:
+                    await backend.map.clear()
             for node in self._nodes():
                 await node.wait_idle()
             # Background work may have moved on to a node that was idle when we looked.

@@ -252,13 +252,17 @@ class Graph:
 
     # Bitmaps.
 
-    def add_bitmap(self, node: str, name: str, *, granularity: int = 64 << 10, enabled: bool = True) -> DirtyBitmap:
-        """A new, empty dirty bitmap on a node, kept in memory."""
-        bitmaps = self.node(node).bitmaps
-        if name in bitmaps:
+    async def add_bitmap(
+        self, node: str, name: str, *, granularity: int = 64 << 10, enabled: bool = True
+    ) -> DirtyBitmap:
+        """A new, empty dirty bitmap on a node, kept in memory. It has every write that is not over when this begins."""
+        owner = self.node(node)
+        if name in owner.bitmaps:
             raise GraphError(f"there already is a bitmap '{name}'", node=node)
-        bitmaps[name] = DirtyBitmap(name, self.node(node).size(), granularity, enabled=enabled)
-        return bitmaps[name]
+        bitmap = owner.bitmaps[name] = DirtyBitmap(name, owner.size(), granularity, enabled=enabled)
+        owner.revoke(0, owner.size())
+        await owner.settle()
+        return bitmap
 
     def find_bitmap(self, node: str, name: str) -> Bitmap:
         """The bits of a named bitmap.

@@ -576,7 +576,7 @@ async def test_bitmap_keeps_only_what_is_set_when_the_filter_is_made() -> None:
     async with graph_of(*disk_and_target(8 * CLUSTER)) as graph:
         old = pattern(8 * CLUSTER)
         await fill(graph, "disk-bytes", old)
-        bitmap = graph.add_bitmap("disk", "b0", granularity=4096)
+        bitmap = await graph.add_bitmap("disk", "b0", granularity=4096)
         bitmap.bits.set(CLUSTER + 4096, 10)
         await graph.insert_filter(top_over(bitmap={"node": "disk", "name": "b0"}), above="disk")
         bitmap.bits.set(5 * CLUSTER, 10)  # too late
@@ -591,8 +591,8 @@ def test_bitmap_wrong_is_refused(ref: tuple[str, str]) -> None:
     @in_loop
     async def run() -> None:
         async with graph_of(*disk_and_target(2 * CLUSTER), memory("small", CLUSTER)) as graph:
-            graph.add_bitmap("disk", "b0")
-            graph.add_bitmap("small", "b0")
+            await graph.add_bitmap("disk", "b0")
+            await graph.add_bitmap("small", "b0")
             with pytest.raises(GraphError):
                 await graph.insert_filter(top_over(bitmap={"node": ref[0], "name": ref[1]}), above="disk")
             assert not graph.model.has("top")

@@ -474,7 +474,7 @@ async def test_write_through_a_read_only_root_is_refused() -> None:
 @in_loop
 async def test_bitmap_follows_the_disk_when_it_grows() -> None:
     async with graph_of(memory("disk", SIZE)) as graph:
-        bitmap = graph.add_bitmap("disk", "b0")
+        bitmap = await graph.add_bitmap("disk", "b0")
         backend = await graph.backend("disk", writable=True, resize=True)
         await backend.truncate(2 * SIZE)
         assert bitmap.bits.count() == 0

@@ -18,8 +18,9 @@ Options, under QEMU's names (BlockdevOptionsQcow2):
 * `cache-size`, `l2-cache-size`, `refcount-cache-size`: bytes of tables kept in memory; defaults: 32 MiB for L2 tables
   (less where the whole disk needs less), 4 clusters or 1 MiB of refcount blocks. `cache-size` is the sum of the others.
 * `lazy-refcounts`: accepted; refcounts are always written together with what needs them, at no extra cost per request.
-* `pass-discard-request` (default: when `discard` is "unmap"): clusters that the guest discards or zeroes are
-  discarded in the file too. `pass-discard-other` (default false): also those freed for other reasons.
+* `pass-discard-request`: clusters that the guest discards or zeroes are discarded in the file too; default: when
+  `discard` is "unmap".
+* `pass-discard-other`: so are clusters that are freed for other reasons; default false.
 
 Example:
 
@@ -108,6 +109,7 @@ class Qcow2(Format):
         "backing": ChildSpec(Role.COW, required=False, implied=True),
     }
     Options: ClassVar[type[NodeOptions]] = Qcow2Options
+    revokes = True
     options: Qcow2Options
     zero_flags = Flag.MAY_UNMAP | Flag.NO_FALLBACK
 

@@ -65,6 +65,7 @@ class Image:
         error = self.corrupt(reason)
         if self.damaged is None:
             self.damaged = reason
+            self.node.revoke(0, self.header.size)
             log.error("node '%s': image is corrupt, no more writes: %s", self.node.name, reason)
             if self.header.version >= 3:
                 self.header.incompatible |= Incompatible.CORRUPT

@@ -253,6 +253,8 @@ class Mapping:
             entries = _ENTRY.pack(_ZERO_FLAG if run.kind == L2Kind.ZERO else 0) * run.clusters
         table.buf[start:end] = entries
         self.tables.touch(table, start, end)
+        guest = ((table.key << self._image.l2_bits) + run.first) << self._bits
+        self._image.node.revoke(guest, run.clusters << self._bits)
         if table.runs is not None:
             table.runs.replace(run)
             if len(table.runs) > self._image.l2_entries // _RUNS_PART + _WINDOW:

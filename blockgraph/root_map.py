@@ -1,0 +1,179 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""RootMap: the extent map of one backend, filled from the drivers and kept true by the nodes.
+
+```
+    request ──hit──────────────────────────────► storage        native, no GIL, no node is asked
+       │ miss
+       └──► gate ──► nodes, drivers ──► storage                 Python serves the request,
+                         └── fill: where do these bytes live?   and enters the widest extent it learns
+```
+
+Fills register the map with every node they pass. A node that changes where its bytes live says so in the same step
+(`Node.revoke`): the range leaves the map at once, so that later requests miss, and the change's own request does not
+end before the native requests that may still use the old place have ended. A fill that began before is refused by its
+generation. A drain empties the map behind the closed gate: whatever arrives then misses, and waits there.
+
+What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes under a dirty bitmap of
+a node whose offsets differ from the root's, anything while a serialising request is in flight on the way, and storage
+with O_DIRECT, whose last block takes turns with the page cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockgraph.driver import Format
+from blockgraph.extent import Status
+from blockgraph.native import ExtentMap, MapExtent
+
+if TYPE_CHECKING:
+    from blockgraph.backend import Backend
+    from blockgraph.native import Bitmap
+    from blockgraph.node import Node
+
+#: What the drivers are asked about at least, bytes: the answer is as wide as they know, this only sets where they look.
+_LOOK = 64 << 10
+
+
+class RootMap:
+    """See the module's text.
+
+    Args:
+        backend: attached to a node.
+        memory: bound, bytes.
+
+    Attributes:
+        extents: the native map.
+    """
+
+    def __init__(self, backend: Backend, memory: int) -> None:
+        self._backend = backend
+        self.extents = ExtentMap(backend.size(), memory)
+        #: node -> what to add to its offsets to get the disk's; None: reached in several ways
+        self._nodes: dict[Node, int | None] = {}
+        self._slots: dict[Node, int] = {}
+        self._bitmaps: set[Bitmap] = set()
+
+    # Filling.
+
+    async def fill(self, offset: int, length: int) -> None:
+        """Enter what is known around `offset`. The caller is inside the backend's gate."""
+        generation = self.extents.generation()
+        extent = await self._resolve(offset, max(length, _LOOK))
+        if extent is not None:
+            self.extents.insert(generation, [extent])
+
+    async def _resolve(self, offset: int, length: int) -> MapExtent | None:
+        """The widest extent around `offset`; None: it has to be asked for each time."""
+        node, shift = self._backend.node, 0
+        low, high = 0, self.extents.size
+        writable = self._backend.writable
+        bitmaps: set[Bitmap] = set()
+        path = []
+        while True:
+            path.append(node)
+            self._register(node, shift)
+            size = node.size()
+            position = offset - shift
+            if position >= size:
+                return self._entered(path, MapExtent(max(low, size + shift), high - max(low, size + shift)))
+            high = min(high, size + shift)
+            extent = await node.map(position, min(length, size - position))
+            low = max(low, extent.offset + shift)
+            high = min(high, extent.offset + extent.length + shift)
+            writable = writable and extent.writable and not node.read_only and node.options.detect_zeroes == "off"
+            enabled = {bitmap.bits for bitmap in node.bitmaps.values() if bitmap.enabled}
+            if shift and enabled:
+                writable = False
+            bitmaps |= enabled
+            if extent.status is Status.SPECIAL:
+                return None
+            if extent.status is Status.ZERO:
+                return self._entered(path, MapExtent(low, high - low))
+            if extent.status is Status.UNALLOCATED:
+                cow = node.driver.cow() if isinstance(node.driver, Format) else None
+                if cow is None:
+                    return self._entered(path, MapExtent(low, high - low))
+                node, writable = cow.node, False
+            elif extent.child is not None:
+                node = extent.child.node
+                shift += extent.offset - extent.child_offset
+            else:
+                break
+        slot = self._slot(node)
+        if slot is None:
+            return None
+        if writable:
+            writable = await self._record(bitmaps)
+        return self._entered(path, MapExtent(low, high - low, slot, low - shift, writable))
+
+    def _entered(self, path: list[Node], extent: MapExtent) -> MapExtent | None:
+        """Not while somebody on the way has asked for exclusion; `begin` revokes, so later is soon enough."""
+        if extent.length <= 0 or any(node.serialising for node in path):
+            return None
+        return extent
+
+    def _register(self, node: Node, shift: int) -> None:
+        if node in self._nodes:
+            if self._nodes[node] != shift:
+                self._nodes[node] = None
+        else:
+            self._nodes[node] = shift
+            node.maps.append(self)
+
+    def _slot(self, node: Node) -> int | None:
+        slot = self._slots.get(node)
+        if slot is None:
+            fd = node.driver.fd()
+            if fd is None or node.driver.request_alignment > 1:
+                return None
+            slot = self._slots[node] = self.extents.add_slot(fd)
+        return slot
+
+    async def _record(self, bitmaps: set[Bitmap]) -> bool:
+        """Have native writes set the bits of these too, from the first one on."""
+        if not bitmaps <= self._bitmaps:
+            self._bitmaps |= bitmaps
+            await self.extents.set_bitmaps(list(self._bitmaps))
+        return True
+
+    # Revoking.
+
+    def revoke(self, node: Node, offset: int, length: int) -> int:
+        """Where [offset, offset + length) of `node` lives has changed. Returns a ticket to settle."""
+        shift = self._nodes[node]
+        size = self.extents.size
+        start, end = (0, size) if shift is None else (max(0, offset + shift), min(size, offset + length + shift))
+        return self.extents.start_invalidate(start, max(0, end - start))
+
+    def resized(self) -> int:
+        """The disk may have another size now. Returns a ticket to settle."""
+        return self.extents.start_resize(self._backend.size())
+
+    async def settle(self, ticket: int) -> None:
+        """Until no native request uses what was revoked."""
+        await self.extents.settle(ticket)
+
+    async def clear(self) -> None:
+        """Forget everything, and wait for every native request; the gate is closed."""
+        if not self._nodes:
+            return
+        await self.settle(self.resized())
+        for slot in self._slots.values():
+            await self.extents.remove_slot(slot)
+        self.sync_written()
+        for node in self._nodes:
+            node.maps.remove(self)
+        self._nodes.clear()
+        self._slots.clear()
+        if self._bitmaps:
+            self._bitmaps.clear()
+            await self.extents.set_bitmaps([])
+
+    def sync_written(self) -> None:
+        """What native requests have written counts as written by every node on the way: a flush goes down to it."""
+        written = [slot for slot in self._slots.values() if self.extents.take_written(slot)]
+        if written:
+            for node in self._nodes:
+                node.write_gen += 1
