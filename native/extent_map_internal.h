@@ -122,6 +122,7 @@ struct bg_map {
     uint64_t retired_at;     /* epoch of the latest garbage */
     size_t limit, bytes, retired; /* bytes includes retired */
     int64_t hand;            /* of the clock: a region */
+    int64_t pointers;        /* in the region table, not NULL */
     int64_t leaves, extents, inserts, stale, invalidations, protections, evictions;
     span_list work, wide_work; /* scratch */
     int64_t region;          /* in `work`, -1: none */

@@ -62,6 +62,7 @@ static int64_t region_end(const space *sp, int64_t region)
 static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf *new_leaf)
 {
     leaf *old = atomic_exchange(&sp->leaf[region], new_leaf);
+    map->pointers += (new_leaf != NULL) - (old != NULL);
     if (new_leaf && new_leaf != &no_extents) {
         map->leaves++;
         map->extents += new_leaf->count;
@@ -245,7 +246,7 @@ static void change_whole_regions(bg_map *map, space *sp, int64_t start, int64_t 
     flush(map);
     change_wide(map, sp, start, end, change, what);
     int64_t last = (end - 1) >> sp->shift;
-    for (int64_t r = start >> sp->shift; r <= last && r < sp->regions; r++) {
+    for (int64_t r = start >> sp->shift; r <= last && r < sp->regions && map->pointers; r++) {
         leaf *l = atomic_load_explicit(&sp->leaf[r], memory_order_relaxed);
         if (l && change != CHANGE_PROTECT)
             publish_leaf(map, sp, r, NULL);
