@@ -24,12 +24,12 @@ def shm() -> Iterator[Path]:
     """A directory in memory."""
     if not Path("/dev/shm").is_dir():
         pytest.skip("needs /dev/shm")
-    with TemporaryDirectory(prefix="blockgraph-", dir="/dev/shm") as name:
+    with TemporaryDirectory(prefix="blockgraph-bench-", dir="/dev/shm") as name:
         yield Path(name)
 
 
 @pytest.fixture
 def disk_directory(tmp_path: Path) -> Iterator[Path]:
     """A directory on a real file system: below BLOCKGRAPH_BENCH_DIR, else where pytest keeps its own."""
-    with TemporaryDirectory(prefix="blockgraph-", dir=os.environ.get("BLOCKGRAPH_BENCH_DIR", tmp_path)) as name:
+    with TemporaryDirectory(prefix="blockgraph-bench-", dir=os.environ.get("BLOCKGRAPH_BENCH_DIR", tmp_path)) as name:
         yield Path(name)
