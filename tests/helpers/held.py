@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""A memory node whose requests are written down, and can be held or failed."""
+"""A memory node whose requests are written down, let others run, and can be held or failed."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ class HeldMemory(Memory):
     async def _note(self, op: str, offset: int = 0, length: int = 0) -> None:
         call = Call(op, offset, length)
         self.calls.append(call)
+        await asyncio.sleep(0)  # a real disk would let others run, too
         for held in list(self._holds):
             if held.wanted(call):
                 await held.stop()

@@ -102,6 +102,7 @@ async def test_allocate_same_cluster_waits_other_cluster_does_not() -> None:
         same = asyncio.create_task(write(d.edge, 200, b"b" * 100))
         zero = asyncio.create_task(d.edge.pwrite_zeroes(0, CLUSTER))
         await write(d.edge, 5 * CLUSTER, b"x")
+        await write(d.edge, 6 * CLUSTER, b"x")
         assert not same.done()
         assert not zero.done()
         await write(d.driver.file, first.extent.child_offset, b"a" * 100)
@@ -198,6 +199,8 @@ async def test_write_back_order_of_growth_writes_header_last() -> None:
         await d.edge.truncate(20 << 20)
         steps = d.steps()
         assert steps[-6:] == ["l2", "flush", "l1", "flush", "header", "flush"]
+        await write(d.edge, 10 << 20, b"a" * 512)
+        await d.edge.flush()
         d.file.calls.clear()
         await d.edge.truncate(512)
         await d.edge.flush()
@@ -315,6 +318,25 @@ async def test_cancelled_flush_goes_on() -> None:
         await d.edge.node.wait_idle()
         assert d.steps()[-1] == "flush"
         assert "l1" in d.steps()
+
+
+@in_loop
+async def test_flush_that_began_before_a_write_does_not_count_for_it() -> None:
+    async with disk() as d:
+        await write(d.edge, 0, b"a" * 100)
+        with d.file.hold(lambda call: call.op == "flush") as held:
+            first = asyncio.create_task(d.driver.flush())
+            await held.arrived.wait()
+            await write(d.edge, CLUSTER, b"b" * 100)
+            d.file.calls.clear()
+            second, third = asyncio.create_task(d.driver.flush()), asyncio.create_task(d.driver.flush())
+            await write(d.edge, 0, b"c")
+            held.release()
+            await asyncio.gather(first, second, third)
+        steps = d.steps()
+        assert steps[-1] == "flush"
+        assert steps.count("l2") == 2
+        assert steps.count("counts") == 1
 
 
 @in_loop

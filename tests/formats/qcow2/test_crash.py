@@ -223,9 +223,11 @@ async def test_crash_while_the_refcount_table_grows_leaves_a_consistent_image(tm
         await disk.flush()
         assert driver.image.header.reftable_clusters > clusters
         writes = await WriteLog.read(log)
+    image = tmpfs / "crash.qcow2"
+    image.write_bytes(await read(edge(file), 0, file.size()))
+    check(image)
     base = without_beginning(writes, start, before)
     crashes = list(writes.crash_states(base, seed=1, prefixes=False, subsets=4))
-    image = tmpfs / "crash.qcow2"
     for crash in crashes:
         image.write_bytes(crash.image)
         check(image, leaks=True)

@@ -98,6 +98,12 @@ async def test_compressed_image_of_qemu_reads_and_takes_writes(tmpfs: Path, opti
         assert await contents(backend) == data
     check(image)
     assert raw_of(image) == data
+    async with disk(image) as backend:
+        for offset in range(0, len(data), cluster_size):
+            await backend.pwrite(offset, b"!")
+            data[offset] = ord("!")
+    check(image)
+    assert raw_of(image) == data
 
 
 @pytest.mark.parametrize(("top", "base"), [(400, 300), (300, 400), (400, 400)], ids=["shorter", "longer", "equal"])

@@ -18,6 +18,7 @@ from blockgraph.flags import Flag
 from blockgraph.node import Child, Node
 from conftest import require_tool
 from helpers.harness import EVERYTHING, edge, hold, make_node, read, write
+from helpers.held import HeldMemory
 from helpers.qcow2 import check, memory_image, over, qemu_img
 
 DISK = 384 << 10
@@ -51,7 +52,7 @@ class Disk(RuleBasedStateMachine):
     async def _create(self, cluster_size: int, compat: str, base: int, caches: bool) -> None:
         self.options: dict[str, Any] = {"cache_size": 4 * cluster_size} if caches else {}
         names = {"backing_file": "base.raw", "backing_fmt": "raw"} if base else {}
-        self.file = await memory_image(DISK, cluster_size=cluster_size, compat=compat, **names)
+        self.file = await memory_image(DISK, driver=HeldMemory, cluster_size=cluster_size, compat=compat, **names)
         self.base = bytes((i * 7 + i // 512) % 255 + 1 for i in range(base))
         self.base_node: Node | None = None
         if base:
