@@ -454,6 +454,8 @@ class Node:
         low, high = sorted((old, size))
         request = await self.begin(low, high - low, serialising=True)
         try:
+            for extents in list(self.maps if self.bitmaps else ()):
+                await extents.forget_bitmaps()
             await self.driver.truncate(size)
             for bitmap in self.bitmaps.values():
                 bitmap.bits.truncate(size)

@@ -59,6 +59,8 @@ class RootMap:
 
     async def fill(self, offset: int, length: int) -> None:
         """Enter what is known around `offset`. The caller is inside the backend's gate."""
+        if self.extents.size != self._backend.size():  # another node took the place of the one below
+            await self.settle(self.resized())
         generation = self.extents.generation()
         extent = await self._resolve(offset, max(length, _LOOK))
         if extent is not None:
@@ -102,10 +104,11 @@ class RootMap:
             else:
                 break
         slot = self._slot(node)
-        if slot is None:
+        if slot is None or any(node.serialising for node in path):
             return None
-        if writable:
-            writable = await self._record(bitmaps)
+        if writable and not bitmaps <= self._bitmaps:
+            self._bitmaps |= bitmaps
+            await self.extents.set_bitmaps(list(self._bitmaps))
         return self._entered(path, MapExtent(low, high - low, slot, low - shift, writable))
 
     def _entered(self, path: list[Node], extent: MapExtent) -> MapExtent | None:
@@ -131,13 +134,6 @@ class RootMap:
             slot = self._slots[node] = self.extents.add_slot(fd)
         return slot
 
-    async def _record(self, bitmaps: set[Bitmap]) -> bool:
-        """Have native writes set the bits of these too, from the first one on."""
-        if not bitmaps <= self._bitmaps:
-            self._bitmaps |= bitmaps
-            await self.extents.set_bitmaps(list(self._bitmaps))
-        return True
-
     # Revoking.
 
     def revoke(self, node: Node, offset: int, length: int) -> int:
@@ -159,7 +155,9 @@ class RootMap:
         """Forget everything, and wait for every native request; the gate is closed."""
         if not self._nodes:
             return
-        await self.settle(self.resized())
+        if self._bitmaps:
+            await self.forget_bitmaps()
+        await self.settle(self.extents.start_invalidate(0, self.extents.size))
         for slot in self._slots.values():
             await self.extents.remove_slot(slot)
         self.sync_written()
@@ -167,9 +165,12 @@ class RootMap:
             node.maps.remove(self)
         self._nodes.clear()
         self._slots.clear()
-        if self._bitmaps:
-            self._bitmaps.clear()
-            await self.extents.set_bitmaps([])
+
+    async def forget_bitmaps(self) -> None:
+        """No native write marks a bitmap any more: bitmaps are about to be resized, behind a serialising request."""
+        self.extents.start_invalidate(0, self.extents.size)
+        self._bitmaps.clear()
+        await self.extents.set_bitmaps([])
 
     def sync_written(self) -> None:
         """What native requests have written counts as written by every node on the way: a flush goes down to it."""

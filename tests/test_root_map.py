@@ -180,6 +180,23 @@ def test_mapped_resize_moves_the_end(tmp_path: Path, driver: str) -> None:
         assert disk.pread(SIZE // 2, SIZE // 2) == bytes(SIZE // 2)
 
 
+def test_mapped_resize_under_a_bitmap_keeps_recording(tmp_path: Path, driver: str) -> None:
+    with opened(tmp_path, driver) as graph:
+        disk = graph.backend("disk", writable=True, resize=True)
+        bitmap = graph.call(graph.graph.add_bitmap("disk", "b0"))
+        disk.pwrite(0, b"a" * 4096)
+        disk.pwrite(0, b"a" * 4096)
+        graph.call(disk._backend.truncate(2 * SIZE))
+        for _ in range(2):
+            disk.pwrite(2 * SIZE - CLUSTER, b"b" * 4096)
+        assert list(bitmap.bits.dirty_extents()) == [(0, CLUSTER), (2 * SIZE - CLUSTER, CLUSTER)]
+        bitmap.bits.clear()
+        hits = stats(disk).hits
+        disk.pwrite(2 * SIZE - CLUSTER, b"c" * 4096)
+        assert stats(disk).hits == hits + 1
+        assert list(bitmap.bits.dirty_extents()) == [(2 * SIZE - CLUSTER, CLUSTER)]
+
+
 class Guests:
     """Threads that write and check blocks of their own for as long as the block lasts."""
 
