@@ -83,6 +83,7 @@ class Extension(enum.IntEnum):
 
 _LAZY_REFCOUNTS = 1
 _KNOWN = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRESSION_TYPE
+_DEFINED = int(_KNOWN | Incompatible.DATA_FILE | Incompatible.EXTENDED_L2)  # an int: ~IntFlag drops the bits it lacks
 _UNSUPPORTED = {Incompatible.DATA_FILE: "external data file", Incompatible.EXTENDED_L2: "extended L2 entries"}
 _ENCRYPTION = {1: "AES encryption", 2: "LUKS encryption"}
 
@@ -291,7 +292,7 @@ class _Parser:
     def _check_features(self, header: Header) -> None:
         bits = header.incompatible
         names = [name for bit, name in _UNSUPPORTED.items() if bits & bit]
-        unknown = bits & ~(_KNOWN | Incompatible.DATA_FILE | Incompatible.EXTENDED_L2)
+        unknown = bits & ~_DEFINED
         if unknown:
             table = dict(_feature_names(header))
             names += [

@@ -52,7 +52,7 @@ async def rebuild(image: Image, refcounts: Refcounts, mapping: Mapping, writebac
         index = mapping.next_table(index + 1)
     await refcounts.replace(counts.blocks, writeback.relieve)
     await writeback.run()
-    image.header.incompatible &= ~Incompatible.DIRTY
+    image.header.incompatible &= ~int(Incompatible.DIRTY)
     await image.write(INCOMPATIBLE, image.header.incompatible.to_bytes(8, "big"))
     await image.file.flush()
 
