@@ -29,7 +29,7 @@ def test_transfer_failing_gives_the_buffer_back(tmp_path: Path, op: str, length:
         fd = os.open(path, os.O_WRONLY if op == "pread" else os.O_RDONLY)
         buf = memoryview(bytearray(length))
         try:
-            with pytest.raises(OSError) as caught:
+            with pytest.raises(OSError, match="Bad file descriptor") as caught:
                 await getattr(get_pool(), op)(fd, 0, buf)
             buf.release()  # BufferError while something exports it
             assert caught.value.__traceback__ is not None
