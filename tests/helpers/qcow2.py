@@ -134,10 +134,7 @@ def qemu_map(path: Path) -> list[Mapped]:
     """qemu-img map of a qcow2 image, neighbours merged."""
     rows = json.loads(qemu_img("map", "-f", "qcow2", "--output=json", path))
     return merged(
-        [
-            Mapped(r["start"], r["length"], r["depth"], r["present"], r["zero"], r["data"], r.get("offset"))
-            for r in rows
-        ]
+        [Mapped(r["start"], r["length"], r["depth"], r["present"], r["zero"], r["data"], r.get("offset")) for r in rows]
     )
 
 

@@ -10,16 +10,16 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import pytest
+from helpers.harness import EVERYTHING, edge, hold, make_node, read, write
+from helpers.held import Call, HeldMemory
+from helpers.loop import in_loop
+from helpers.qcow2 import memory_image, over
 
 from blockgraph.errors import CorruptImage, IOFailure, NoSpace
 from blockgraph.extent import Status
 from blockgraph.flags import Flag
 from blockgraph.formats.qcow2 import Qcow2, create_image
 from blockgraph.node import Child
-from helpers.harness import EVERYTHING, edge, hold, make_node, read, write
-from helpers.held import Call, HeldMemory
-from helpers.loop import in_loop
-from helpers.qcow2 import memory_image, over
 
 CLUSTER = 65536
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from helpers.harness import EVERYTHING, edge, hold, make_node, put_child, read, write
+from helpers.loop import in_loop
+from helpers.qcow2 import QEMU, check, memory_image, over
 
 from blockgraph.filters.log_writes import LogWrites
 from blockgraph.flags import Flag
 from blockgraph.node import Child, Node
 from blockgraph.testing.write_log import WriteLog
-from helpers.harness import EVERYTHING, edge, hold, make_node, put_child, read, write
-from helpers.loop import in_loop
-from helpers.qcow2 import QEMU, check, memory_image, over
 
 pytestmark = [QEMU, pytest.mark.timeout(300)]
 DISK = 96 << 10

@@ -10,10 +10,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-
-from blockgraph.flags import Flag
-from blockgraph.node import Node
-from blockgraph.testing import check_driver
 from helpers.harness import EVERYTHING, edge, hold, make_node
 from helpers.loop import backend_over, in_loop
 from helpers.qcow2 import (
@@ -33,6 +29,10 @@ from helpers.qcow2 import (
     qemu_map,
     raw_of,
 )
+
+from blockgraph.flags import Flag
+from blockgraph.node import Node
+from blockgraph.testing import check_driver
 
 pytestmark = QEMU
 CLUSTER_SIZES = [1 << bits for bits in range(9, 22)]

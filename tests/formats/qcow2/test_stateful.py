@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
-from blockgraph.flags import Flag
-from blockgraph.node import Child, Node
 from conftest import require_tool
 from helpers.harness import EVERYTHING, edge, hold, make_node, read, write
 from helpers.held import HeldMemory
 from helpers.qcow2 import check, memory_image, over, qemu_img
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from blockgraph.flags import Flag
+from blockgraph.node import Child, Node
 
 DISK = 384 << 10
 BASES = {"none": 0, "shorter": 250 << 10, "longer": 500 << 10}
