@@ -161,9 +161,7 @@ class ExtentMap:
         if code == 0:
             return True
         if code != _MISS:
-            length = len(view)
-        ffi.release(view)  # the error's traceback would keep it, in a cycle that CPython 3.11's collector crashes on
-        self._refuse(code, offset, length)
+            self._refuse(code, offset, len(view))
         return False
 
     def pwrite(self, offset: int, buf: Buffer) -> bool:
@@ -183,9 +181,7 @@ class ExtentMap:
         if code == 0:
             return True
         if code != _MISS:
-            length = len(view)
-        ffi.release(view)  # the error's traceback would keep it, in a cycle that CPython 3.11's collector crashes on
-        self._refuse(code, offset, length)
+            self._refuse(code, offset, len(view))
         return False
 
     # Filling.
