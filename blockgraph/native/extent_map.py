@@ -161,7 +161,9 @@ class ExtentMap:
         if code == 0:
             return True
         if code != _MISS:
-            self._refuse(code, offset, len(view))
+            length = len(view)
+            ffi.release(view)  # an error's traceback keeps it; see tests/native/test_pool_errors.py
+            self._refuse(code, offset, length)
         return False
 
     def pwrite(self, offset: int, buf: Buffer) -> bool:
@@ -181,7 +183,9 @@ class ExtentMap:
         if code == 0:
             return True
         if code != _MISS:
-            self._refuse(code, offset, len(view))
+            length = len(view)
+            ffi.release(view)  # an error's traceback keeps it; see tests/native/test_pool_errors.py
+            self._refuse(code, offset, length)
         return False
 
     # Filling.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.loop import in_loop
 
-from blockgraph.native import get_pool
+from blockgraph.native import ExtentMap, MapExtent, get_pool
 from blockgraph.native.pool import INLINE_MAX
 
 
@@ -37,3 +37,20 @@ def test_transfer_failing_gives_the_buffer_back(tmp_path: Path, op: str, length:
             os.close(fd)
 
     run()
+
+
+@pytest.mark.parametrize("op", ["pread_into", "pwrite"])
+def test_mapped_request_failing_gives_the_buffer_back(tmp_path: Path, op: str) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(4096))
+    fd = os.open(path, os.O_WRONLY if op == "pread_into" else os.O_RDONLY)
+    buf = memoryview(bytearray(4096))
+    try:
+        extents = ExtentMap(4096)
+        extents.insert(extents.generation(), [MapExtent(0, 4096, extents.add_slot(fd), 0, writable=True)])
+        with pytest.raises(OSError, match="Bad file descriptor") as caught:
+            getattr(extents, op)(0, buf)
+        buf.release()
+        assert caught.value.__traceback__ is not None
+    finally:
+        os.close(fd)
