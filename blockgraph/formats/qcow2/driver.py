@@ -221,8 +221,17 @@ class Qcow2(Format):
 
     def reopen_check(self, options: NodeOptions) -> None:
         super().reopen_check(options)
-        if not options.read_only:
-            self._check_writable()
+        if options.read_only:
+            return
+        self._check_writable()
+        if self.options.force_share:
+            raise OptionError(
+                "others may have written the image since it was opened",
+                path="read-only",
+                value=False,
+                node=self.node.name,
+                hint="remove the node and add it again",
+            )
 
     def reopened(self, options: NodeOptions) -> None:
         super().reopened(options)
@@ -389,10 +398,7 @@ class Qcow2(Format):
             await self._begin_writing()
         first, last = self._whole_clusters(offset, offset + length)
         bits, end = self.image.cluster_bits, offset + length
-        if first < last:
-            edges = [(offset, first << bits), (last << bits, end)]
-        else:
-            edges = [(offset, end)]
+        edges = [(offset, first << bits), (last << bits, end)] if first < last else [(offset, end)]
         edges = [(low, high) for low, high in edges if low < high and not await self._reads_zero(low, high - low)]
         if edges and flags & Flag.NO_FALLBACK:
             raise self.unsupported("pwrite_zeroes")

@@ -85,6 +85,7 @@ _LAZY_REFCOUNTS = 1
 _KNOWN = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRESSION_TYPE
 _DEFINED = int(_KNOWN | Incompatible.DATA_FILE | Incompatible.EXTENDED_L2)  # an int: ~IntFlag drops the bits it lacks
 _UNSUPPORTED = {Incompatible.DATA_FILE: "external data file", Incompatible.EXTENDED_L2: "extended L2 entries"}
+_RESTORE = "the image is damaged: restore it from a backup"
 _ENCRYPTION = {1: "AES encryption", 2: "LUKS encryption"}
 
 
@@ -200,7 +201,7 @@ class _Parser:
         self._node = node
 
     def _bad(self, name: str, value: object, why: str) -> CorruptImage:
-        return CorruptImage(f"header field {name} is {value}: {why}", node=self._node, op="open")
+        return CorruptImage(f"header field {name} is {value}: {why}", node=self._node, op="open", hint=_RESTORE)
 
     def _missing(self, feature: str) -> Unsupported:
         return Unsupported(
@@ -257,7 +258,7 @@ class _Parser:
     def _parse_v3(self, header: Header) -> None:
         data = self._data
         if len(data) < V3_LENGTH:
-            raise CorruptImage("the file ends inside the header", node=self._node, op="open")
+            raise CorruptImage("the file ends inside the header", node=self._node, op="open", hint=_RESTORE)
         header.incompatible, header.compatible, header.autoclear, header.refcount_order, header.length = (
             _V3.unpack_from(data, V2_LENGTH)
         )
@@ -285,6 +286,7 @@ class _Parser:
                     f"header extension {kind:#010x} is {length} bytes long: past the end of the first cluster",
                     node=self._node,
                     op="open",
+                    hint=_RESTORE,
                 )
             header.extensions.append((kind, self._data[at + 8 : at + 8 + length]))
             at += 8 + length + -length % 8

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -284,11 +284,9 @@ async def test_failed_write_back_is_repeated_by_the_next_flush() -> None:
 
 
 async def write_or_fail(disk_edge: Child, offset: int) -> None:
-    try:
+    with suppress(IOFailure):
         await write(disk_edge, offset, b"n" * 100)
         await disk_edge.flush()
-    except IOFailure as error:
-        assert error.reason == "planned"
 
 
 @in_loop

@@ -153,7 +153,7 @@ async def check_contents(recorder: Recorder, image: bytes, allowed: list[bytes],
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("base", [False, True], ids=["alone", "backed"])
-@pytest.mark.parametrize(("cluster_size", "compat"), [(512, "1.1"), (1024, "0.10"), (4096, "1.1")])
+@pytest.mark.parametrize("cluster_size, compat", [(512, "1.1"), (1024, "0.10"), (4096, "1.1")])
 @in_loop
 async def test_crash_at_any_point_leaves_a_consistent_image(
     tmpfs: Path, cluster_size: int, compat: str, base: bool, seed: int

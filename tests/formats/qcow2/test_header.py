@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.harness import edge, read, write
-from helpers.loop import in_loop
+from helpers.harness import edge, make_node, read, write
+from helpers.loop import graph_of, in_loop
 from helpers.qcow2 import (
     QEMU,
     check,
     create,
+    described,
     disk,
     get_field,
     memory_image,
@@ -39,7 +40,7 @@ async def open_fails(path: Path, words: str, kind: type[BlockGraphError] = Unsup
 
 @QEMU
 @pytest.mark.parametrize(
-    ("options", "words"),
+    "options, words",
     [
         ("extended_l2=on", "extended L2 entries"),
         ("data_file={}", "external data file"),
@@ -55,7 +56,7 @@ async def test_feature_not_supported_is_refused_by_name(tmpfs: Path, options: st
     await open_fails(image, words)
 
 
-@pytest.mark.parametrize(("method", "words"), [(1, "AES encryption"), (2, "LUKS encryption"), (3, "crypt_method 3")])
+@pytest.mark.parametrize("method, words", [(1, "AES encryption"), (2, "LUKS encryption"), (3, "crypt_method 3")])
 @in_loop
 async def test_encrypted_image_is_refused_by_name(tmpfs: Path, method: int, words: str) -> None:
     image = tmpfs / "d.qcow2"
@@ -155,6 +156,34 @@ async def test_backing_file_without_format_is_not_guessed(tmpfs: Path) -> None:
         assert qcow2_of(backend).image.header.backing_file == "base.raw"
 
 
+# Reopening.
+
+
+@in_loop
+async def test_reopen_read_only_and_back_keeps_what_was_written(tmpfs: Path) -> None:
+    image = tmpfs / "d.qcow2"
+    await create(image, 1 << 20)
+    async with graph_of(described(image)) as graph:
+        backend = await graph.backend("disk", writable=True)
+        await backend.pwrite(0, b"a" * 100_000)
+        await backend.discard(0, 65536)
+        await graph.close_backend(backend)
+        await graph.reopen("disk", {"file": "#block0", "read-only": True})
+        await graph.reopen("disk", {"file": "#block0"})
+        backend = await graph.backend("disk", writable=True)
+        assert await backend.pread(65530, 8) == bytes(6) + b"aa"
+        await backend.pwrite(65530, b"bbbbbbbb")
+        await graph.close_backend(backend)
+
+
+@in_loop
+async def test_reopen_writable_of_an_image_shared_with_writers_is_refused() -> None:
+    async with over(await memory_image(1 << 20), read_only=True, force_share=True) as driver:
+        wanted = make_node("qcow2", "disk", file="file").options
+        with pytest.raises(OptionError, match="others may have written"):
+            driver.reopen_check(wanted)
+
+
 # Creation.
 
 
@@ -197,7 +226,7 @@ async def test_created_features_are_seen_by_qemu(tmpfs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "arguments"),
+    "path, arguments",
     [
         ("cluster-size", {"cluster_size": 1000}),
         ("cluster-size", {"cluster_size": 1 << 22}),
@@ -223,7 +252,7 @@ async def test_create_with_wrong_argument_names_it(path: str, arguments: dict[st
 
 
 @pytest.mark.parametrize(
-    ("options", "l2", "refcount"),
+    "options, l2, refcount",
     [
         ({}, 32 << 20, 1 << 20),
         ({"cache_size": 8 << 20}, 7 << 20, 1 << 20),

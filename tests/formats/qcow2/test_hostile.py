@@ -9,6 +9,7 @@ import random
 import struct
 import tracemalloc
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ async def use(image: bytes | bytearray) -> None:
 
 
 async def _use(file: Node, read_only: bool) -> None:
-    try:
+    with suppress(BlockGraphError):
         async with over(file, read_only=read_only) as driver:
             disk = edge(driver.node)
             size = min(disk.node.size(), 2 * DISK)
@@ -84,15 +85,11 @@ async def _use(file: Node, read_only: bool) -> None:
             await attempt(disk.truncate(size // 1024 * 512))
             await attempt(disk.truncate(size // 512 * 1024))
             await attempt(disk.flush())
-    except BlockGraphError as error:
-        assert str(error)
 
 
 async def attempt(work: Any) -> None:
-    try:
+    with suppress(BlockGraphError):
         await work
-    except BlockGraphError as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
@@ -150,7 +147,7 @@ async def test_random_bytes_behind_the_magic_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    "name, value, words",
     [
         ("l1_size", 5 << 20, "l1_size is 5242880"),
         ("l1_size", 0, "l1_size is 0: a disk of 1048576 bytes needs 1"),

@@ -76,7 +76,7 @@ def without_depth(rows: list[Mapped], start: int) -> list[Mapped]:
 
 
 @pytest.mark.parametrize(
-    ("options", "cluster_size"),
+    "options, cluster_size",
     [("compression_type=zlib", size) for size in (512, 4096, 65536, 1 << 21)]
     + [("compression_type=zlib,compat=0.10", 65536)]
     + [("compression_type=zstd", size) for size in (512, 4096, 65536, 1 << 21)],
@@ -106,7 +106,7 @@ async def test_compressed_image_of_qemu_reads_and_takes_writes(tmpfs: Path, opti
     assert raw_of(image) == data
 
 
-@pytest.mark.parametrize(("top", "base"), [(400, 300), (300, 400), (400, 400)], ids=["shorter", "longer", "equal"])
+@pytest.mark.parametrize("top, base", [(400, 300), (300, 400), (400, 400)], ids=["shorter", "longer", "equal"])
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 @in_loop
 async def test_backing_chain_of_qemu_reads_and_maps_the_same(tmpfs: Path, compat: str, top: int, base: int) -> None:
@@ -188,7 +188,7 @@ async def test_room_kept_under_zeroes_is_used_again(tmpfs: Path) -> None:
 
 
 @pytest.mark.parametrize("backed", [False, True], ids=["alone", "backed"])
-@pytest.mark.parametrize(("compat", "cluster_size"), [("0.10", 512), ("0.10", 65536), ("1.1", 4096), ("1.1", 1 << 18)])
+@pytest.mark.parametrize("compat, cluster_size", [("0.10", 512), ("0.10", 65536), ("1.1", 4096), ("1.1", 1 << 18)])
 @in_loop
 async def test_conformance_kit_passes(compat: str, cluster_size: int, backed: bool) -> None:
     size = 1 << 20
