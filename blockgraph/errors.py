@@ -3,7 +3,7 @@
 """Every error blockgraph raises, in one tree.
 
 ```
-BlockGraphError            .node .op .offset .length .errno .hint; the text is derived from the fields
+BlockGraphError            .node .file .op .offset .length .errno .hint; the text is derived from the fields
  +- GraphError             control path; the graph is unchanged
  |   +- PermissionConflict (names both edges)  RoleError  CycleError  NodeInUse
  +- OptionError            .path "nodes[2].file.filename", .value, .closest
@@ -33,9 +33,13 @@ class BlockGraphError(Exception):
         offset, length: the range concerned, bytes.
         errno: a value of the errno module.
         hint: what the user can do about it.
+
+    Attributes:
+        file: of the image that the node reads, where it is known and the reason does not name it.
     """
 
     default_errno: int | None = None
+    file: str | None = None
 
     def __init__(
         self,
@@ -58,7 +62,8 @@ class BlockGraphError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        where = f"node '{self.node}': " if self.node else ""
+        file = f" ('{self.file}')" if self.file and self.file not in self.reason else ""
+        where = f"node '{self.node}'{file}: " if self.node else ""
         what = self.op or ""
         if self.offset is not None:
             size = f"{self.length} bytes " if self.length is not None else ""

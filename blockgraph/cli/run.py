@@ -195,10 +195,6 @@ def _endless(job: Job) -> bool:
 
 def explain(graph: Graph, error: BlockGraphError) -> str:
     """The error's text, with the file of its node where it does not name it itself."""
-    text = str(error)
-    if error.node is None or not graph.model.has(error.node):
-        return text
-    filename = graph.node(error.node).driver.filename()
-    if filename is None or filename in text:
-        return text
-    return text.replace(f"node '{error.node}'", f"node '{error.node}' ('{filename}')", 1)
+    if error.file is None and error.node is not None and graph.model.has(error.node):
+        error.file = graph.node(error.node).driver.filename()
+    return str(error)

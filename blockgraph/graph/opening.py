@@ -109,6 +109,8 @@ class Opening:
         except BlockGraphError as error:
             if error.node is None:
                 error.node = name
+            if error.node == name:
+                error.file = node.driver.filename()
             raise
         self._held[name] = self._candidate.cumulative(name)
         await node.driver.prepare_perm(*self._held[name])

@@ -47,6 +47,18 @@ def test_missing_image_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     names(one_line(capsys, "info", str(tmp_path / "none")), "none", "No such file", "check the name")
 
 
+def test_image_of_another_format_or_cut_short_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    content = disk(tmp_path, MIB)
+    target = str(tmp_path / "t")
+    disk(tmp_path, MIB, "t")
+    graph = graph_file(tmp_path, job=FULL, target="qcow2")
+    names(one_line(capsys, "run", str(graph)), "node 'target'", f"'{target}'", "not a qcow2 image", "check its format")
+    assert main(["create", "-f", "qcow2", "--force", target, "1M"]) == 0
+    os.truncate(target, 100)
+    names(one_line(capsys, "run", str(graph)), "node 'target'", f"'{target}'", "inside the header", "restore")
+    assert (tmp_path / "disk.img").read_bytes() == content
+
+
 @contextmanager
 def nobody() -> Iterator[None]:
     """Without root's power over files, where we have it."""
