@@ -32,6 +32,7 @@ from blockgraph.graph.description import Description
 from blockgraph.graph.graph import Graph
 from blockgraph.graph.load import Describable, load
 from blockgraph.graph.policy import OpenPolicy
+from blockgraph.native import MapStats
 
 T = TypeVar("T")
 
@@ -137,6 +138,10 @@ class SyncBackend:
     def block_status(self, offset: int, length: int) -> BlockStatus:
         """What the range contains from `offset` on."""
         return self._graph.call(self._backend.block_status(offset, length))
+
+    def stats(self) -> MapStats:
+        """Hits and misses of native requests, and what the extent map holds."""
+        return self._extents.stats()
 
     def close(self) -> None:
         """Flush and give the root up."""

@@ -18,7 +18,6 @@ import blockgraph
 from blockgraph import trace
 from blockgraph.api import SyncBackend, SyncGraph
 from blockgraph.create import create_file
-from blockgraph.native.extent_map import MapStats
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -34,11 +33,6 @@ def make(path: Path, driver: str, size: int = SIZE, **options: Any) -> Path:
     """A new image file."""
     asyncio.run(create_file(str(path), size, driver, replace=True, **options))
     return path
-
-
-def stats(disk: SyncBackend) -> MapStats:
-    """Of the backend's extent map."""
-    return disk._extents.stats()
 
 
 @pytest.fixture(params=["raw", "qcow2"])
@@ -63,12 +57,12 @@ def test_mapped_requests_ask_no_node(tmp_path: Path, driver: str) -> None:
         disk = graph.backend("disk", writable=True)
         disk.pread(0, 4096)
         disk.pwrite(0, b"x" * 4096)
-        before = stats(disk)
+        before = disk.stats()
         for offset in range(0, MIB, 4096):
             disk.pwrite(offset, offset.to_bytes(4, "big") * 1024)
         for offset in range(0, MIB, 4096):
             assert disk.pread(offset, 4096) == offset.to_bytes(4, "big") * 1024
-        after = stats(disk)
+        after = disk.stats()
         assert after.misses == before.misses
         assert after.hits == before.hits + 2 * 256
 
@@ -77,7 +71,7 @@ def test_mapped_raw_file_is_one_extent(tmp_path: Path) -> None:
     with opened(tmp_path, "raw") as graph:
         disk = graph.backend("disk", writable=True)
         disk.pread(SIZE // 2, 1)
-        assert stats(disk).extents == 1
+        assert disk.stats().extents == 1
         assert disk._extents.find(0) == (0, SIZE, 0, 0, True)
 
 
@@ -103,9 +97,9 @@ def test_native_write_makes_the_next_flush_go_down(tmp_path: Path, driver: str) 
         disk = graph.backend("disk", writable=True)
         disk.pwrite(0, b"a" * 4096)
         disk.flush()
-        misses = stats(disk).misses
+        misses = disk.stats().misses
         disk.pwrite(0, b"b" * 4096)
-        assert stats(disk).misses == misses
+        assert disk.stats().misses == misses
         file = graph.graph.node("disk").children["file"].node.name
         with trace.record() as events:
             disk.flush()
@@ -120,10 +114,10 @@ def test_native_write_sets_bits_of_a_bitmap_added_later(tmp_path: Path, driver: 
         bitmap = graph.call(graph.graph.add_bitmap("disk", "b0"))
         for _ in range(3):
             disk.pwrite(3 * CLUSTER, b"b" * 4096)
-        hits = stats(disk).hits
+        hits = disk.stats().hits
         bitmap.bits.clear()
         disk.pwrite(3 * CLUSTER, b"c" * 4096)
-        assert stats(disk).hits == hits + 1
+        assert disk.stats().hits == hits + 1
         assert list(bitmap.bits.dirty_extents()) == [(3 * CLUSTER, CLUSTER)]
 
 
@@ -134,9 +128,9 @@ def test_mapped_backing_bytes_are_not_read_after_an_allocation_by_another_root(t
     with blockgraph.open({"nodes": nodes}) as graph:
         reader, writer = graph.backend("disk"), graph.backend("disk", writable=True)
         assert reader.pread(CLUSTER, 4096) == b"o" * 4096
-        misses = stats(reader).misses
+        misses = reader.stats().misses
         assert reader.pread(CLUSTER, 4096) == b"o" * 4096
-        assert stats(reader).misses == misses
+        assert reader.stats().misses == misses
         writer.pwrite(CLUSTER, b"n" * 100)
         assert reader.pread(CLUSTER, 4096) == b"n" * 100 + b"o" * 3996
 
@@ -191,9 +185,9 @@ def test_mapped_resize_under_a_bitmap_keeps_recording(tmp_path: Path, driver: st
             disk.pwrite(2 * SIZE - CLUSTER, b"b" * 4096)
         assert list(bitmap.bits.dirty_extents()) == [(0, CLUSTER), (2 * SIZE - CLUSTER, CLUSTER)]
         bitmap.bits.clear()
-        hits = stats(disk).hits
+        hits = disk.stats().hits
         disk.pwrite(2 * SIZE - CLUSTER, b"c" * 4096)
-        assert stats(disk).hits == hits + 1
+        assert disk.stats().hits == hits + 1
         assert list(bitmap.bits.dirty_extents()) == [(2 * SIZE - CLUSTER, CLUSTER)]
 
 
@@ -269,7 +263,7 @@ def test_native_guests_and_graph_changes_never_lose_or_mix_bytes(tmp_path: Path,
         for blocks in guests.blocks:
             for offset, data in blocks.items():
                 assert disk.pread(offset, 4096) == data
-        assert stats(disk).hits > 1000
+        assert disk.stats().hits > 1000
     if driver == "qcow2":
         with blockgraph.open({"nodes": [image("disk", tmp_path / "disk", "qcow2")]}) as graph:
             again = graph.backend("disk")
