@@ -12,6 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes is the machine's business.
+settings.register_profile("blockgraph", deadline=None)
+settings.load_profile("blockgraph")
 
 
 def _missing(what: str) -> None:
