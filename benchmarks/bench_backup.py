@@ -88,7 +88,12 @@ class Backup:
         nodes = self.nodes()
         with StorageDaemon(self.directory) as daemon:
             daemon.add(nodes)
-            return timed(lambda: (daemon.backup("disk", "target"), self.sync()))
+
+            def run() -> None:
+                daemon.backup("disk", "target")
+                self.sync()
+
+            return timed(run)
 
     def command(self, *words: str) -> float:
         """A whole process; "SOURCE" and "TARGET" stand for the paths."""
@@ -96,7 +101,12 @@ class Backup:
         paths = {"if=SOURCE": f"if={self.source}", "of=TARGET": f"of={self.target}"}
         paths |= {"SOURCE": str(self.source), "TARGET": str(self.target)}
         argv = [paths.get(word, word) for word in words]
-        return timed(lambda: (subprocess.run(argv, check=True, stderr=subprocess.DEVNULL), self.sync()))
+
+        def run() -> None:
+            subprocess.run(argv, check=True, stderr=subprocess.DEVNULL)
+            self.sync()
+
+        return timed(run)
 
     def dd(self) -> float:
         """dd bs=1M."""

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from blockgraph.errors import BlockGraphError, IOFailure
-from blockgraph.extent import Status
+from blockgraph.extent import BlockStatus, Status
 from blockgraph.flags import Flag
 from blockgraph.native import Bitmap, CopyError, CopyExtent, allocate_aligned, get_pool
 from blockgraph.perm import Role
@@ -183,9 +183,10 @@ class BlockCopy:
                     await self._hold_target(pins, claim.offset, claim.end)
                     leaves = await self._leaves(pins, claim.offset, claim.end)
                 leaves = _clip(leaves, claim.offset, claim.end)
+                blank = await self._blank_end(leaves)
                 rest = await self._copy_leaves(pins, leaves)
                 await pins.release()
-                await self._copy_rest(rest)
+                await self._copy_rest(rest, blank)
         return claim.end, sum(leaf.length for leaf in leaves if not self._empty(leaf))
 
     async def _hold_target(self, pins: Pins, offset: int, end: int) -> None:
@@ -259,12 +260,32 @@ class BlockCopy:
         except BlockGraphError as error:
             raise CopyFailed(error, "target") from error
 
-    async def _copy_rest(self, rest: _Rest) -> None:
-        """Through the nodes; no pins may be held, these requests would wait for them."""
+    async def _copy_rest(self, rest: _Rest, blank: int = 0) -> None:
+        """Through the nodes; no pins may be held, these requests would wait for them.
+
+        Zeroes below `blank` are there already.
+        """
         for start, size in rest.special:
             await self._copy_buffered(start, size)
         for start, size in rest.zero:
-            await self._zero(start, size)
+            if start + size > blank:
+                await self._zero(start, size)
+
+    async def _blank_end(self, leaves: list[Leaf]) -> int:
+        """Up to where the target reads zero, seen from the first leaf; 0: not worth asking.
+
+        Asked before data comes between the zeroes: of a new target that is one question instead of one for each run.
+        """
+        zeroes = sum(leaf.status is Status.ZERO and not self._dropped(leaf) for leaf in leaves)
+        # A target that reads through to the source may be asked only when nothing of the source is held.
+        if zeroes < 2 or self.serialising:
+            return 0
+        start, last = leaves[0].offset, leaves[-1]
+        try:
+            status = await self.target.block_status(start, last.offset + last.length - start)
+        except BlockGraphError as error:
+            raise CopyFailed(error, "target") from error
+        return status.offset + status.length if self._reads_zero(status) else 0
 
     async def _read_leaf(self, pins: Pins, offset: int, length: int) -> Leaf:
         try:
@@ -343,15 +364,15 @@ class BlockCopy:
         try:
             while pos < end:
                 status = await self.target.block_status(pos, end - pos)
-                # Zero because a layer below says so is not enough: the layer below may be the live disk.
-                if not (status.zero and (status.depth == 0 or (status.depth < 0 and not self._target_layered()))):
+                if not self._reads_zero(status):
                     await self.target.pwrite_zeroes(pos, status.length, flags)
                 pos += status.length
         except BlockGraphError as error:
             raise CopyFailed(error, "target") from error
 
-    def _target_layered(self) -> bool:
-        return has_cow(self.target.node)
+    def _reads_zero(self, status: BlockStatus) -> bool:
+        """Zero because a layer below says so is not enough: the layer below may be the live disk."""
+        return status.zero and (status.depth == 0 or (status.depth < 0 and not has_cow(self.target.node)))
 
 
 def has_cow(node: Node) -> bool:
