@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 from blockgraph.errors import OptionError, Unsupported
 from blockgraph.formats.qcow2.header import (
     COPIED,
+    LAZY_REFCOUNTS,
     MAX_BACKING_NAME,
     MAX_CLUSTER_BITS,
     MAX_L1_BYTES,
@@ -33,7 +34,6 @@ from blockgraph.formats.qcow2.header import (
 
 #: Bytes written at once.
 _CHUNK = 4 << 20
-_LAZY_REFCOUNTS = 1
 
 
 class Target(Protocol):
@@ -109,7 +109,7 @@ def _plan_header(
     header = Header(3 if compat == "1.1" else 2, bits, size, entries, 0, cluster_size, 0)
     if header.version >= 3:
         header.length = WRITTEN_LENGTH
-        header.compatible = _LAZY_REFCOUNTS if lazy_refcounts else 0
+        header.compatible = LAZY_REFCOUNTS if lazy_refcounts else 0
     elif lazy_refcounts:
         raise _bad("lazy-refcounts", True, "needs compat '1.1'")
     if compression_type == "zstd":

@@ -81,7 +81,8 @@ class Extension(enum.IntEnum):
     DATA_FILE = 0x44415441
 
 
-_LAZY_REFCOUNTS = 1
+#: Compatible feature: refcount updates may be postponed.
+LAZY_REFCOUNTS = 1
 _KNOWN = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRESSION_TYPE
 _DEFINED = int(_KNOWN | Incompatible.DATA_FILE | Incompatible.EXTENDED_L2)  # an int: ~IntFlag drops the bits it lacks
 _UNSUPPORTED = {Incompatible.DATA_FILE: "external data file", Incompatible.EXTENDED_L2: "extended L2 entries"}
