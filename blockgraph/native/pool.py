@@ -75,6 +75,11 @@ class _Shared:
         cls.threads = None
 
 
+def shared_threads() -> Any:
+    """The process's shared bg_pool, for other native parts; it is never freed."""
+    return _Shared.get()
+
+
 class Pool:
     """I/O on worker threads.
 

@@ -1,0 +1,318 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/* Input and requests of a connection. All of it runs in the thread that serves it, with the connection's lock. */
+#define _GNU_SOURCE
+#include "nbd_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+
+/* Requests parsed in one turn: other connections want theirs too. */
+#define TURN 256
+/* Replies are sent at the latest when they are this many bytes: the client can go on while the rest is done. */
+#define SEND_AT (128 << 10)
+/* After a write at least this long, its like is expected, and its payload not received behind its header. */
+#define LONG_WRITE (32 << 10)
+
+/* So many more faults than hits, and Python's thread serves the connection itself; so many more hits, and it does not. */
+#define MISSES 32
+
+static nbd_request *new_request(bg_nbd_conn *conn, const bg_nbd_header *header)
+{
+    bg_nbd_loop *loop = conn->loop;
+    pthread_mutex_lock(&loop->lock);
+    nbd_request *r = loop->spare_requests;
+    if (r)
+        loop->spare_requests = r->next;
+    pthread_mutex_unlock(&loop->lock);
+    if (!r && !(r = malloc(sizeof(*r)))) {
+        nbd_close(conn, -ENOMEM);
+        return NULL;
+    }
+    *r = (nbd_request){
+        .base = {.source = &conn->source,
+                 .tag = header->cookie,
+                 .offset = header->offset,
+                 .length = header->length,
+                 .command = header->command,
+                 .flags = header->flags,
+                 .kind = BG_REQUEST_OTHER},
+        .conn = conn,
+        .head = r->small,
+    };
+    conn->requests++;
+    conn->counted.requests++;
+    return r;
+}
+
+bool nbd_admissible(const bg_nbd_conn *conn, uint32_t cost)
+{
+    return !conn->requests || (conn->requests < BG_NBD_MAX_REQUESTS && conn->bytes + cost <= BG_NBD_MAX_BYTES);
+}
+
+/* Whether the next request may be taken; else it waits until others are over. */
+static bool admitted(bg_nbd_conn *conn, uint32_t cost)
+{
+    if (!nbd_admissible(conn, cost) && conn->output && !conn->full)
+        nbd_flush(conn);
+    conn->stalled = !nbd_admissible(conn, cost);
+    conn->stalled_by = cost;
+    return !conn->stalled && !conn->closed;
+}
+
+static bool give_buffer(nbd_request *r, uint32_t cost)
+{
+    bg_nbd_conn *conn = r->conn;
+    r->buffer = r->base.buf = bg_buffers_take(conn->loop->buffers, cost);
+    if (!r->buffer) {
+        nbd_forget(r);
+        nbd_close(conn, -ENOMEM);
+        return false;
+    }
+    r->cost = cost;
+    conn->bytes += cost;
+    return true;
+}
+
+static void fault(nbd_request *r)
+{
+    bg_nbd_conn *conn = r->conn;
+    if (conn->misses < MISSES)
+        conn->misses++;
+    r->base.next = NULL;
+    *conn->last_fault = &r->base;
+    conn->last_fault = &r->base.next;
+}
+
+static void post_faults(bg_nbd_conn *conn)
+{
+    bg_faults_post(conn->loop->faults, conn->faults, !conn->by_caller);
+    conn->faults = NULL;
+    conn->last_fault = &conn->faults;
+}
+
+static void go_on(nbd_request *r, enum bg_request_outcome outcome)
+{
+    if (outcome == BG_REQUEST_DONE) {
+        r->conn->counted.hits++;
+        if (r->conn->misses > -MISSES)
+            r->conn->misses--;
+        nbd_answer(r);
+    } else if (outcome == BG_REQUEST_BLOCKS) {
+        bg_request_submit(&r->base);
+    } else {
+        fault(r);
+    }
+}
+
+/* A write whose whole payload is in the input needs no buffer if it is a hit. False: it was not taken. */
+static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
+{
+    uint32_t cost = bg_buffer_size(header->length);
+    nbd_request *r = new_request(conn, header);
+    if (!r)
+        return false;
+    r->base.buf = conn->input + conn->start + BG_NBD_HEADER;
+    r->base.kind = header->flags & BG_NBD_FUA ? BG_REQUEST_OTHER : BG_REQUEST_WRITE;
+    enum bg_request_outcome outcome = bg_request_try(&r->base);
+    if (outcome != BG_REQUEST_DONE) {
+        const void *payload = r->base.buf;
+        conn->requests--;
+        bool admissible = admitted(conn, cost);
+        conn->requests++;
+        if (!admissible) {
+            conn->counted.requests--;
+            nbd_forget(r);
+            return false;
+        }
+        if (!give_buffer(r, cost))
+            return false;
+        memcpy(r->buffer, payload, header->length);
+        /* It may have missed for the alignment of its memory only. */
+        if (outcome == BG_REQUEST_FAULTS)
+            outcome = bg_request_try(&r->base);
+    }
+    conn->start += BG_NBD_HEADER + header->length;
+    go_on(r, outcome);
+    return true;
+}
+
+/* A request that the parser does not know or like: Python will. */
+static bool take_irregular(bg_nbd_conn *conn, const bg_nbd_header *header)
+{
+    bool has_payload = header->command == BG_NBD_WRITE && header->length;
+    if (has_payload && header->length > BG_NBD_MAX_SKIPPED) {
+        nbd_close(conn, BG_NBD_TOO_LONG);
+        return false;
+    }
+    nbd_request *r = new_request(conn, header);
+    if (!r)
+        return false;
+    conn->start += BG_NBD_HEADER;
+    if (has_payload) {
+        /* The reply follows the payload: a client that only sends until it has sent all would otherwise be stuck. */
+        conn->refused = r;
+        conn->skip = header->length;
+    } else {
+        fault(r);
+    }
+    return true;
+}
+
+/* Take the request at the head of the input; false: it stays there, or the connection is closed. */
+static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
+{
+    bool regular = !conn->shutdown && bg_nbd_regular(&conn->settings, header);
+    uint32_t payload = header->length;
+    if (header->command == BG_NBD_CACHE && payload > BG_NBD_CACHE_STEP)
+        payload = BG_NBD_CACHE_STEP;
+    uint32_t cost = regular ? bg_buffer_size(payload) : 0;
+    bool here = regular && header->command == BG_NBD_WRITE &&
+                conn->end - conn->start - BG_NBD_HEADER >= header->length;
+    if (!admitted(conn, here ? 0 : cost))
+        return false;
+    conn->limit = regular && header->command == BG_NBD_WRITE && payload >= LONG_WRITE ? BG_NBD_HEADER : INPUT;
+    if (!regular)
+        return take_irregular(conn, header);
+    if (here)
+        return write_in_place(conn, header);
+    nbd_request *r = new_request(conn, header);
+    if (!r || !give_buffer(r, cost))
+        return false;
+    conn->start += BG_NBD_HEADER;
+    if (header->command == BG_NBD_WRITE) {
+        conn->writing = r;
+        conn->have = 0;
+    } else {
+        r->base.kind = header->command == BG_NBD_READ ? BG_REQUEST_READ : BG_REQUEST_CACHE;
+        go_on(r, bg_request_try(&r->base));
+    }
+    return true;
+}
+
+/* True: the payload is complete, and the write has begun. */
+static bool take_payload(bg_nbd_conn *conn)
+{
+    nbd_request *r = conn->writing;
+    size_t here = conn->end - conn->start, missing = r->base.length - conn->have;
+    if (here > missing)
+        here = missing;
+    memcpy((char *)r->buffer + conn->have, conn->input + conn->start, here);
+    conn->start += here;
+    conn->have += (uint32_t)here;
+    if (conn->have < r->base.length)
+        return false;
+    conn->writing = NULL;
+    r->base.kind = r->base.flags & BG_NBD_FUA ? BG_REQUEST_OTHER : BG_REQUEST_WRITE;
+    go_on(r, bg_request_try(&r->base));
+    return true;
+}
+
+static bool skip_payload(bg_nbd_conn *conn)
+{
+    size_t here = conn->end - conn->start;
+    if (here > conn->skip)
+        here = conn->skip;
+    conn->start += here;
+    conn->skip -= here;
+    if (conn->skip)
+        return false;
+    fault(conn->refused);
+    conn->refused = NULL;
+    return true;
+}
+
+/* Take requests out of the input until it is used up, one is not admissible, or the turn is over. */
+static void parse(bg_nbd_conn *conn)
+{
+    for (int i = 0; i < TURN; i++) {
+        if (conn->writing && !take_payload(conn))
+            return;
+        if (conn->refused && !skip_payload(conn))
+            return;
+        if (conn->closed || conn->ending || conn->end - conn->start < BG_NBD_HEADER)
+            return;
+        bg_nbd_header header;
+        if (!bg_nbd_parse(conn->input + conn->start, &header)) {
+            nbd_close(conn, BG_NBD_BAD_MAGIC);
+            return;
+        }
+        if (header.command == BG_NBD_DISC) {
+            conn->ending = true;
+            return;
+        }
+        if (!take_request(conn, &header))
+            return;
+        if (conn->output_bytes >= SEND_AT && !conn->full) {
+            nbd_flush(conn);
+            if (conn->closed)
+                return;
+        }
+    }
+    conn->more = true;
+}
+
+/* False: there is nothing to parse. */
+static bool receive(bg_nbd_conn *conn)
+{
+    size_t rest = conn->end - conn->start;
+    if (rest == 0) {
+        conn->start = conn->end = 0;
+    } else if (conn->start && INPUT - conn->end < BG_NBD_HEADER) {
+        memmove(conn->input, conn->input + conn->start, rest);
+        conn->start = 0;
+        conn->end = rest;
+    }
+    struct iovec iov[2];
+    size_t missing = 0, n = 0, room = INPUT - conn->end;
+    if (conn->writing) {
+        missing = conn->writing->base.length - conn->have;
+        iov[n++] = (struct iovec){(char *)conn->writing->buffer + conn->have, missing};
+    }
+    iov[n++] = (struct iovec){conn->input + conn->end, room < conn->limit ? room : conn->limit};
+    struct msghdr message = {.msg_iov = iov, .msg_iovlen = n};
+    ssize_t received = recvmsg(conn->fd, &message, MSG_DONTWAIT);
+    if (received < 0) {
+        if (errno != EAGAIN && errno != EINTR)
+            nbd_close(conn, -errno);
+        return false;
+    }
+    if (received == 0) {
+        if (conn->writing || conn->refused || rest)
+            nbd_close(conn, BG_NBD_LEFT);
+        conn->ending = true;
+        return false;
+    }
+    conn->counted.receives++;
+    conn->counted.received += (uint64_t)received;
+    size_t payload = (size_t)received < missing ? (size_t)received : missing;
+    conn->have += (uint32_t)payload;
+    conn->end += (size_t)received - payload;
+    return true;
+}
+
+void nbd_turn(bg_nbd_conn *conn, uint32_t events)
+{
+    if (conn->closed)
+        return;
+    if (!(conn->interest & EPOLLIN) && events & (EPOLLHUP | EPOLLERR)) {
+        /* Nobody is there to get the replies that are waited for. */
+        nbd_close(conn, -EPIPE);
+        return;
+    }
+    if (events & EPOLLOUT)
+        conn->full = false;
+    nbd_attend(conn);
+    if (conn->closed || conn->ending || (conn->stalled && !nbd_admissible(conn, conn->stalled_by)))
+        return;
+    if (!conn->stalled && !conn->more && (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)) || !receive(conn)))
+        return;
+    conn->stalled = conn->more = false;
+    parse(conn);
+    post_faults(conn);
+    if (conn->misses == (conn->by_caller ? -MISSES : MISSES) && !conn->closed)
+        nbd_move(conn, !conn->by_caller);
+}

@@ -1,0 +1,139 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * One connection (nbd_conn.c input and requests, nbd_output.c replies and the end) and the thread it belongs to (nbd_loop.c).
+ *
+ * A connection's lock guards all of it but `posted` and `wanted`. Its thread waits for the lock. Others leave their news
+ * in those two, and then only try the lock: whoever has it looks for news after unlocking. So a thread of the pool, or
+ * Python's, never waits for the connection's thread, which may be reading from a file.
+ *
+ * A connection whose requests are mostly faults is served by Python's thread itself, through bg_nbd_poll: two threads that
+ * wake each other for every batch would cost more than all the rest.
+ */
+#ifndef BG_NBD_INTERNAL_H
+#define BG_NBD_INTERNAL_H
+
+#include "nbd_loop.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#define INPUT (128 << 10) /* received at once where it is not known to be payload */
+
+#define WANT_SHUTDOWN 1U
+#define WANT_ABORT 2U
+
+typedef struct nbd_request {
+    bg_request base; /* first: see request_of */
+    bg_nbd_conn *conn;
+    struct nbd_request *next; /* among the posted, or in the output */
+    void *buffer;             /* of `cost` bytes */
+    uint32_t cost;
+    uint32_t head_size, payload_size; /* of the reply */
+    unsigned char *head;              /* `small`, or allocated; NULL: there was no memory for it */
+    unsigned char small[BG_NBD_MAX_HEAD];
+} nbd_request;
+
+typedef struct nbd_thread {
+    bg_nbd_loop *loop;
+    int epoll, wakeup;
+    pthread_t thread;
+    pthread_mutex_t lock;  /* of the two lists */
+    bg_nbd_conn *first;    /* connections, until they are released */
+    bg_nbd_conn *released; /* to be freed when no event can name them any more */
+    atomic_bool stop;
+} nbd_thread;
+
+typedef struct {
+    atomic_uint_fast64_t requests, hits, blocked, faults, received, sent, receives, sends, wakeups;
+} nbd_counters;
+
+struct bg_nbd_loop {
+    bg_pool *pool;
+    bg_faults *faults;
+    bg_buffers *buffers;
+    nbd_counters counters;
+    pthread_mutex_t lock; /* of the spare requests */
+    nbd_request *spare_requests;
+    int caller_epoll; /* connections that bg_nbd_poll serves */
+    atomic_uint next_thread;
+    int nthreads;
+    nbd_thread threads[];
+};
+
+struct bg_nbd_conn {
+    bg_source source; /* first: see conn_of */
+    nbd_thread *thread; /* of its own */
+    bg_nbd_loop *loop;
+    bg_nbd_settings settings;
+    pthread_mutex_t lock;
+    int fd;
+    uint32_t interest; /* of epoll in it */
+    bool by_caller;    /* bg_nbd_poll serves it, not its thread */
+    int misses;        /* faults less hits, of late */
+
+    _Atomic(nbd_request *) posted; /* completed by other threads, newest first */
+    atomic_uint wanted;
+    atomic_int visitors; /* threads of the pool that may still look at the connection */
+
+    /* Input: bytes [start, end) are not parsed yet. */
+    unsigned char *input;
+    size_t start, end;
+    size_t limit;         /* of what is received into it: after a long write, the next header only */
+    nbd_request *writing; /* its payload is being received */
+    uint32_t have;        /* of it */
+    nbd_request *refused; /* its payload is being skipped */
+    uint64_t skip;
+    bg_request *faults, **last_fault; /* to be posted at the end of the turn */
+
+    /* Output: requests whose replies are to be sent. */
+    nbd_request *output, **last_output;
+    uint64_t output_bytes;
+    size_t sent; /* of the first */
+
+    /* In flight: from being taken until the reply has been sent. */
+    unsigned requests;
+    uint64_t bytes;
+    uint32_t stalled_by; /* cost of the request that is not taken yet */
+    bool stalled;        /* there is one */
+    bool more;           /* the turn ended before the input did */
+    bool full;           /* the socket takes no more output */
+    bool ending;         /* no more input is wanted */
+    bool shutdown;
+    bool closed;
+    bool reported;
+    int64_t error;
+    bg_request ended; /* reports the end */
+
+    bg_nbd_stats counted; /* since the last turn */
+    bg_nbd_conn *next, **prev;  /* connections of the thread */
+    bg_nbd_conn *next_released;
+};
+
+/* nbd_loop.c */
+void nbd_watch(bg_nbd_conn *conn);   /* ask epoll for what the connection waits for */
+void nbd_unwatch(bg_nbd_conn *conn); /* before its socket is closed */
+void nbd_move(bg_nbd_conn *conn, bool to_caller);
+
+/* nbd_conn.c; with the lock */
+void nbd_turn(bg_nbd_conn *conn, uint32_t events); /* what epoll has said */
+bool nbd_admissible(const bg_nbd_conn *conn, uint32_t cost);
+
+/* nbd_output.c; with the lock */
+void nbd_answer(nbd_request *r);                /* it was done by the map: queue the reply */
+void nbd_flush(bg_nbd_conn *conn);              /* send what the socket takes */
+void nbd_close(bg_nbd_conn *conn, int64_t why); /* idempotent */
+void nbd_forget(nbd_request *r);                /* it holds nothing any more */
+void nbd_attend(bg_nbd_conn *conn);             /* take in the news of other threads; send; end if it is time */
+
+/* nbd_output.c; unlock, and go on if others have left news. The connection may be gone afterwards. */
+void nbd_leave(bg_nbd_conn *conn);
+/* bg_source.done: any thread, without the lock */
+void nbd_done(bg_request *request);
+
+static inline nbd_request *request_of(bg_request *request)
+{
+    return (nbd_request *)request;
+}
+
+#endif

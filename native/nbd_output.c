@@ -1,0 +1,293 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/* Replies of a connection, and its end. Runs in any thread. */
+#define _GNU_SOURCE
+#include "nbd_internal.h"
+
+#include "zero.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define PIECES 256
+/* A read of zeroes at least this long is answered without them (structured replies). */
+#define HOLE_WORTH (32 << 10)
+
+void nbd_forget(nbd_request *r)
+{
+    bg_nbd_conn *conn = r->conn;
+    if (r->buffer)
+        bg_buffers_give(conn->loop->buffers, r->buffer, r->cost);
+    if (r->head != r->small)
+        free(r->head);
+    conn->bytes -= r->cost;
+    conn->requests--;
+    bg_nbd_loop *loop = conn->loop;
+    pthread_mutex_lock(&loop->lock);
+    r->next = loop->spare_requests;
+    loop->spare_requests = r;
+    pthread_mutex_unlock(&loop->lock);
+}
+
+static void reply(nbd_request *r)
+{
+    bg_nbd_conn *conn = r->conn;
+    if (!r->head)
+        nbd_close(conn, -ENOMEM);
+    if (conn->closed) {
+        nbd_forget(r);
+        return;
+    }
+    r->next = NULL;
+    *conn->last_output = r;
+    conn->last_output = &r->next;
+    conn->output_bytes += r->head_size + r->payload_size;
+}
+
+void nbd_answer(nbd_request *r)
+{
+    const bg_request *b = &r->base;
+    if (b->kind != BG_REQUEST_READ) {
+        r->head_size = (uint32_t)bg_nbd_pack_simple(r->head, b->tag);
+    } else if (!r->conn->settings.structured) {
+        r->head_size = (uint32_t)bg_nbd_pack_simple(r->head, b->tag);
+        r->payload_size = b->length;
+    } else if (b->length >= HOLE_WORTH && !(b->flags & BG_NBD_DF) && bg_is_zero(b->buf, b->length)) {
+        r->head_size = (uint32_t)bg_nbd_pack_hole(r->head, b->tag, b->offset, b->length);
+    } else {
+        r->head_size = (uint32_t)bg_nbd_pack_data(r->head, b->tag, b->offset, b->length);
+        r->payload_size = b->length;
+    }
+    reply(r);
+}
+
+/* What is to be sent, from the first byte not sent yet. */
+static size_t gather(const bg_nbd_conn *conn, struct iovec iov[PIECES], size_t *total)
+{
+    size_t n = 0, skip = conn->sent;
+    *total = 0;
+    for (const nbd_request *r = conn->output; r && n + 2 <= PIECES; r = r->next) {
+        struct iovec parts[2] = {{r->head, r->head_size}, {r->base.buf, r->payload_size}};
+        for (int i = 0; i < 2; i++) {
+            if (skip >= parts[i].iov_len) {
+                skip -= parts[i].iov_len;
+                continue;
+            }
+            iov[n] = (struct iovec){(char *)parts[i].iov_base + skip, parts[i].iov_len - skip};
+            *total += iov[n++].iov_len;
+            skip = 0;
+        }
+    }
+    return n;
+}
+
+static void took(bg_nbd_conn *conn, size_t sent)
+{
+    conn->output_bytes -= sent;
+    sent += conn->sent;
+    nbd_request *r;
+    while ((r = conn->output) && sent >= (size_t)r->head_size + r->payload_size) {
+        sent -= (size_t)r->head_size + r->payload_size;
+        conn->output = r->next;
+        nbd_forget(r);
+    }
+    if (!r)
+        conn->last_output = &conn->output;
+    conn->sent = sent;
+}
+
+void nbd_flush(bg_nbd_conn *conn)
+{
+    conn->full = false;
+    while (conn->output) {
+        struct iovec iov[PIECES];
+        size_t total;
+        struct msghdr message = {.msg_iov = iov};
+        message.msg_iovlen = gather(conn, iov, &total);
+        ssize_t sent = sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (sent < 0 && errno == EINTR)
+            continue;
+        if (sent < 0 && errno != EAGAIN) {
+            nbd_close(conn, -errno);
+            return;
+        }
+        if (sent >= 0) {
+            conn->counted.sends++;
+            conn->counted.sent += (uint64_t)sent;
+            took(conn, (size_t)sent);
+        }
+        if (sent < 0 || (size_t)sent < total) {
+            conn->full = true;
+            return;
+        }
+    }
+}
+
+void nbd_close(bg_nbd_conn *conn, int64_t why)
+{
+    if (conn->closed)
+        return;
+    conn->closed = conn->ending = true;
+    conn->error = why;
+    nbd_unwatch(conn);
+    close(conn->fd);
+    conn->fd = -1;
+    for (nbd_request *r; (r = conn->output);) {
+        conn->output = r->next;
+        nbd_forget(r);
+    }
+    conn->last_output = &conn->output;
+    conn->output_bytes = conn->sent = 0;
+    if (conn->writing)
+        nbd_forget(conn->writing);
+    if (conn->refused)
+        nbd_forget(conn->refused);
+    conn->writing = conn->refused = NULL;
+    conn->start = conn->end = 0;
+    free(conn->input);
+    conn->input = NULL;
+}
+
+/* Replies to what other threads have completed, oldest first. */
+static void take_posted(bg_nbd_conn *conn)
+{
+    nbd_request *r = atomic_exchange(&conn->posted, NULL), *first = NULL;
+    for (nbd_request *next; r; r = next) {
+        next = r->next;
+        r->next = first;
+        first = r;
+    }
+    for (nbd_request *next; first; first = next) {
+        next = first->next;
+        if (first->head_size) {
+            conn->counted.faults++;
+            reply(first);
+        } else {
+            conn->counted.hits++;
+            conn->counted.blocked++;
+            nbd_answer(first);
+        }
+    }
+}
+
+void nbd_attend(bg_nbd_conn *conn)
+{
+    take_posted(conn);
+    unsigned wanted = atomic_exchange(&conn->wanted, 0);
+    if (wanted & WANT_ABORT)
+        nbd_close(conn, 0);
+    if (wanted & WANT_SHUTDOWN)
+        conn->shutdown = true;
+    if (conn->closed)
+        return;
+    if (!conn->full)
+        nbd_flush(conn);
+    if (!conn->closed && (conn->ending || conn->shutdown) && !conn->requests)
+        nbd_close(conn, 0);
+}
+
+static void add(atomic_uint_fast64_t *counter, uint64_t more)
+{
+    if (more)
+        atomic_fetch_add_explicit(counter, more, memory_order_relaxed);
+}
+
+static void count(bg_nbd_conn *conn)
+{
+    nbd_counters *all = &conn->loop->counters;
+    const bg_nbd_stats *own = &conn->counted;
+    add(&all->requests, own->requests);
+    add(&all->hits, own->hits);
+    add(&all->blocked, own->blocked);
+    add(&all->faults, own->faults);
+    add(&all->received, own->received);
+    add(&all->sent, own->sent);
+    add(&all->receives, own->receives);
+    add(&all->sends, own->sends);
+    conn->counted = (bg_nbd_stats){0};
+}
+
+void nbd_leave(bg_nbd_conn *conn)
+{
+    for (;;) {
+        nbd_attend(conn);
+        count(conn);
+        if (!conn->closed) {
+            nbd_watch(conn);
+        } else if (!conn->requests && !conn->reported) {
+            conn->reported = true;
+            conn->ended.error = conn->error;
+            pthread_mutex_unlock(&conn->lock);
+            bg_faults_post(conn->loop->faults, &conn->ended, true);
+            return;
+        }
+        pthread_mutex_unlock(&conn->lock);
+        /*
+         * Who left news before these two looks is seen by them; who leaves some after them finds the lock free. Both
+         * are exchanges, as is the leaving, so that there is no third case.
+         */
+        bool news = atomic_fetch_or(&conn->wanted, 0) != 0;
+        nbd_request *posted = NULL;
+        news |= !atomic_compare_exchange_strong(&conn->posted, &posted, NULL);
+        if (!news || pthread_mutex_trylock(&conn->lock) != 0)
+            return;
+    }
+}
+
+static void post(nbd_request *r)
+{
+    bg_nbd_conn *conn = r->conn;
+    nbd_request *first = atomic_load(&conn->posted);
+    do
+        r->next = first;
+    while (!atomic_compare_exchange_weak(&conn->posted, &first, r));
+}
+
+void bg_nbd_kick(bg_nbd_conn *conn)
+{
+    if (pthread_mutex_trylock(&conn->lock) == 0)
+        nbd_leave(conn);
+}
+
+void nbd_done(bg_request *request)
+{
+    nbd_request *r = request_of(request);
+    bg_nbd_conn *conn = r->conn;
+    /* Once posted, the request keeps the connection in memory no longer. */
+    atomic_fetch_add(&conn->visitors, 1);
+    post(r);
+    bg_nbd_kick(conn);
+    atomic_fetch_sub(&conn->visitors, 1);
+}
+
+int bg_nbd_reply(uint64_t ticket, const void *head, int64_t size, int flags)
+{
+    if (size < 1 || size > INT32_MAX || (flags & ~(BG_NBD_PAYLOAD | BG_NBD_KEEP)))
+        return -EINVAL;
+    nbd_request *r = request_of((bg_request *)(uintptr_t)ticket);
+    if (size > BG_NBD_MAX_HEAD)
+        r->head = malloc((size_t)size);
+    if (r->head)
+        memcpy(r->head, head, (size_t)size);
+    r->head_size = (uint32_t)size;
+    r->payload_size = flags & BG_NBD_PAYLOAD ? r->base.length : 0;
+    if (flags & BG_NBD_KEEP)
+        r->buffer = NULL;
+    post(r);
+    return 0;
+}
+
+void bg_nbd_shutdown(bg_nbd_conn *conn)
+{
+    atomic_fetch_or(&conn->wanted, WANT_SHUTDOWN);
+    bg_nbd_kick(conn);
+}
+
+void bg_nbd_abort(bg_nbd_conn *conn)
+{
+    atomic_fetch_or(&conn->wanted, WANT_ABORT);
+    bg_nbd_kick(conn);
+}

@@ -1,0 +1,181 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "request.h"
+
+#include "io.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define FEW_PIECES 16
+
+struct bg_faults {
+    int eventfd;
+    pthread_mutex_t lock;
+    bg_request *first, **last;
+    bool signalled; /* the eventfd is readable */
+};
+
+int bg_faults_new(bg_faults **out)
+{
+    bg_faults *faults = calloc(1, sizeof(*faults));
+    if (!faults)
+        return -ENOMEM;
+    faults->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (faults->eventfd < 0) {
+        int ret = -errno;
+        free(faults);
+        return ret;
+    }
+    pthread_mutex_init(&faults->lock, NULL);
+    faults->last = &faults->first;
+    *out = faults;
+    return 0;
+}
+
+void bg_faults_free(bg_faults *faults)
+{
+    if (!faults)
+        return;
+    close(faults->eventfd);
+    pthread_mutex_destroy(&faults->lock);
+    free(faults);
+}
+
+int bg_faults_eventfd(const bg_faults *faults)
+{
+    return faults->eventfd;
+}
+
+static void signal_taker(bg_faults *faults)
+{
+    if (!faults->signalled)
+        eventfd_write(faults->eventfd, 1);
+    faults->signalled = true;
+}
+
+void bg_faults_post(bg_faults *faults, bg_request *first, bool signal)
+{
+    if (!first)
+        return;
+    bg_request *last = first;
+    while (last->next)
+        last = last->next;
+    pthread_mutex_lock(&faults->lock);
+    *faults->last = first;
+    faults->last = &last->next;
+    /* Under the lock: once it is released, the last request may be completed and all of this be freed. */
+    if (signal)
+        signal_taker(faults);
+    pthread_mutex_unlock(&faults->lock);
+}
+
+int64_t bg_faults_take(bg_faults *faults, bg_fault *out, int64_t max)
+{
+    int64_t n = 0;
+    pthread_mutex_lock(&faults->lock);
+    for (bg_request *r = faults->first; r && n < max; faults->first = r = r->next) {
+        bool ended = r->kind == BG_REQUEST_ENDED;
+        out[n++] = (bg_fault){
+            .ticket = ended ? 0 : (uintptr_t)r,
+            .source = r->source->id,
+            .buf = r->buf,
+            .tag = r->tag,
+            .offset = r->offset,
+            .length = r->length,
+            .command = r->command,
+            .flags = r->flags,
+            .error = ended ? r->error : 0,
+        };
+    }
+    if (faults->first) {
+        signal_taker(faults);
+    } else {
+        faults->last = &faults->first;
+        if (faults->signalled) {
+            eventfd_t ignored;
+            eventfd_read(faults->eventfd, &ignored);
+            faults->signalled = false;
+        }
+    }
+    pthread_mutex_unlock(&faults->lock);
+    return n;
+}
+
+/* Parts of a range one after the other through one buffer. */
+static int cache(const bg_request *r)
+{
+    int ret = 0;
+    for (uint32_t done = 0, n; ret == 0 && done < r->length; done += n) {
+        n = r->length - done < r->source->step ? r->length - done : r->source->step;
+        ret = bg_map_pread(r->source->map, (int64_t)(r->offset + done), r->buf, n);
+    }
+    return ret;
+}
+
+static int run(const bg_request *r)
+{
+    if (r->kind == BG_REQUEST_READ)
+        return bg_map_pread(r->source->map, (int64_t)r->offset, r->buf, r->length);
+    if (r->kind == BG_REQUEST_WRITE)
+        return bg_map_pwrite(r->source->map, (int64_t)r->offset, r->buf, r->length);
+    return cache(r);
+}
+
+static void run_on_pool(bg_task *task)
+{
+    bg_request *r = (bg_request *)task;
+    if (run(r) == 0) {
+        r->source->done(r);
+    } else {
+        r->next = NULL;
+        bg_faults_post(r->source->faults, r, true);
+    }
+}
+
+void bg_request_submit(bg_request *request)
+{
+    request->task.run = run_on_pool;
+    bg_pool_submit(request->source->pool, &request->task);
+}
+
+/* All pieces as far as nothing has to be waited for: 0 or more, -EAGAIN, or -errno. */
+static int64_t transfer_now(const bg_map_request *found, char *buf)
+{
+    int64_t ret = 0;
+    for (int i = 0; i < found->count && ret >= 0; i++) {
+        const bg_map_piece *p = &found->pieces[i];
+        if (p->fd < 0)
+            memset(buf, 0, (size_t)p->length);
+        else if (found->write)
+            ret = bg_pwrite_now(p->fd, buf, p->length, p->storage_offset);
+        else
+            ret = bg_pread_now(p->fd, buf, p->length, p->storage_offset);
+        buf += p->length;
+    }
+    return ret;
+}
+
+enum bg_request_outcome bg_request_try(bg_request *request)
+{
+    bg_map *map = request->source->map;
+    if (!map || request->kind == BG_REQUEST_OTHER)
+        return BG_REQUEST_FAULTS;
+    bg_map_piece pieces[FEW_PIECES];
+    bg_map_request found;
+    int ret = bg_map_begin(map, (int64_t)request->offset, request->length, request->buf,
+                           request->kind == BG_REQUEST_WRITE, pieces, FEW_PIECES, &found);
+    if (ret != 0)
+        return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
+    bool blocks = request->kind == BG_REQUEST_CACHE || request->length > request->source->longest;
+    int64_t done = blocks ? -EAGAIN : transfer_now(&found, request->buf);
+    bg_map_end(map, &found, !blocks);
+    if (done == -EAGAIN)
+        return BG_REQUEST_BLOCKS;
+    return done < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE;
+}

@@ -1,0 +1,96 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * Requests of front ends (an NBD connection, a vhost-user queue, a caller in this process) to one backend.
+ *
+ *     source ── bg_request_try ──┬─ DONE: the extent map knew, and nothing had to be waited for
+ *                                ├─ BLOCKS: bg_request_submit does it on the pool, then source->done
+ *                                └─ FAULTS: into bg_faults, to Python, which completes it: source->done
+ *
+ * Errors are faults too: Python does the request once more, and deals with its error as with any other.
+ *
+ * Units:     bytes.
+ * Ownership: a request belongs to its source, and is lent from submit or post until done is called; its buffer likewise.
+ *            The map, the pool and the faults must outlive the source.
+ * Errno:     0 or a count, else -ENOMEM, -EBUSY, or -errno of a system call.
+ * Threads:   any thread may try, submit, post and take; done is called on any thread.
+ */
+#ifndef BG_REQUEST_H
+#define BG_REQUEST_H
+
+#include "extent_map.h"
+#include "pool.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi:begin */
+/* What Python is to do, or is told. The words of the front end (tag, command, flags) are handed on as they are. */
+typedef struct {
+    uint64_t ticket; /* the request, to be completed once; 0: the source has ended and may be released */
+    int64_t source;
+    void *buf; /* NULL: no payload */
+    uint64_t tag;
+    uint64_t offset;
+    uint32_t length;
+    uint16_t command;
+    uint16_t flags;
+    int64_t error; /* of a source that has ended: why, 0 or what its front end says */
+} bg_fault;
+/* cffi:end */
+
+typedef struct bg_request bg_request;
+typedef struct bg_faults bg_faults;
+
+enum bg_request_kind {
+    BG_REQUEST_READ,
+    BG_REQUEST_WRITE,
+    BG_REQUEST_CACHE, /* reads the range through its buffer, in steps of `step` bytes, and forgets it */
+    BG_REQUEST_OTHER, /* always faults */
+    BG_REQUEST_ENDED  /* no request: the source has ended */
+};
+
+typedef struct bg_source {
+    bg_map *map; /* NULL: everything faults */
+    bg_pool *pool;
+    bg_faults *faults;
+    int64_t id; /* its name in faults */
+    void (*done)(bg_request *request);
+    uint32_t step;    /* of BG_REQUEST_CACHE */
+    uint32_t longest; /* longer requests are not tried at once */
+} bg_source;
+
+struct bg_request {
+    bg_task task;
+    bg_source *source;
+    bg_request *next; /* among faults */
+    void *buf;
+    uint64_t tag, offset;
+    uint32_t length;
+    uint16_t command, flags;
+    int64_t error; /* of BG_REQUEST_ENDED */
+    uint8_t kind;
+};
+
+enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS };
+
+/* Do it now, if that needs no waiting. The range has been checked against the size of the disk. */
+enum bg_request_outcome bg_request_try(bg_request *request);
+
+/* Do it on the pool; what turns out to be a fault there is posted. */
+void bg_request_submit(bg_request *request);
+
+int bg_faults_new(bg_faults **out);
+void bg_faults_free(bg_faults *faults);
+
+/* Readable as long as there are faults. */
+int bg_faults_eventfd(const bg_faults *faults);
+
+/* Queue the requests from `first` on, linked by next. Not `signal`: the caller's thread takes them next. */
+void bg_faults_post(bg_faults *faults, bg_request *first, bool signal);
+
+/* Take up to `max` without waiting, oldest first; returns how many. */
+int64_t bg_faults_take(bg_faults *faults, bg_fault *out, int64_t max);
+
+#endif
