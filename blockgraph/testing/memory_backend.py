@@ -23,6 +23,7 @@ from blockgraph.driver import Info
 from blockgraph.errors import OutOfRange, ReadOnly, Unsupported
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
+from blockgraph.native import ExtentMap
 
 _BLOCK = 4096
 
@@ -73,6 +74,7 @@ class MemoryBackend:
     Attributes:
         data: the contents.
         calls: every request, in the order of arrival.
+        map: a test's own; what it maps is never seen here.
         errors: exception to raise by op ("pread", "pwrite", "write_zeroes", "discard", "flush", "block_status").
     """
 
@@ -80,6 +82,7 @@ class MemoryBackend:
         self, size: int, *, writable: bool = True, alignment: int = 1, fast_zero: bool = True, name: str = "memory"
     ) -> None:
         self.data = bytearray(size)
+        self.map: ExtentMap | None = None
         self.writable = writable
         self.calls: list[Call] = []
         self.errors: dict[str, BaseException] = {}

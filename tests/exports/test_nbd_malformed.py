@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +100,7 @@ def test_handshake_any_bytes_server_survives(stream: bytes, die: bool) -> None:
     run()
 
 
+@pytest.mark.usefixtures("served_by")
 @settings(max_examples=200, deadline=None)
 @given(stream=mutated(requests()), die=st.booleans(), structured=st.booleans())
 def test_transmission_any_bytes_server_survives(stream: bytes, die: bool, structured: bool) -> None:

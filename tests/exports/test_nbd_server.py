@@ -21,6 +21,8 @@ from blockgraph.testing.memory_backend import MemoryBackend
 from blockgraph.testing.nbd_client import NbdClient, OptionRefusedError
 from tests.helpers.nbd import run_async, serving
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 
 def export(name: str, size: int = 4096) -> NbdExport:
     return NbdExport(name, MemoryBackend(size).as_backend(), writable=False)

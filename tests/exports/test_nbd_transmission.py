@@ -19,6 +19,8 @@ from blockgraph.testing.memory_backend import Call, MemoryBackend
 from blockgraph.testing.nbd_client import NbdClient
 from tests.helpers.nbd import SIZE, Served, run_async, serving
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 HOLE_ZERO = protocol.STATE_HOLE | protocol.STATE_ZERO
 MIB = 1 << 20
 both_kinds = pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])

@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from blockgraph.exports.nbd import NbdExport, NbdServer
+from blockgraph.native import ExtentMap
 from blockgraph.testing.memory_backend import MemoryBackend
 from blockgraph.testing.nbd_client import NbdClient, NbdWire
 
 SIZE = 1 << 20
+#: Ways to serve a connection: native threads that find nothing mapped, Python's thread in native code, Python alone.
+SERVED_BY = ("thread", "caller", "python")
+#: The one that `serving` uses unless told otherwise; see tests/exports/conftest.py.
+served_by = "thread"
 P = ParamSpec("P")
 
 
@@ -80,7 +85,9 @@ async def serving(
 ) -> AsyncIterator[Served]:
     """A server at a unix socket (or a TCP port of this machine), closed at the end."""
     disk = disk or MemoryBackend(size)
-    server = NbdServer(**server_args)
+    if served_by == "thread" and disk.map is None:
+        disk.map = ExtentMap(disk.size())
+    server = NbdServer(threads=server_args.pop("threads", 0 if served_by == "python" else 2), **server_args)
     with tempfile.TemporaryDirectory(prefix="nbd") as directory:
         path = str(Path(directory) / "s")
         await (server.listen_tcp("127.0.0.1", 0) if tcp else server.listen_unix(path))

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: MIT
 """NBD: serves nodes to any NBD client.
 
-    client ── socket ── Wire ── handshake ── Negotiated ── Transmission ── Backend
-                        (TLS)   (options)                  (requests)
+    client ── socket ── Wire ── handshake ── Negotiated ─┬─ NativeTransmission ── extent map, or Backend
+                        (TLS)   (options)                └─ Transmission ── Backend     (TLS)
 
 The handshake reads not one byte too many, and its result (`Negotiated`) holds everything the transmission phase
-needs: socket and result can be handed to any other request loop.
+needs: socket and result are handed to native threads, unless the connection is encrypted.
 """
 
 from blockgraph.exports.nbd.export import NbdExport

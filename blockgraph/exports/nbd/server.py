@@ -27,10 +27,12 @@ from blockgraph.exports.nbd.buffers import BufferPool
 from blockgraph.exports.nbd.export import ExportTable, NbdExport, Negotiated
 from blockgraph.exports.nbd.handshake import Handshake, TlsPolicy
 from blockgraph.exports.nbd.listener import Listener, bind_tcp, bind_unix
+from blockgraph.exports.nbd.native_transmission import NativeTransmission
 from blockgraph.exports.nbd.tls import server_context
 from blockgraph.exports.nbd.transmission import Transmission
 from blockgraph.exports.nbd.wire import Wire
 from blockgraph.exports.options import NbdServerOptions, UnixAddress
+from blockgraph.native.nbd_loop import NbdLoop
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class NbdServer:
     Args:
         tls: context of the server side; None: no TLS.
         tls_required: clients without TLS are refused.
+        threads: native ones that serve connections in the clear; 0: the event loop serves them, as it does TLS.
         max_connections: at once; further clients wait until one leaves; 0: no limit.
         handshake_timeout: a client that has not chosen an export by then is disconnected, seconds.
         close_timeout: how long requests in flight and their replies may take when the server closes, seconds.
@@ -51,6 +54,7 @@ class NbdServer:
         *,
         tls: ssl.SSLContext | None = None,
         tls_required: bool = False,
+        threads: int = 1,
         max_connections: int = 0,
         handshake_timeout: float = 30.0,
         close_timeout: float = 10.0,
@@ -62,6 +66,8 @@ class NbdServer:
         self._close_timeout = close_timeout
         self._exports = ExportTable()
         self._pool = BufferPool()
+        self._threads = threads
+        self._native: NbdLoop | None = None
         self._listeners: list[Listener] = []
         self._connections: set[_Connection] = set()
         self._full = False
@@ -100,6 +106,8 @@ class NbdServer:
             for sock in socks:
                 sock.close()
             raise BlockGraphError("the NBD server is closed", op="listen")
+        if self._threads and self._native is None:
+            self._native = NbdLoop(self._threads)
         for sock in socks:
             listener = Listener(sock, self._accepted)
             if self._full:
@@ -186,6 +194,8 @@ class NbdServer:
         for connection in list(self._connections):
             connection.shutdown()
         await self._wait(set(self._connections))
+        if self._native is not None:
+            self._native.close()
 
     def abort(self) -> None:
         """Disconnect every client at once and cancel what is in flight; a `close` that waits for them then ends."""
@@ -220,7 +230,7 @@ class _Connection:
         self._server = server
         self._wire = Wire(sock)
         self._peer = _peer_name(sock)
-        self._transmission: Transmission | None = None
+        self._transmission: Transmission | NativeTransmission | None = None
         self._task: asyncio.Task[Negotiated | None]
 
     def start(self) -> None:
@@ -256,7 +266,12 @@ class _Connection:
             self._end()
             return
         self.export = negotiated.export
-        self._transmission = Transmission(wire, negotiated, server._pool, peer=self._peer, on_closed=self._end)
+        if server._native is None or wire.encrypted:
+            self._transmission = Transmission(wire, negotiated, server._pool, peer=self._peer, on_closed=self._end)
+        else:
+            self._transmission = NativeTransmission(
+                wire, negotiated, server._native, peer=self._peer, on_closed=self._end
+            )
         self._transmission.start()
 
     def _end(self) -> None:
