@@ -21,7 +21,6 @@ from blockgraph.perm import ALL, Perm
 from blockgraph.root_map import RootMap
 
 if TYPE_CHECKING:
-    from blockgraph.native.extent_map import ExtentMap
     from blockgraph.node import Child, Node
 
 
@@ -35,7 +34,6 @@ class Backend:
         need, share: permissions of its edge.
         stays: the edge stays at its node when a filter is inserted above that node (jobs).
         owner: who holds it, for messages: "export 'guest'", "job 'b0'".
-        map: what native code may do without asking; None: nothing.
         root: the edge; its `node` changes with the graph.
         map: where its bytes live, for native requests; None: nobody asked for it (`use_map`).
     """
@@ -55,7 +53,6 @@ class Backend:
         self.stays = stays
         self.owner = owner or name
         self.root: Child
-        self.map: ExtentMap | None = None
         self.children: dict[str, Child] = {}
         self.map: RootMap | None = None
         self._ended = False

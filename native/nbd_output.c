@@ -99,9 +99,32 @@ static void took(bg_nbd_conn *conn, size_t sent)
     conn->sent = sent;
 }
 
+static void add(atomic_uint_fast64_t *counter, uint64_t more)
+{
+    if (more)
+        atomic_fetch_add_explicit(counter, more, memory_order_relaxed);
+}
+
+static void count(bg_nbd_conn *conn)
+{
+    nbd_counters *all = &conn->loop->counters;
+    const bg_nbd_stats *own = &conn->counted;
+    add(&all->requests, own->requests);
+    add(&all->hits, own->hits);
+    add(&all->blocked, own->blocked);
+    add(&all->faults, own->faults);
+    add(&all->received, own->received);
+    add(&all->sent, own->sent);
+    add(&all->receives, own->receives);
+    add(&all->sends, own->sends);
+    conn->counted = (bg_nbd_stats){0};
+}
+
 void nbd_flush(bg_nbd_conn *conn)
 {
     conn->full = false;
+    /* First, so that who has got a reply finds its request counted. */
+    count(conn);
     while (conn->output) {
         struct iovec iov[PIECES];
         size_t total;
@@ -187,27 +210,6 @@ void nbd_attend(bg_nbd_conn *conn)
         nbd_flush(conn);
     if (!conn->closed && (conn->ending || conn->shutdown) && !conn->requests)
         nbd_close(conn, 0);
-}
-
-static void add(atomic_uint_fast64_t *counter, uint64_t more)
-{
-    if (more)
-        atomic_fetch_add_explicit(counter, more, memory_order_relaxed);
-}
-
-static void count(bg_nbd_conn *conn)
-{
-    nbd_counters *all = &conn->loop->counters;
-    const bg_nbd_stats *own = &conn->counted;
-    add(&all->requests, own->requests);
-    add(&all->hits, own->hits);
-    add(&all->blocked, own->blocked);
-    add(&all->faults, own->faults);
-    add(&all->received, own->received);
-    add(&all->sent, own->sent);
-    add(&all->receives, own->receives);
-    add(&all->sends, own->sends);
-    conn->counted = (bg_nbd_stats){0};
 }
 
 void nbd_leave(bg_nbd_conn *conn)

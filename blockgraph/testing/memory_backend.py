@@ -62,6 +62,13 @@ class Held:
         await self._go.wait()
 
 
+class MemoryMap:
+    """Stands in for a RootMap: what native code may do is what a test enters."""
+
+    def __init__(self, size: int) -> None:
+        self.extents = ExtentMap(size)
+
+
 class MemoryBackend:
     """A disk in memory, block status by blocks of 4096 bytes.
 
@@ -74,7 +81,7 @@ class MemoryBackend:
     Attributes:
         data: the contents.
         calls: every request, in the order of arrival.
-        map: a test's own; what it maps is never seen here.
+        map: what native code may do without asking; a test's own.
         errors: exception to raise by op ("pread", "pwrite", "write_zeroes", "discard", "flush", "block_status").
     """
 
@@ -82,7 +89,7 @@ class MemoryBackend:
         self, size: int, *, writable: bool = True, alignment: int = 1, fast_zero: bool = True, name: str = "memory"
     ) -> None:
         self.data = bytearray(size)
-        self.map: ExtentMap | None = None
+        self.map: MemoryMap | None = None
         self.writable = writable
         self.calls: list[Call] = []
         self.errors: dict[str, BaseException] = {}
@@ -107,6 +114,10 @@ class MemoryBackend:
         finally:
             del self._holds[op]
             held.release()
+
+    def use_map(self) -> MemoryMap | None:
+        """Unlike a Backend's: only the map that the test has set."""
+        return self.map
 
     def size(self) -> int:
         """Bytes."""

@@ -117,7 +117,7 @@ async def test_mapped_cache_is_native() -> None:
         await client.cache(5, 3 * MIB)
         assert disk.calls == []
         assert stats(served).blocked == 1
-        await disk.map.invalidate(3 * MIB, 1)
+        await disk.extents.invalidate(3 * MIB, 1)
         await client.cache(5, 3 * MIB)
         assert [call.length for call in disk.calls] == [MIB, MIB, MIB]
 
@@ -153,14 +153,14 @@ async def test_mapped_zero_is_read_as_hole_and_not_written_through() -> None:
 async def test_mapped_storage_that_fails_is_asked_again_through_python() -> None:
     async with serving_mapped() as (served, disk), await served.client() as client:
         read_only = os.open(f"/proc/self/fd/{disk._fd}", os.O_RDONLY)
-        slot = disk.map.add_slot(read_only)
+        slot = disk.extents.add_slot(read_only)
         disk.slot, slot = slot, disk.slot
         disk.reveal()
         disk.slot, slot = slot, disk.slot
         await client.pwrite(3, b"abc")  # EBADF natively
         assert await client.pread(3, 3) == b"abc"
         assert [call.op for call in disk.calls] == ["pwrite"]
-        await disk.map.remove_slot(slot)
+        await disk.extents.remove_slot(slot)
         os.close(read_only)
 
 
@@ -402,7 +402,7 @@ async def test_invalidate_waits_for_nobody_that_came_later() -> None:
 
         task = asyncio.create_task(read())
         for _ in range(50):
-            await disk.map.invalidate(0, SIZE)
+            await disk.extents.invalidate(0, SIZE)
             disk.reveal()
         reading = False
         await task
@@ -450,7 +450,7 @@ def test_any_requests_over_any_map_read_what_was_written(
                     case "reveal":
                         disk.reveal(offset, length, writable=bool(value))
                     case "invalidate":
-                        await disk.map.invalidate(offset, length)
+                        await disk.extents.invalidate(offset, length)
                     case "bad":
                         with pytest.raises(IOFailure) as failure:
                             await client.pwrite(65536 - length + 1, bytes(length))

@@ -425,6 +425,8 @@ async def test_garbage_ends_that_connection_only(sent: bytes, caplog: pytest.Log
         await client.wire.send(sent)
         assert await client.wire.closed_by_server()
         await client.wire.close()
+        while served.server.connections > 1:
+            await bystander.pread(0, 1)
         assert "NBD export 'disk', client pid" in caplog.text
         assert await bystander.pread(0, 4) == bytes(4)
         assert served.server.connections == 1

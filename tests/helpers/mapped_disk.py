@@ -7,19 +7,17 @@ from __future__ import annotations
 import mmap
 import os
 
-from blockgraph.native import ExtentMap, MapExtent
-from blockgraph.testing.memory_backend import MemoryBackend
+from blockgraph.native import MapExtent
+from blockgraph.testing.memory_backend import MemoryBackend, MemoryMap
 
 
 class MappedDisk(MemoryBackend):
     """Its bytes are a file in memory, of which `reveal` maps ranges.
 
     Attributes:
-        map: empty at first.
+        extents: of its map, empty at first.
         slot: the file in the map.
     """
-
-    map: ExtentMap
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -27,18 +25,19 @@ class MappedDisk(MemoryBackend):
         os.ftruncate(self._fd, size)
         self.data = mmap.mmap(self._fd, size)  # type: ignore[assignment]  # what tests use, both have
         self._view = memoryview(self.data)
-        self.map = ExtentMap(size)
-        self.slot = self.map.add_slot(self._fd)
+        self.map = MemoryMap(size)
+        self.extents = self.map.extents
+        self.slot = self.extents.add_slot(self._fd)
 
     def reveal(self, offset: int = 0, length: int | None = None, *, writable: bool = True, zero: bool = False) -> None:
         """Map a range (None: to the end)."""
         length = self.size() - offset if length is None else length
         slot = None if zero else self.slot
-        self.map.insert(self.map.generation(), [MapExtent(offset, length, slot, offset, writable)])
+        self.extents.insert(self.extents.generation(), [MapExtent(offset, length, slot, offset, writable)])
 
     def close(self) -> None:
         """Give the file up, when no request uses it any more."""
-        self.map.settle_blocking(self.map.start_remove_slot(self.slot))
+        self.extents.settle_blocking(self.extents.start_remove_slot(self.slot))
         self._view.release()
         self.data.close()  # type: ignore[attr-defined]
         os.close(self._fd)

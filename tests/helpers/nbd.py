@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from blockgraph.exports.nbd import NbdExport, NbdServer
-from blockgraph.native import ExtentMap
-from blockgraph.testing.memory_backend import MemoryBackend
+from blockgraph.testing.memory_backend import MemoryBackend, MemoryMap
 from blockgraph.testing.nbd_client import NbdClient, NbdWire
 
 SIZE = 1 << 20
@@ -86,7 +85,7 @@ async def serving(
     """A server at a unix socket (or a TCP port of this machine), closed at the end."""
     disk = disk or MemoryBackend(size)
     if served_by == "thread" and disk.map is None:
-        disk.map = ExtentMap(disk.size())
+        disk.map = MemoryMap(disk.size())
     server = NbdServer(threads=server_args.pop("threads", 0 if served_by == "python" else 2), **server_args)
     with tempfile.TemporaryDirectory(prefix="nbd") as directory:
         path = str(Path(directory) / "s")

@@ -71,14 +71,14 @@ class NativeTransmission:
     def start(self) -> None:
         """Serve."""
         negotiated = self.negotiated
-        extent_map = self._backend.map
+        root_map = self._backend.map
         self._connection = self._native.connect(
             self._wire.sock.fileno(),
             self,
             size=negotiated.size,
             structured=negotiated.structured,
             writable=negotiated.export.writable,
-            extent_map=extent_map,
+            extent_map=None if root_map is None else root_map.extents,
         )
         self._wire.sock.detach()
 

@@ -142,6 +142,8 @@ class NbdServer:
             GraphError: there is one of that name.
         """
         self._exports.add(export)
+        if self._threads:
+            export.backend.use_map()
 
     async def remove_export(self, name: str, *, hard: bool = False) -> None:
         """Stop serving an export; afterwards its backend is not used any more.
