@@ -343,9 +343,7 @@ class Protocol(Driver):
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         run, status = await self.storage_status(offset, length)
         run = min(run, length)
-        return BlockStatus(
-            offset, run, status is Status.DATA, status is Status.ZERO, 0, self.node, self.node, offset
-        )
+        return BlockStatus(offset, run, status is Status.DATA, status is Status.ZERO, 0, self.node, self.node, offset)
 
 
 class Format(Driver):

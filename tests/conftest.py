@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# What a test runs imports the package that is installed, as the test does, not the sources in the current directory.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 # How long an example takes is the machine's business.
 settings.register_profile("blockgraph", deadline=None)
 settings.load_profile("blockgraph")

@@ -80,7 +80,7 @@ def test_open_file_is_written_back_at_close(tmp_path: Path) -> None:
     assert image.read_bytes()[4096:4100] == b"kept"
 
 
-@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (SIZE, 1), (0, SIZE + 1), (SIZE - 1, 2), (0, -1)], ids=str)
+@pytest.mark.parametrize("offset, length", [(-1, 1), (SIZE, 1), (0, SIZE + 1), (SIZE - 1, 2), (0, -1)], ids=str)
 def test_backend_request_outside_disk_is_out_of_range(offset: int, length: int) -> None:
     with blockgraph.open({"nodes": [memory()]}) as graph:
         disk = graph.backend("disk", writable=True)
