@@ -107,7 +107,7 @@ static uint64_t latest(bg_map *map, const uint64_t *stamps, int64_t offset, int6
 static uint64_t take_away(bg_map *map, int64_t offset, int64_t length, enum change change, uint64_t *stamps)
 {
     if (length)
-        map_change(map, offset, offset + length, change, NULL);
+        map_change(map, offset, offset + length, change, &(span){.flags = WRITES});
     map_finish(map);
     uint64_t ticket = map_advance(map);
     if (length) {
@@ -151,11 +151,43 @@ int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length)
     int64_t ret = -EINVAL;
     pthread_mutex_lock(&map->lock);
     if (range_in(atomic_load(&map->space)->size, offset, length)) {
-        ret = (int64_t)take_away(map, offset, length, CHANGE_PROTECT, map->protected);
+        ret = (int64_t)take_away(map, offset, length, CHANGE_CLEAR, map->protected);
         map->protections++;
     }
     pthread_mutex_unlock(&map->lock);
     return ret;
+}
+
+int bg_map_copied(bg_map *map, int64_t offset, int64_t length)
+{
+    int ret = -EINVAL;
+    pthread_mutex_lock(&map->lock);
+    if (range_in(atomic_load(&map->space)->size, offset, length)) {
+        if (length)
+            map_change(map, offset, offset + length, CHANGE_CLEAR, &(span){.flags = BG_MAP_COPY});
+        map_finish(map);
+        ret = 0;
+    }
+    pthread_mutex_unlock(&map->lock);
+    return ret;
+}
+
+int64_t bg_map_set_copier(bg_map *map, bg_map_copier *copier)
+{
+    pthread_mutex_lock(&map->lock);
+    atomic_store(&map->copier, copier);
+    int64_t ticket = (int64_t)map_advance(map);
+    pthread_mutex_unlock(&map->lock);
+    return ticket;
+}
+
+int64_t bg_map_set_allocator(bg_map *map, bg_map_allocator *allocator)
+{
+    pthread_mutex_lock(&map->lock);
+    atomic_store(&map->allocator, allocator);
+    int64_t ticket = (int64_t)map_advance(map);
+    pthread_mutex_unlock(&map->lock);
+    return ticket;
 }
 
 int64_t bg_map_resize(bg_map *map, int64_t size)
@@ -190,7 +222,7 @@ int64_t bg_map_resize(bg_map *map, int64_t size)
 
 static bool extent_ok(const space *sp, const bg_map_extent *e)
 {
-    if (e->length <= 0 || !range_in(sp->size, e->offset, e->length) || e->flags & ~(BG_MAP_ZERO | BG_MAP_WRITABLE))
+    if (e->length <= 0 || !range_in(sp->size, e->offset, e->length) || e->flags & ~(BG_MAP_ZERO | WRITES))
         return false;
     return e->flags & BG_MAP_ZERO ||
            (e->slot >= 0 && e->slot < BG_MAP_SLOTS && range_in(INT64_MAX, e->storage_offset, e->length));
@@ -217,9 +249,9 @@ int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *exte
             continue;
         }
         span what = {e->offset, e->offset + e->length, zero ? 0 : e->storage_offset, zero ? 0 : (uint16_t)e->slot,
-                     zero ? BG_MAP_ZERO : (uint16_t)e->flags};
-        if (what.flags & BG_MAP_WRITABLE && latest(map, map->protected, e->offset, e->length) >= (uint64_t)generation)
-            what.flags = 0;
+                     (uint16_t)(zero ? e->flags & ~BG_MAP_WRITABLE : e->flags)};
+        if (what.flags & WRITES && latest(map, map->protected, e->offset, e->length) >= (uint64_t)generation)
+            what.flags &= (uint16_t)~WRITES;
         map_change(map, what.start, what.end, CHANGE_SET, &what);
         taken++;
     }
@@ -349,6 +381,7 @@ void bg_map_get_stats(bg_map *map, bg_map_stats *out)
             out->misses += atomic_load_explicit(&r->misses, memory_order_relaxed);
             out->bytes_read += atomic_load_explicit(&r->bytes_read, memory_order_relaxed);
             out->bytes_written += atomic_load_explicit(&r->bytes_written, memory_order_relaxed);
+            out->first_writes += atomic_load_explicit(&r->first_writes, memory_order_relaxed);
         }
     }
 }

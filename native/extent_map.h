@@ -48,6 +48,8 @@
 
 #define BG_MAP_ZERO 1     /* reads as zeroes; storage_offset, slot and WRITABLE are ignored */
 #define BG_MAP_WRITABLE 2 /* may be overwritten in place */
+#define BG_MAP_COPY 4     /* before that the map's copier has to be asked */
+#define BG_MAP_ALLOCATE 8 /* the map's allocator finds room for what is written; until then reads go where the extent says */
 
 typedef struct bg_map bg_map;
 
@@ -73,6 +75,7 @@ typedef struct {
     int64_t regions;   /* with a leaf */
     int64_t bytes;     /* memory in use, everything included */
     int64_t limit;
+    int64_t first_writes; /* done with the help of copier or allocator; not among the hits */
 } bg_map_stats;
 
 /* An empty map of a disk of `size` bytes that uses at most `memory` (>= BG_MAP_MIN_MEMORY) bytes. */
@@ -120,9 +123,38 @@ int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *exte
 /* 1 and the extent around `offset` in *out (it may be cut at a region's ends), or 0. */
 int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out);
 
-/* Remove, or only take `writable` away. Return a ticket (> 0). */
+/* Remove, or only take WRITABLE, COPY and ALLOCATE away. Return a ticket (> 0). */
 int64_t bg_map_invalidate(bg_map *map, int64_t offset, int64_t length);
 int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
+
+/*
+ * What makes first writes possible without Python. Both are called by bg_map_pwrite, on the thread of the request, within
+ * it: a ticket given meanwhile settles afterwards. They may call bg_map_pread, find, generation, insert and copied of
+ * the map, and wait for I/O, not for Python.
+ *
+ * copy:  once it has returned 0, [offset, offset + length) may be overwritten; it calls bg_map_copied for that, which takes
+ *        COPY away wherever it still is.
+ * write: finds room for the first bytes from `offset`, writes them and enters the place. Returns how many (> 0), or -EAGAIN:
+ *        the extents have changed, look again.
+ * Anything else they return is a miss.
+ */
+typedef struct bg_map_copier bg_map_copier;
+struct bg_map_copier {
+    int (*copy)(bg_map_copier *self, bg_map *map, int64_t offset, int64_t length);
+};
+
+typedef struct bg_map_allocator bg_map_allocator;
+struct bg_map_allocator {
+    int64_t (*write)(bg_map_allocator *self, bg_map *map, int64_t offset, const void *buf, int64_t length);
+};
+
+/* Borrowed until the ticket of their replacement has settled; NULL: none. Return a ticket. */
+int64_t bg_map_set_copier(bg_map *map, bg_map_copier *copier);
+int64_t bg_map_set_allocator(bg_map *map, bg_map_allocator *allocator);
+int bg_map_copied(bg_map *map, int64_t offset, int64_t length);
+
+/* 1 when a write to the range, which misses, might be done by bg_map_pwrite all the same. */
+int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length);
 
 /* 1 when every request that began before the ticket was given has ended, else 0. */
 int bg_map_settled(bg_map *map, int64_t ticket);

@@ -31,6 +31,7 @@ static readers *next_readers(readers *block)
         atomic_init(&r->misses, 0);
         atomic_init(&r->bytes_read, 0);
         atomic_init(&r->bytes_written, 0);
+        atomic_init(&r->first_writes, 0);
     }
     atomic_init(&made->next, NULL);
     if (atomic_compare_exchange_strong(&block->next, &next, made))

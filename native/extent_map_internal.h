@@ -78,7 +78,7 @@ typedef struct {
 /* The counters are written by the record's owner only. */
 typedef struct {
     _Alignas(LINE) _Atomic uint64_t state; /* 0: free */
-    _Atomic int64_t hits, misses, bytes_read, bytes_written;
+    _Atomic int64_t hits, misses, bytes_read, bytes_written, first_writes;
 } reader;
 
 typedef struct readers {
@@ -101,6 +101,9 @@ typedef struct {
     size_t count, room;
 } span_list;
 
+/* All ways to let a write through. */
+#define WRITES (BG_MAP_WRITABLE | BG_MAP_COPY | BG_MAP_ALLOCATE)
+
 typedef struct {
     garbage *first, **last;
 } garbage_list;
@@ -109,6 +112,8 @@ struct bg_map {
     /* Read by every request, written by changes. */
     _Alignas(LINE) _Atomic(space *) space;
     _Atomic(bitmap_list *) bitmaps;
+    _Atomic(bg_map_copier *) copier;
+    _Atomic(bg_map_allocator *) allocator;
     _Atomic uint64_t epoch;   /* of the next ticket */
     _Atomic uint64_t waiting; /* the latest ticket that somebody waits for, 0: nobody */
     storage slots[BG_MAP_SLOTS];
@@ -165,10 +170,10 @@ void map_reclaim(bg_map *map);
 uint64_t map_advance(bg_map *map);
 
 /* extent_map_store.c */
-enum change { CHANGE_SET, CHANGE_REMOVE, CHANGE_PROTECT };
+enum change { CHANGE_SET, CHANGE_REMOVE, CHANGE_CLEAR };
 space *space_new(bg_map *map, int64_t size);
 void space_free(space *sp);
-/* `what` is for CHANGE_SET: its start is the range's. */
+/* `what` is for CHANGE_SET, where its start is the range's, and for CHANGE_CLEAR, which takes its flags away. */
 void map_change(bg_map *map, int64_t start, int64_t end, enum change change, const span *what);
 /* The last of the changes: publish what is still in work, keep to the bound. */
 void map_finish(bg_map *map);
@@ -176,7 +181,7 @@ void map_finish(bg_map *map);
 /* extent_map_spans.c: a sorted list of spans. What needs memory returns false, and has changed nothing then. */
 bool spans_reserve(bg_map *map, span_list *list, size_t room);
 bool spans_put(bg_map *map, span_list *list, int64_t start, int64_t end, const span *what);
-bool spans_protect(bg_map *map, span_list *list, int64_t start, int64_t end);
+bool spans_clear(bg_map *map, span_list *list, int64_t start, int64_t end, uint16_t flags);
 /* The first span that ends after `offset`. */
 size_t spans_from(const span *spans, size_t count, int64_t offset);
 

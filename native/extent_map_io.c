@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define FEW_PIECES 16
+#define FIRST_WRITE_TRIES 8 /* others may change the extents meanwhile */
 
 /*
  * The entry of `leaf` that holds the region's byte `at`, or -1. A region of `1 << shift` bytes is mostly made of extents of one
@@ -111,7 +112,7 @@ static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_m
             if (piece.fd < 0)
                 return BG_MAP_MISS;
         }
-        if (write && !(s.flags & BG_MAP_WRITABLE))
+        if (write && (s.flags & WRITES) != BG_MAP_WRITABLE)
             return BG_MAP_MISS;
         at += piece.length;
         bg_map_piece *last = &pieces[n - 1];
@@ -149,6 +150,13 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
     return 0;
 }
 
+static void mark(bg_map *map, int64_t offset, int64_t length)
+{
+    const bitmap_list *list = atomic_load(&map->bitmaps);
+    for (size_t i = 0; list && i < list->count; i++)
+        bg_bitmap_mark(list->bitmaps[i], offset, length);
+}
+
 void bg_map_end(bg_map *map, bg_map_request *request, int touched)
 {
     if (request->write && touched) {
@@ -158,9 +166,7 @@ void bg_map_end(bg_map *map, bg_map_request *request, int touched)
             if (!atomic_load(written))
                 atomic_store(written, true);
         }
-        const bitmap_list *list = atomic_load(&map->bitmaps);
-        for (size_t i = 0; list && i < list->count; i++)
-            bg_bitmap_mark(list->bitmaps[i], request->offset, request->length);
+        mark(map, request->offset, request->length);
     }
     map_leave(map, request->reader);
 }
@@ -238,7 +244,73 @@ int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length)
     return transfer(map, offset, length, buf, NULL, false);
 }
 
+/*
+ * A write that meets extents with COPY or ALLOCATE, part by part. What fails is a miss: Python does all of it once more, and
+ * deals with the error.
+ */
+static int first_write(bg_map *map, int64_t offset, const char *buf, int64_t length)
+{
+    bg_map_copier *copier = atomic_load(&map->copier);
+    bg_map_allocator *allocator = atomic_load(&map->allocator);
+    int patience = FIRST_WRITE_TRIES;
+    for (int64_t done = 0; done < length;) {
+        bg_map_extent e;
+        if (patience-- == 0 || !bg_map_find(map, offset + done, &e))
+            return BG_MAP_MISS;
+        int64_t at = offset + done, part = e.offset + e.length - at;
+        part = part < length - done ? part : length - done;
+        if (e.flags & BG_MAP_COPY) {
+            if (!copier || copier->copy(copier, map, at, part) != 0)
+                return BG_MAP_MISS;
+            continue;
+        }
+        int64_t written = 0;
+        if (e.flags & BG_MAP_WRITABLE) {
+            int ret = transfer(map, at, part, NULL, buf + done, true);
+            written = ret == 0 ? part : ret == BG_MAP_MISS ? -EAGAIN : ret;
+        } else if (e.flags & BG_MAP_ALLOCATE && allocator) {
+            written = allocator->write(allocator, map, at, buf + done, part);
+            if (written > 0)
+                mark(map, at, written);
+        }
+        if (written == -EAGAIN)
+            continue;
+        if (written <= 0)
+            return BG_MAP_MISS;
+        done += written;
+        patience = FIRST_WRITE_TRIES;
+    }
+    return 0;
+}
+
+int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length)
+{
+    if (!atomic_load(&map->copier) && !atomic_load(&map->allocator))
+        return 0;
+    bool first = false;
+    for (int64_t at = offset, end = offset + length; at < end;) {
+        bg_map_extent e;
+        if (!bg_map_find(map, at, &e) || !(e.flags & WRITES))
+            return 0;
+        first |= (e.flags & (BG_MAP_COPY | BG_MAP_ALLOCATE)) != 0;
+        at = e.offset + e.length;
+    }
+    return first;
+}
+
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)
 {
-    return transfer(map, offset, length, NULL, buf, true);
+    int ret = transfer(map, offset, length, NULL, buf, true);
+    if (ret != BG_MAP_MISS || !bg_map_has_first_write(map, offset, length))
+        return ret;
+    /* Whoever takes something away, the copier or the allocator too, waits for all of it. */
+    reader *r = map_enter(map);
+    if (!r)
+        return BG_MAP_MISS;
+    map_looked(r);
+    ret = first_write(map, offset, buf, length);
+    if (ret == 0)
+        count(&r->first_writes, 1);
+    map_leave(map, r);
+    return ret;
 }

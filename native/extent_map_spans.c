@@ -94,7 +94,7 @@ bool spans_put(bg_map *map, span_list *list, int64_t start, int64_t end, const s
     return true;
 }
 
-bool spans_protect(bg_map *map, span_list *list, int64_t start, int64_t end)
+bool spans_clear(bg_map *map, span_list *list, int64_t start, int64_t end, uint16_t flags)
 {
     size_t at = spans_from(list->spans, list->count, start);
     /* At most the outer two are split. */
@@ -102,9 +102,9 @@ bool spans_protect(bg_map *map, span_list *list, int64_t start, int64_t end)
         return false;
     while (at < list->count && list->spans[at].start < end) {
         span s = list->spans[at];
-        if (s.flags & BG_MAP_WRITABLE) {
+        if (s.flags & flags) {
             s = cut(s, s.start > start ? s.start : start, s.end < end ? s.end : end);
-            s.flags &= (uint16_t)~BG_MAP_WRITABLE;
+            s.flags &= (uint16_t)~flags;
             if (!spans_put(map, list, s.start, s.end, &s))
                 return false;
         }

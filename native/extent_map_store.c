@@ -151,7 +151,7 @@ static void change_wide(bg_map *map, space *sp, int64_t start, int64_t end, enum
         if (count)
             memcpy(list->spans, old->spans, count * sizeof(span));
         list->count = count;
-        bool done = change == CHANGE_PROTECT ? spans_protect(map, list, start, end)
+        bool done = change == CHANGE_CLEAR ? spans_clear(map, list, start, end, what->flags)
                                              : spans_put(map, list, start, end, change == CHANGE_SET ? what : NULL);
         if (done && list->count)
             made = room_for(map, sp, sizeof(wide) + list->count * sizeof(span));
@@ -235,7 +235,7 @@ static void change_region(bg_map *map, space *sp, int64_t region, int64_t start,
         if (!load_region(map, sp, region))
             list->count = 0;
     }
-    bool done = change == CHANGE_PROTECT ? spans_protect(map, list, start, end)
+    bool done = change == CHANGE_CLEAR ? spans_clear(map, list, start, end, what->flags)
                                          : spans_put(map, list, start, end, change == CHANGE_SET ? what : NULL);
     if (!done)
         list->count = 0;
@@ -248,7 +248,7 @@ static void change_whole_regions(bg_map *map, space *sp, int64_t start, int64_t 
     int64_t last = (end - 1) >> sp->shift;
     for (int64_t r = start >> sp->shift; r <= last && r < sp->regions && map->pointers; r++) {
         leaf *l = atomic_load_explicit(&sp->leaf[r], memory_order_relaxed);
-        if (l && change != CHANGE_PROTECT)
+        if (l && change != CHANGE_CLEAR)
             publish_leaf(map, sp, r, NULL);
         else if (l && l != &no_extents)
             change_region(map, sp, r, r << sp->shift, region_end(sp, r), change, what);

@@ -170,6 +170,9 @@ enum bg_request_outcome bg_request_try(bg_request *request)
     bg_map_request found;
     int ret = bg_map_begin(map, (int64_t)request->offset, request->length, request->buf,
                            request->kind == BG_REQUEST_WRITE, pieces, FEW_PIECES, &found);
+    if (ret == BG_MAP_MISS && request->kind == BG_REQUEST_WRITE &&
+        bg_map_has_first_write(map, (int64_t)request->offset, request->length))
+        return BG_REQUEST_BLOCKS;
     if (ret != 0)
         return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
     bool blocks = request->kind == BG_REQUEST_CACHE || request->length > request->source->longest;

@@ -18,6 +18,7 @@ import blockgraph
 from blockgraph import trace
 from blockgraph.api import SyncBackend, SyncGraph
 from blockgraph.create import create_file
+from blockgraph.native import MapExtent
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -72,7 +73,7 @@ def test_mapped_raw_file_is_one_extent(tmp_path: Path) -> None:
         disk = graph.backend("disk", writable=True)
         disk.pread(SIZE // 2, 1)
         assert disk.stats().extents == 1
-        assert disk._extents.find(0) == (0, SIZE, 0, 0, True)
+        assert disk._extents.find(0) == MapExtent(0, SIZE, 0, 0, True)
 
 
 def test_mapped_read_only_backend_refuses_writes(tmp_path: Path, driver: str) -> None:

@@ -40,6 +40,8 @@ MIN_MEMORY: int = lib.BG_MAP_MIN_MEMORY
 _MISS: int = lib.BG_MAP_MISS
 _ZERO: int = lib.BG_MAP_ZERO
 _WRITABLE: int = lib.BG_MAP_WRITABLE
+_COPY: int = lib.BG_MAP_COPY
+_ALLOCATE: int = lib.BG_MAP_ALLOCATE
 _EINVAL = -errno.EINVAL
 _from_buffer = ffi.from_buffer
 _pread = lib.bg_map_pread
@@ -55,6 +57,8 @@ class MapExtent(NamedTuple):
         slot: the storage, from `ExtentMap.add_slot`; None: reads as zeroes.
         storage_offset: where in the storage; of no meaning for zeroes.
         writable: may be overwritten in place; of no meaning for zeroes.
+        copy: before it is written the map's copier has to be asked.
+        allocate: a write makes the map's allocator find room.
     """
 
     offset: int
@@ -62,6 +66,13 @@ class MapExtent(NamedTuple):
     slot: int | None = None
     storage_offset: int = 0
     writable: bool = False
+    copy: bool = False
+    allocate: bool = False
+
+    def flags(self) -> int:
+        """As the native map has them."""
+        flags = (_COPY if self.copy else 0) | (_ALLOCATE if self.allocate else 0)
+        return flags | (_ZERO if self.slot is None else _WRITABLE if self.writable else 0)
 
 
 class MapStats(NamedTuple):
@@ -90,6 +101,8 @@ class MapStats(NamedTuple):
     """Memory in use, everything included."""
     limit: int
     """Memory that may be used."""
+    first_writes: int
+    """Writes done with the help of a copier or an allocator; not among the hits."""
 
 
 class ExtentMap:
@@ -211,12 +224,7 @@ class ExtentMap:
         try:
             items = ffi.new(
                 _EXTENTS,
-                [
-                    (e.offset, e.length, 0, -1, _ZERO)
-                    if e.slot is None
-                    else (e.offset, e.length, e.storage_offset, e.slot, _WRITABLE if e.writable else 0)
-                    for e in extents
-                ],
+                [(e.offset, e.length, e.storage_offset, -1 if e.slot is None else e.slot, e.flags()) for e in extents],
             )
             code = lib.bg_map_insert(self._native, generation, items, len(items))
         except OverflowError:
@@ -234,9 +242,16 @@ class ExtentMap:
             return None
         if not found:
             return None
-        if out.flags & _ZERO:
-            return MapExtent(out.offset, out.length)
-        return MapExtent(out.offset, out.length, out.slot, out.storage_offset, bool(out.flags & _WRITABLE))
+        zero = out.flags & _ZERO
+        return MapExtent(
+            out.offset,
+            out.length,
+            None if zero else out.slot,
+            out.storage_offset,
+            bool(out.flags & _WRITABLE),
+            bool(out.flags & _COPY),
+            bool(out.flags & _ALLOCATE),
+        )
 
     # Taking away.
 
