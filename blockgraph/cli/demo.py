@@ -22,9 +22,10 @@ from typing import Any
 
 from rich.console import Console
 
-from blockgraph.cli.text import format_size, size_argument
+from blockgraph.cli.text import size_argument
 from blockgraph.create import FORMATS
 from blockgraph.errors import IOFailure, NoSpace, OptionError
+from blockgraph.text import format_size
 
 _DEFAULT_SIZE = 512 << 20
 _LEAST = 32 << 20

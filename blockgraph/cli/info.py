@@ -13,10 +13,11 @@ from copy import copy
 from typing import Any
 
 from blockgraph.cli.images import NODE, add_image_arguments, looked_at, probe
-from blockgraph.cli.text import align, format_size
+from blockgraph.cli.text import align
 from blockgraph.errors import BlockGraphError, GraphError
 from blockgraph.formats.qcow2.header import MAX_CLUSTER_BITS, Autoclear, Compression, Header, Incompatible, parse_header
 from blockgraph.graph.policy import MAX_CHAIN
+from blockgraph.text import format_size
 
 #: Bit of the compatible features: refcounts may be stale while the image is open.
 _LAZY_REFCOUNTS = 1

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from blockgraph.cli.text import format_rate, format_seconds, format_size
 from blockgraph.jobs.job import Job
 from blockgraph.jobs.states import JobState
+from blockgraph.text import format_rate, format_seconds, format_size
 
 #: Seconds between two lines about a job, and between two pictures of its bar.
 _LINES_EVERY = 5.0

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from blockgraph.cli.text import format_rate, format_seconds, format_size
 from blockgraph.demo.proof import CLUSTER
 from blockgraph.demo.scenario import Outcome
+from blockgraph.text import format_rate, format_seconds, format_size
 
 _WIDTH = 24
 

@@ -19,7 +19,6 @@ import msgspec.inspect
 
 from blockgraph.driver import Driver
 from blockgraph.exports.options import NbdServerOptions
-from blockgraph.graph import description
 from blockgraph.graph.description import EXPORTS, JOBS
 from blockgraph.graph.memberdocs import member_docs, summary
 from blockgraph.graph.validate import NODE_NAME
@@ -60,7 +59,7 @@ def graph_schema() -> dict[str, Any]:
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "blockgraph graph file",
-        "description": summary(description.__doc__),
+        "description": "Virtual disks as a graph of nodes, and what is done with them.",
         "type": "object",
         "additionalProperties": False,
         "properties": {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ MAX_BYTES = 32 << 20
 MAX_DEPTH = 200
 #: Most values in a file, after aliases.
 MAX_VALUES = 250_000
+
+_HUGE = re.compile(r"(?:[0-9]_?){4300,}")
 
 #: Path ("nodes[2].file.filename") -> line, column, both from 1.
 Positions = Mapping[str, tuple[int, int]]
@@ -214,6 +217,12 @@ def _decode(raw: bytes) -> str:
 
 def _kind(value: Any) -> str:
     return {list: "a list", str: "a string", type(None): "null"}.get(type(value), "a single value")
+
+
+def huge_number(text: str) -> tuple[int, int]:
+    """Line and column of the first number that Python refuses to read for its length; 0, 0 without one."""
+    match = _HUGE.search(text)
+    return Lines(text).place(match.start()) if match else (0, 0)
 
 
 class Lines:

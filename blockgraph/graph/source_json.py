@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from typing import Any
 
-from blockgraph.graph.source import MAX_DEPTH, Lines, Parsed, SyntaxProblem, join
+from blockgraph.graph.source import MAX_DEPTH, Lines, Parsed, SyntaxProblem, huge_number, join
 
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
 _SPACE = re.compile(r"[ \t\n\r]*")
+#: a string, or (group 1) what JavaScript takes for a number and JSON does not
+_CONSTANT = re.compile(r'"(?:[^"\\]++|\\.)*+"|(NaN|-?Infinity)')
 _SCALAR = re.compile(r"[^\s,\]}]+")
 
 
@@ -30,13 +33,13 @@ def read_json(text: str) -> Parsed:
         return out
 
     try:
-        data = json.loads(text, object_pairs_hook=table, parse_constant=_constant)
+        data = json.loads(text, object_pairs_hook=table, parse_constant=partial(_constant, text))
     except json.JSONDecodeError as error:
-        raise SyntaxProblem(f"not valid JSON: {error.msg.lower()}", error.lineno, error.colno) from None
+        raise _broken(text, error) from None
     except RecursionError:
         raise SyntaxProblem(f"nested deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise SyntaxProblem(f"not valid JSON: {error}") from None
+    except ValueError:
+        raise SyntaxProblem("not valid JSON: a number of thousands of digits", *huge_number(text)) from None
     walk: list[_Walk] = []
 
     def positions() -> dict[str, tuple[int, int]]:
@@ -49,8 +52,19 @@ def read_json(text: str) -> Parsed:
     return Parsed(data, positions, walk[0].duplicates if walk else [])
 
 
-def _constant(name: str) -> None:
-    raise SyntaxProblem(f"not valid JSON: {name} is not a number")
+def _broken(text: str, error: json.JSONDecodeError) -> SyntaxProblem:
+    before = text[: error.pos].rstrip()
+    if before.endswith(",") and text[error.pos : error.pos + 1] in ("]", "}"):
+        place = Lines(text).place(len(before) - 1)
+        return SyntaxProblem("not valid JSON: a comma with nothing behind it", *place)
+    # From Python 3.13 on the comma is told of as such, with its own place.
+    reason = "a comma with nothing behind it" if error.msg.startswith("Illegal trailing comma") else error.msg.lower()
+    return SyntaxProblem(f"not valid JSON: {reason}", error.lineno, error.colno)
+
+
+def _constant(text: str, name: str) -> None:
+    place = next((Lines(text).place(match.start()) for match in _CONSTANT.finditer(text) if match[1]), (0, 0))
+    raise SyntaxProblem(f"not valid JSON: {name} is not a number", *place)
 
 
 class _Walk:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import tomllib
 
-from blockgraph.graph.source import MAX_DEPTH, Lines, Parsed, SyntaxProblem, check_bounds, join
+from blockgraph.graph.source import MAX_DEPTH, Lines, Parsed, SyntaxProblem, check_bounds, huge_number, join
 
 _AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 _BLANK = re.compile(r"[ \t]*")
@@ -41,11 +41,13 @@ def read_toml(text: str) -> Parsed:
         if match and match[1]:
             place = (int(match[1]), int(match[2]))
         reason = message[: match.start()] if match else message
+        if reason == "Cannot overwrite a value":
+            reason = "a member is given twice"
         raise SyntaxProblem(f"not valid TOML: {reason[:1].lower()}{reason[1:]}", *place) from None
     except RecursionError:
         raise SyntaxProblem(f"nested deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:  # an integer of thousands of digits, a date that does not exist
-        raise SyntaxProblem(f"not valid TOML: {error}") from None
+    except ValueError:
+        raise SyntaxProblem("not valid TOML: a number of thousands of digits", *huge_number(text)) from None
     check_bounds(data)
     return Parsed(data, lambda: scan(text), [])
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from blockgraph.graph.source import MAX_DEPTH, MAX_VALUES, Parsed, SyntaxProblem, join
+from blockgraph.graph.source import MAX_DEPTH, MAX_VALUES, Lines, Parsed, SyntaxProblem, join
 
 #: libyaml's parser where PyYAML has it: ten times as fast.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -48,7 +48,9 @@ def read_yaml(text: str) -> Parsed:
         reason = ", ".join(part for part in (error.problem, error.context) if part)
         raise SyntaxProblem(f"not valid YAML: {reason}", *place) from None
     except yaml.YAMLError as error:
-        raise SyntaxProblem(f"not valid YAML: {str(error).splitlines()[0]}") from None
+        bad = yaml.reader.Reader.NON_PRINTABLE.search(text)
+        place = Lines(text).place(bad.start()) if bad else (0, 0)
+        raise SyntaxProblem(f"not valid YAML: {str(error).splitlines()[0]}", *place) from None
     data = {} if builder.document is None else builder.document
     return Parsed(data, lambda: builder.positions, builder.duplicates)
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from blockgraph.cli import main
-from blockgraph.cli.text import MAX_SIZE, format_seconds, format_size, parse_size
+from blockgraph.cli.text import MAX_SIZE, parse_size
+from blockgraph.text import format_seconds, format_size
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from blockgraph.cli.text import format_size
 from blockgraph.graph.draw.picture import Box, Line, Picture, letters, role_words
 from blockgraph.graph.problem import printable
+from blockgraph.text import format_size
 
 _DOT_SHAPES = {
     "root": "shape=cds, style=filled, fillcolor=gray92",

@@ -21,9 +21,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from blockgraph.cli.text import format_size
 from blockgraph.graph.draw.picture import LEGEND, Box, Line, Picture, letters
 from blockgraph.graph.problem import printable
+from blockgraph.text import format_size
 
 #: A tree deeper than this goes on as a tree of its own below, or it would leave the terminal.
 _MAX_DEPTH = 24
