@@ -42,7 +42,10 @@ async def resize(driver: Qcow2, size: int) -> None:
         await _set_size(driver, size)
     else:
         first, end = -(-size >> image.cluster_bits), driver.mapping.l1_size << image.l2_bits
-        await rewrite(driver, first, end, Mode.EMPTY)
+        if image.header.version >= 3 or not driver.backed:
+            # Nothing is left to come back when a crash, or another program, makes the disk longer again. Version 2 has
+            # no zeroes to put over a backing file: emptied before the size is durable, its bytes would show.
+            await rewrite(driver, first, end, Mode.EMPTY)
         await _set_size(driver, size)
         await rewrite(driver, first, end, Mode.CUT_OFF)
         await driver.mapping.drop_tables(entries)

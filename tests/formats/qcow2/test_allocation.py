@@ -19,6 +19,7 @@ from blockgraph.errors import CorruptImage, IOFailure, NoSpace
 from blockgraph.extent import Status
 from blockgraph.flags import Flag
 from blockgraph.formats.qcow2 import Qcow2, create_image
+from blockgraph.formats.qcow2.header import AUTOCLEAR
 from blockgraph.node import Child
 
 CLUSTER = 65536
@@ -206,6 +207,42 @@ async def test_write_back_order_of_growth_writes_header_last() -> None:
         await d.edge.flush()
         steps = d.steps()
         assert steps.index("header") < steps.index("l1")
+
+
+@in_loop
+async def test_l1_table_left_behind_is_free_once_the_header_points_elsewhere_and_not_before() -> None:
+    async with disk(1 << 20, cluster_size=512) as d:
+        header = d.driver.image.header
+        old = header.l1_offset
+        await write(d.edge, 0, b"a" * 512)
+        await d.edge.flush()
+        await d.driver.mapping.grow_l1(1024)
+        assert header.l1_offset != old
+        for i in range(1, 40):
+            await write(d.edge, i * 512, b"b" * 512)
+            assert (await d.driver.map(i * 512, 1)).child_offset != old
+        await d.edge.flush()
+        places = set()
+        for i in range(40, 80):
+            await write(d.edge, i * 512, b"c" * 512)
+            places.add((await d.driver.map(i * 512, 1)).child_offset)
+        assert old in places
+
+
+@in_loop
+async def test_autoclear_bits_are_durably_gone_before_anything_else_is_written() -> None:
+    file = await memory_image(1 << 20, driver=HeldMemory)
+    await write(edge(file), AUTOCLEAR, (1 << 63 | 1).to_bytes(8, "big"))
+    memory = file.driver
+    assert isinstance(memory, HeldMemory)
+    async with over(file) as driver:
+        memory.calls.clear()
+        await write(edge(driver.node), 0, b"a" * CLUSTER)
+        changes = [call for call in memory.calls if call.op in ("pwrite", "flush")]
+        assert [(call.op, call.offset, call.length) for call in changes[:2]] == [
+            ("pwrite", AUTOCLEAR, 8),
+            ("flush", 0, 0),
+        ]
 
 
 @in_loop
