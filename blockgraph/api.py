@@ -33,6 +33,7 @@ from blockgraph.graph.graph import Graph
 from blockgraph.graph.load import Describable, load
 from blockgraph.graph.policy import OpenPolicy
 from blockgraph.native import MapStats
+from blockgraph.native.extent_map import DEFAULT_MEMORY
 
 T = TypeVar("T")
 
@@ -178,9 +179,12 @@ class SyncGraph:
         assert threading.current_thread() is not self._thread, "would wait for itself"
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def backend(self, node: str, *, writable: bool = False, resize: bool = False) -> SyncBackend:
-        """A root over a node."""
-        return SyncBackend(self, self.call(self.graph.backend(node, writable=writable, resize=resize)))
+    def backend(
+        self, node: str, *, writable: bool = False, resize: bool = False, extent_map_size: int = DEFAULT_MEMORY
+    ) -> SyncBackend:
+        """A root over a node; see `Graph.backend`."""
+        root = self.graph.backend(node, writable=writable, resize=resize, extent_map_size=extent_map_size)
+        return SyncBackend(self, self.call(root))
 
     def close(self) -> None:
         """Wait for requests, write back, close; idempotent."""

@@ -13,10 +13,11 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING
 
-from blockgraph.errors import IOFailure, OutOfRange, ReadOnly
+from blockgraph.errors import IOFailure, OptionError, OutOfRange, ReadOnly
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
-from blockgraph.native.extent_map import DEFAULT_MEMORY
+from blockgraph.native import MapStats
+from blockgraph.native.extent_map import DEFAULT_MEMORY, MIN_MEMORY
 from blockgraph.perm import ALL, Perm
 from blockgraph.root_map import RootMap
 
@@ -36,6 +37,10 @@ class Backend:
         owner: who holds it, for messages: "export 'guest'", "job 'b0'".
         root: the edge; its `node` changes with the graph.
         map: where its bytes live, for native requests; None: nobody asked for it (`use_map`).
+        extent_map_size: most memory of that map, bytes.
+
+    Raises:
+        OptionError: `extent_map_size` is less than a map needs.
     """
 
     def __init__(
@@ -46,7 +51,12 @@ class Backend:
         share: Perm = ALL,
         stays: bool = False,
         owner: str | None = None,
+        extent_map_size: int = DEFAULT_MEMORY,
     ) -> None:
+        if not MIN_MEMORY <= extent_map_size < 1 << 63:
+            raise OptionError(
+                f"an extent map needs at least {MIN_MEMORY} bytes", path="extent_map_size", value=extent_map_size
+            )
         self.name = name
         self.need = need
         self.share = share
@@ -55,6 +65,7 @@ class Backend:
         self.root: Child
         self.children: dict[str, Child] = {}
         self.map: RootMap | None = None
+        self.extent_map_size = extent_map_size
         self._ended = False
         self._closed_gates = 0
         self._gate: asyncio.Event | None = None
@@ -86,11 +97,15 @@ class Backend:
             self.children[name] = child
             self.root = child
 
-    def use_map(self, memory: int = DEFAULT_MEMORY) -> RootMap:
-        """Keep an extent map of at most `memory` bytes from now on; returns it."""
+    def use_map(self) -> RootMap:
+        """Keep an extent map from now on; returns it."""
         if self.map is None:
-            self.map = RootMap(self, memory)
+            self.map = RootMap(self, self.extent_map_size)
         return self.map
+
+    def stats(self) -> MapStats | None:
+        """Hits and misses of native requests, and what the extent map holds; None: there is no map."""
+        return None if self.map is None else self.map.extents.stats()
 
     # Gate.
 

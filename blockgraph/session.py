@@ -18,12 +18,16 @@ from blockgraph.api import AsyncGraph, open_description
 from blockgraph.backend import Backend
 from blockgraph.errors import BlockGraphError, OptionError
 from blockgraph.exports.nbd import NbdExport, NbdServer, start_server
-from blockgraph.exports.options import NbdExportOptions
+from blockgraph.exports.options import DEFAULT_EXTENT_MAP, MIN_EXTENT_MAP, NbdExportOptions
 from blockgraph.graph.description import Description
 from blockgraph.graph.policy import OpenPolicy
 from blockgraph.jobs.job import Job, JobEvent
 from blockgraph.jobs.manager import JobManager
+from blockgraph.native.extent_map import DEFAULT_MEMORY, MIN_MEMORY
 from blockgraph.perm import ALL, Perm
+
+# Options are checked without loading the native core.
+assert (MIN_EXTENT_MAP, DEFAULT_EXTENT_MAP) == (MIN_MEMORY, DEFAULT_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class RunningExport:
         options: as described.
         backend: its root.
         uri: where clients find it.
+        export: what the server has; its `stats` tell what it has done.
     """
 
     options: NbdExportOptions
     backend: Backend
     uri: str
+    export: NbdExport
 
 
 class Session:
@@ -97,8 +103,9 @@ class Session:
         for export, backend in zip(description.exports, backends, strict=True):
             options = export.options
             name = options.export_name
-            self.server.add_export(NbdExport(name, backend, description=options.description, writable=options.writable))
-            self.exports[options.id] = RunningExport(options, backend, self.server.uri(name))
+            served = NbdExport(name, backend, description=options.description, writable=options.writable)
+            self.server.add_export(served)
+            self.exports[options.id] = RunningExport(options, backend, self.server.uri(name), served)
 
     async def _attach(self, options: NbdExportOptions) -> Backend:
         return await self.graph.backend(
@@ -107,6 +114,7 @@ class Session:
             writable=options.writable,
             share=ALL & ~Perm.RESIZE,
             owner=f"export '{options.id}'",
+            extent_map_size=options.extent_map_bytes,
         )
 
     async def wait_jobs(self) -> None:

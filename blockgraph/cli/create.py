@@ -16,12 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 from blockgraph.cli.images import LookPolicy, protocol
-from blockgraph.cli.text import parse_size, size_argument
+from blockgraph.cli.text import size_argument
 from blockgraph.create import FORMATS, create_file
 from blockgraph.errors import OptionError
 from blockgraph.graph.convert import closest
 from blockgraph.graph.graph import Graph
-from blockgraph.text import format_size
+from blockgraph.text import format_size, parse_size
 
 _SECTOR = 512
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")

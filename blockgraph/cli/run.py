@@ -7,6 +7,7 @@ Signals:
     the same again    hurry: disconnect clients at once (images are still closed in order)
     a third time      die
     SIGUSR1           resume the jobs that an error has stopped
+    SIGUSR2           print what each export has done so far (`blockgraph.cli.stats`)
 
 Exit status:
     0                 ended as asked
@@ -25,6 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from blockgraph.cli.progress import ProgressView
+from blockgraph.cli.stats import describe
 from blockgraph.errors import BlockGraphError
 from blockgraph.graph.description import Description
 from blockgraph.graph.graph import Graph
@@ -45,10 +47,12 @@ def register(subparsers: _SubParsersAction[Any]) -> None:
         "run",
         help="open a graph, start its exports and jobs",
         description="Open a graph, start its exports and jobs, and stay until SIGINT or SIGTERM.",
-        epilog="Exit status: 0 ended as asked; 1 something failed; 130, 143 a signal cut a job short.",
+        epilog="Signals: SIGUSR1 resumes jobs that an error has stopped, SIGUSR2 prints statistics of the exports. "
+        "Exit status: 0 ended as asked; 1 something failed; 130, 143 a signal cut a job short.",
     )
     parser.add_argument("file", metavar="FILE", help="graph file (TOML, JSON or YAML)")
     parser.add_argument("--exit-when-done", action="store_true", help="end when every job has ended")
+    parser.add_argument("--stats", action="store_true", help="print statistics of the exports at the end")
     parser.set_defaults(run=run)
 
 
@@ -59,7 +63,7 @@ def run(args: Namespace) -> int:
         print(problem, file=sys.stderr)
     if errors(problems):
         return 1
-    return asyncio.run(Runner(description, exit_when_done=args.exit_when_done).run())
+    return asyncio.run(Runner(description, exit_when_done=args.exit_when_done, stats=args.stats).run())
 
 
 class Runner:
@@ -67,10 +71,12 @@ class Runner:
 
     Args:
         exit_when_done: end when every job has ended. So it does without exports: nothing is left to do.
+        stats: print what the exports have done at the end.
     """
 
-    def __init__(self, description: Description, *, exit_when_done: bool) -> None:
+    def __init__(self, description: Description, *, exit_when_done: bool, stats: bool = False) -> None:
         self._description = description
+        self._stats = stats
         self._ends_with_jobs = exit_when_done or not description.exports
         self._console = Console(highlight=False, markup=False)
         self._stop = asyncio.Event()
@@ -86,6 +92,7 @@ class Runner:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGUSR1, self._resume)
+        loop.add_signal_handler(signal.SIGUSR2, self._tell_stats)
         self._task = asyncio.create_task(Session.start(self._description, listener=self._told))
         try:
             self._session = await self._task
@@ -131,6 +138,8 @@ class Runner:
         except BlockGraphError as error:
             self._fail(f"closing: {explain(session.graph, error)}")
             self._status = 1
+        if self._stats:
+            self._tell_stats()
 
     async def _follow(self, job: Job) -> None:
         """Tell how a job ended, as long as its nodes can still be named."""
@@ -175,6 +184,10 @@ class Runner:
         for job in self._session.jobs if self._session is not None else ():
             if job.state is JobState.PAUSED and job.state in VERBS[Verb.RESUME]:
                 job.resume()
+
+    def _tell_stats(self) -> None:
+        if self._session is not None:
+            self._say(describe(self._session))
 
     def _signal_status(self) -> int:
         return 128 + self._first_signal if self._first_signal is not None else 1

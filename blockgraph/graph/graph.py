@@ -29,6 +29,7 @@ from blockgraph.graph.opening import close_node
 from blockgraph.graph.policy import OpenPolicy
 from blockgraph.graph.transaction import Transaction
 from blockgraph.native import Bitmap
+from blockgraph.native.extent_map import DEFAULT_MEMORY
 from blockgraph.node import Node
 from blockgraph.perm import ALL, Perm
 
@@ -156,6 +157,7 @@ class Graph:
         share: Perm = ALL,
         owner: str | None = None,
         stays: bool = False,
+        extent_map_size: int = DEFAULT_MEMORY,
     ) -> Backend:
         """A new root over a node. End it with `close_backend`.
 
@@ -164,6 +166,10 @@ class Graph:
             share: what others may do with the node meanwhile.
             owner: for messages.
             stays: it stays at this very node when a filter is inserted above the node.
+            extent_map_size: most memory of its extent map, bytes.
+        Raises:
+            OptionError: `extent_map_size` is too small.
+            GraphError: no such node, or the permissions can not be had.
         """
         need = Perm.CONSISTENT_READ
         need |= Perm.WRITE if writable else Perm(0)
@@ -172,7 +178,9 @@ class Graph:
         try:
             async with self.transaction() as change:
                 name = name or self._root_name(node)
-                backend = Backend(name, need=need, share=share, owner=owner, stays=stays)
+                backend = Backend(
+                    name, need=need, share=share, owner=owner, stays=stays, extent_map_size=extent_map_size
+                )
                 change.attach(backend, node)
         except asyncio.CancelledError:
             if backend is not None and backend in self.backends():

@@ -92,6 +92,7 @@ class NbdLoop:
 
     def __init__(self, threads: int) -> None:
         self._native: Any = None
+        self._last: NbdStats | None = None
         out = ffi.new("bg_nbd_loop **")
         if not 1 <= threads <= lib.BG_NBD_MAX_THREADS:
             raise ValueError(f"threads must be between 1 and {lib.BG_NBD_MAX_THREADS}, not {threads}")
@@ -111,9 +112,12 @@ class NbdLoop:
 
     @property
     def stats(self) -> NbdStats:
-        """At any time before `close`."""
+        """Counters so far; after `close` the last ones."""
+        return self._stats(self._native) if self._last is None else self._last
+
+    def _stats(self, native: Any) -> NbdStats:
         out = ffi.new("bg_nbd_stats *")
-        lib.bg_nbd_loop_stats(self._native, out)
+        lib.bg_nbd_loop_stats(native, out)
         return NbdStats(*(getattr(out, name) for name in NbdStats._fields))
 
     def connect(
@@ -151,6 +155,7 @@ class NbdLoop:
             self._loop.remove_reader(lib.bg_nbd_loop_eventfd(native))
             self._loop.remove_reader(lib.bg_nbd_loop_pollfd(native))
         lib.bg_nbd_loop_stop(native)
+        self._last = self._stats(native)
         lib.bg_nbd_loop_free(native)
 
     def __del__(self) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from blockgraph.cli import main
-from blockgraph.cli.text import MAX_SIZE, parse_size
-from blockgraph.text import format_seconds, format_size
+from blockgraph.text import MAX_SIZE, format_seconds, format_size, parse_size
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from blockgraph.exports.options import InetAddress, NbdExportOptions, NbdServerOptions, TlsCredentials, UnixAddress
+from blockgraph.exports.options import (
+    MIN_EXTENT_MAP,
+    InetAddress,
+    NbdExportOptions,
+    NbdServerOptions,
+    TlsCredentials,
+    UnixAddress,
+)
 
 
 def test_export_shortest_description_has_defaults() -> None:
@@ -28,12 +35,26 @@ def test_export_shortest_description_has_defaults() -> None:
         {"description": "ü" * 2049},
         {"name": "n" * 4097},
         {"name": "a\0b"},
+        {"extent-map-size": MIN_EXTENT_MAP - 1},
+        {"extent-map-size": "255k"},
+        {"extent-map-size": "64X"},
+        {"extent-map-size": 1.5},
     ],
-    ids=lambda wrong: next(iter(wrong)),
+    ids=["type", "unknown", "kind", "long-text", "long-name", "nul", "map-small", "map-255k", "map-64X", "map-real"],
 )
 def test_export_wrong_member_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"type": "nbd", "id": "guest", "node-name": "top", **wrong}, NbdExportOptions)
+
+
+@pytest.mark.parametrize(
+    "given, size",
+    [({}, 64 << 20), ({"extent-map-size": 1 << 20}, 1 << 20), ({"extent-map-size": "256KiB"}, MIN_EXTENT_MAP)],
+    ids=["default", "bytes", "text"],
+)
+def test_export_extent_map_size_is_bytes_or_text(given: dict[str, Any], size: int) -> None:
+    options = msgspec.convert({"type": "nbd", "id": "guest", "node-name": "top", **given}, NbdExportOptions)
+    assert options.extent_map_bytes == size
 
 
 @pytest.mark.parametrize(

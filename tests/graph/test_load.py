@@ -236,6 +236,14 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"exports": [{"type": "nbd", "node-name": "m"}]},
         "exports[0].id: member 'id' of export 'nbd' is missing; 'id' is a string",
     ),
+    "export-map-small": (
+        {"exports": [{"type": "nbd", "id": "e", "node-name": "m", "extent-map-size": 4096}], "nbd-server": SERVER},
+        "exports[0].extent-map-size: expected an integer of at least 262144 or a string, found 4096",
+    ),
+    "export-map-text": (
+        {"exports": [{"type": "nbd", "id": "e", "node-name": "m", "extent-map-size": "64X"}], "nbd-server": SERVER},
+        "exports[0]: extent-map-size: '64X' is not a size; write bytes, or a number with k, M, G, T, P or E",
+    ),
     "export-dangling": (
         {"exports": [{"type": "nbd", "id": "e", "node-name": "n"}], "nbd-server": SERVER},
         "exports[0].node-name: export 'e' refers to node 'n', which does not exist",

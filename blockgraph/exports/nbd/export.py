@@ -11,10 +11,12 @@ from typing import NamedTuple
 from blockgraph.backend import Backend
 from blockgraph.errors import GraphError, OptionError
 from blockgraph.exports.nbd.context import CONTEXTS, MetaContext
-from blockgraph.exports.nbd.protocol import MAX_REQUEST, MAX_STRING, TransmissionFlag
+from blockgraph.exports.nbd.protocol import MAX_REQUEST, MAX_STRING, Cmd, TransmissionFlag
+from blockgraph.native import MapStats
 
 _MIN_PREFERRED = 4096
 _MAX_MINIMUM = 65536  # of the protocol
+_READ, _WRITE = int(Cmd.READ), int(Cmd.WRITE)
 
 # One backend serves all connections, so a flush on one covers the writes of all: CAN_MULTI_CONN.
 _ALWAYS = (
@@ -33,6 +35,24 @@ class BlockSizes(NamedTuple):
     minimum: int
     preferred: int
     maximum: int
+
+
+class ExportStats(NamedTuple):
+    """What an export has done since it was made.
+
+    Attributes:
+        hits: look-ups in the extent map that found the whole request, so that native code could serve it. A request
+            that has to wait for a device is looked up twice.
+        faults: requests that Python served; those that were refused are not counted.
+        bytes_read, bytes_written: by both.
+        map: of the backend; None: it has no extent map.
+    """
+
+    hits: int
+    faults: int
+    bytes_read: int
+    bytes_written: int
+    map: MapStats | None
 
 
 class NbdExport:
@@ -63,6 +83,21 @@ class NbdExport:
         self.description = description
         self.writable = writable
         self.contexts: tuple[MetaContext, ...] = CONTEXTS
+        self._faults = self._read = self._written = 0
+
+    def count(self, command: int, length: int) -> None:
+        """For connections: Python begins a request."""
+        self._faults += 1
+        if command == _READ:
+            self._read += length
+        elif command == _WRITE:
+            self._written += length
+
+    def stats(self) -> ExportStats:
+        """Counters so far; cheap."""
+        found = self.backend.stats()
+        hits, read, written = (0, 0, 0) if found is None else (found.hits, found.bytes_read, found.bytes_written)
+        return ExportStats(hits, self._faults, self._read + read, self._written + written, found)
 
     def flags(self, *, structured: bool) -> TransmissionFlag:
         """What a client is told that the export can do."""

@@ -121,6 +121,7 @@ class NativeTransmission:
             self._running[refused] = ticket
             refused.refuse(refusal)
             return
+        self.negotiated.export.count(command, length)
         request = KINDS[command](self, flags, cookie, offset, length)
         if address:
             request.view = nbd_loop.payload_view(address, min(length, CACHE_STEP) if command == _CACHE else length)

@@ -32,7 +32,7 @@ from blockgraph.exports.nbd.tls import server_context
 from blockgraph.exports.nbd.transmission import Transmission
 from blockgraph.exports.nbd.wire import Wire
 from blockgraph.exports.options import NbdServerOptions, UnixAddress
-from blockgraph.native.nbd_loop import NbdLoop
+from blockgraph.native.nbd_loop import NbdLoop, NbdStats
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +77,11 @@ class NbdServer:
     def connections(self) -> int:
         """Clients connected, or with requests in flight."""
         return len(self._connections)
+
+    @property
+    def stats(self) -> NbdStats | None:
+        """Of the native threads, all exports together; None: there are none."""
+        return None if self._native is None else self._native.stats
 
     # Addresses.
 

@@ -279,6 +279,7 @@ class Transmission:
         if refusal is not None:
             self._refuse(Refused(self, flags, cookie, offset, length), refusal, command)
             return True
+        self.negotiated.export.count(command, length)
         request = KINDS[command](self, flags, cookie, offset, length)
         if cost:
             request.use(self._pool.take(cost))
