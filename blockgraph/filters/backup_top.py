@@ -132,7 +132,7 @@ class BackupTop(Filter):
         size, target = sizes.get("file"), sizes.get("target")
         if size is not None and target is not None and size != target:
             raise GraphError(
-                f"file has {size} bytes but target has {target}",
+                f"the disk has {size} bytes but the target has {target}",
                 node="target",
                 hint=f"make the target {size} bytes large",
             )

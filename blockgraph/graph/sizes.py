@@ -1,27 +1,31 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""Sizes that a description alone tells, and where they do not fit each other. Nothing is opened."""
+"""Sizes that a description alone tells, and where they do not fit each other. Nothing is opened here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from blockgraph.errors import GraphError, OptionError
 from blockgraph.graph.model import Model, NodeVertex
 from blockgraph.graph.problem import Problem
 
 
-def check(model: Model) -> Iterator[Problem]:
-    """Nodes whose children's sizes do not fit, as far as they are known (Driver.known_size)."""
-    return iter(_walk(model)[1])
+def check(model: Model, opened: Mapping[str, int] | None = None) -> Iterator[Problem]:
+    """Nodes whose children's sizes do not fit, as far as they are known (Driver.known_size).
+
+    Args:
+        opened: sizes that nodes really have, bytes, by name.
+    """
+    return iter(_walk(model, opened or {})[1])
 
 
 def known(model: Model) -> dict[str, int]:
     """The sizes that are known, bytes, by node name."""
-    return _walk(model)[0]
+    return _walk(model, {})[0]
 
 
-def _walk(model: Model) -> tuple[dict[str, int], list[Problem]]:
+def _walk(model: Model, opened: Mapping[str, int]) -> tuple[dict[str, int], list[Problem]]:
     sizes: dict[str, int] = {}
     problems: list[Problem] = []
     for name in model.ordered(children_first=True):
@@ -51,4 +55,6 @@ def _walk(model: Model) -> tuple[dict[str, int], list[Problem]]:
         else:
             if size is not None:
                 sizes[name] = size
+        if name in opened:
+            sizes[name] = opened[name]
     return sizes, problems

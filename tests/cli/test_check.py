@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from helpers.command import disk, graph_file
 
 from blockgraph.cli import main
 
@@ -163,3 +164,70 @@ def test_graph_on_a_terminal_without_unicode_does_not_fail(good: Path) -> None:
 def test_schema_prints_a_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["$schema"].endswith("2020-12/schema")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A backup of disk.img (1 MiB) to the raw image t."""
+    disk(tmp_path, 1 << 20)
+    disk(tmp_path, 1 << 20, "t")
+    return graph_file(tmp_path, job='sync = "full"')
+
+
+def opened(capsys: pytest.CaptureFixture[str], path: Path, *, ok: bool = False) -> str:
+    """What `check --open` tells beyond what `check` tells, which is nothing."""
+    assert main(["check", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["check", "--open", str(path)]) == (0 if ok else 1)
+    return capsys.readouterr().err
+
+
+def test_check_open_compares_the_sizes_of_device_and_target(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert opened(capsys, job, ok=True) == ""
+    os.truncate(job.parent / "t", 1 << 19)
+    error = opened(capsys, job)
+    assert error.startswith(f"{job}:14:1: jobs[0].target: ")
+    assert "the disk has 1048576 bytes but the target has 524288; make the target 1048576 bytes large" in error
+
+
+def test_check_open_tells_what_may_not_be_written(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = os.fspath(job.parent / "t")
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **more: path != refused and may(path, mode))
+    error = opened(capsys, job)
+    assert error.startswith(f"{job}:9:1: nodes[1].file: ")
+    assert f"'{refused}' may not be written; run as a user who may write it, or set read-only" in error
+
+
+def test_check_open_tells_two_nodes_of_one_file(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (job.parent / "t").unlink()
+    os.link(job.parent / "disk.img", job.parent / "t")
+    error = opened(capsys, job)
+    assert error.startswith(f"{job}:9:1: nodes[1].file: ")
+    assert f"'{job.parent}/t' is opened by nodes[0].file too: nodes[1].file needs 'write', which" in error
+    assert main(["run", str(job)]) == 1  # says the same
+    assert "is locked" in capsys.readouterr().err
+
+
+def test_check_open_of_a_target_to_be_created_wants_it_not_to_be_there(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = job.read_text()
+    inline = '{driver = "raw", file = {driver = "file", filename = "new/t"}}'
+    node = text.index('[[nodes]]\nnode-name = "target"')
+    text = text[:node] + text[text.index("[[jobs]]") :].replace('target = "target"', f"target = {inline}")
+    job.write_text(text.replace('sync = "full"', 'sync = "full"\nmode = "create"'))
+    assert f"there is no folder '{job.parent}/new'; make the folder first" in opened(capsys, job)
+    (job.parent / "new").mkdir()
+    assert opened(capsys, job, ok=True) == ""
+    (job.parent / "new" / "t").touch()
+    assert f"'{job.parent}/new/t' is to be created, but it exists; choose another name" in opened(capsys, job)
+
+
+def test_check_open_names_the_file_of_a_format(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job.write_text(
+        job.read_text().replace('node-name = "target"\ndriver = "raw"', 'node-name = "target"\ndriver = "qcow2"')
+    )
+    assert f"node 'target' ('{job.parent}/t'): open: is not a qcow2 image" in opened(capsys, job)

@@ -205,7 +205,7 @@ PROBLEMS: dict[str, tuple[list[Any], str]] = {
     ),
     "target-size": (
         [{"driver": "backup-top", "node-name": "t", "file": MEMORY, "target": {"driver": "null-co", "size": 1024}}],
-        "nodes[0].target: file has 512 bytes but target has 1024; make the target 512 bytes large",
+        "nodes[0].target: the disk has 512 bytes but the target has 1024; make the target 512 bytes large",
     ),
     "alignment": (
         [{"driver": "inject-error", "node-name": "i", "image": MEMORY, "align": 512, "max-transfer": 700}],
@@ -279,7 +279,7 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "job-target-size": (
         {"jobs": [{"type": "backup", "device": "m", "target": "t", "sync": "full"}]},
-        "jobs[0].target: file has 512 bytes but target has 1024; make the target 512 bytes large",
+        "jobs[0].target: the disk has 512 bytes but the target has 1024; make the target 512 bytes large",
     ),
     "job-target-is-device": (
         {"jobs": [{"type": "backup", "device": "m", "target": "m", "sync": "full"}]},
