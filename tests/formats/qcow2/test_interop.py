@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from conftest import require_tool
 from helpers.harness import EVERYTHING, edge, hold, make_node
 from helpers.loop import backend_over, in_loop
 from helpers.qcow2 import (
@@ -106,6 +109,32 @@ async def test_compressed_image_of_qemu_reads_and_takes_writes(tmpfs: Path, opti
     assert raw_of(image) == data
 
 
+@pytest.mark.parametrize("end", ["discard", "zero", "write"])
+@in_loop
+async def test_compressed_clusters_across_host_clusters_are_freed_one_by_one(tmpfs: Path, end: str) -> None:
+    """Each takes a bit more than half a host cluster, so it shares both that it lies in with its neighbours."""
+    raw, image = tmpfs / "d.raw", tmpfs / "d.qcow2"
+    rng = random.Random(3)
+    data = bytearray(b"".join(rng.randbytes(2500) + bytes(1596) for _ in range(24)))
+    raw.write_bytes(data)
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4096", raw, image)
+    order = list(range(24))
+    rng.shuffle(order)
+    for part in (order[:8], order[8:16], order[16:]):
+        async with disk(image) as backend:
+            for cluster in part:
+                if end == "discard":
+                    await backend.discard(cluster * 4096, 4096)
+                elif end == "zero":
+                    await backend.write_zeroes(cluster * 4096, 4096)
+                else:
+                    await backend.pwrite(cluster * 4096, b"n" * 4096)
+                data[cluster * 4096 : (cluster + 1) * 4096] = (b"n" if end == "write" else b"\0") * 4096
+            assert await contents(backend) == data
+        check(image)
+        assert raw_of(image) == data
+
+
 @pytest.mark.parametrize("top, base", [(400, 300), (300, 400), (400, 400)], ids=["shorter", "longer", "equal"])
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 @in_loop
@@ -131,6 +160,38 @@ async def test_backing_chain_of_qemu_reads_and_maps_the_same(tmpfs: Path, compat
         assert await contents(backend) == expected
     check(layers[2])
     assert raw_of(layers[2]) == expected
+
+
+def qemu_depths(path: Path) -> list[tuple[int, int, int]]:
+    """Offset, length and allocation depth (1: the image itself), as qemu-nbd tells them."""
+    serve = ["[", require_tool("qemu-nbd"), "-r", "-A", "-f", "qcow2", str(path), "]"]
+    asking = [require_tool("nbdinfo"), "--json", "--map=qemu:allocation-depth", "--", *serve]
+    done = subprocess.run(asking, capture_output=True, text=True, check=True)
+    return [(row["offset"], row["length"], row["type"]) for row in json.loads(done.stdout)]
+
+
+@in_loop
+async def test_depth_past_the_end_of_shorter_layers_is_that_of_qemu(tmpfs: Path) -> None:
+    """The layer that ends is the one that says zero: deeper, longer ones must not show."""
+    layers = [tmpfs / f"{name}.qcow2" for name in "abcd"]
+    for i, (path, size) in enumerate(zip(layers, ("1M", "512k", "768k", "2M"), strict=True)):
+        backing = ["-b", layers[i - 1].name, "-F", "qcow2"] if i else []
+        qemu_img("create", "-q", "-f", "qcow2", *backing, path, size)
+        qemu_io(path, f"write -P {i + 1} {i * 64}k 64k" if i else "write -P 1 0 1M")
+    ours: list[tuple[int, int, int]] = []
+    async with disk(layers[-1]) as backend:
+        offset = 0
+        while offset < backend.size():
+            status = await backend.block_status(offset, backend.size() - offset)
+            assert status.zero == (offset >= 512 << 10)
+            row = (offset, status.length, status.depth + 1)
+            if ours and ours[-1][2] == row[2]:
+                row = (ours[-1][0], ours[-1][1] + row[1], row[2])
+                ours.pop()
+            ours.append(row)
+            offset += status.length
+    assert ours == qemu_depths(layers[-1])
+    assert {depth for _, _, depth in ours} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
