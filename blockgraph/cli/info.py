@@ -1,6 +1,10 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""`blockgraph info IMAGE`: what an image is. Reads its header only, so damaged tables do not matter."""
+"""`blockgraph info IMAGE`: what an image is.
+
+Reads its header only, so damaged tables do not matter; features that blockgraph does not have are named, and what the
+header says is shown all the same.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,15 @@ from typing import Any
 from blockgraph.cli.images import NODE, add_image_arguments, looked_at, probe
 from blockgraph.cli.text import align
 from blockgraph.errors import BlockGraphError, GraphError
-from blockgraph.formats.qcow2.header import MAX_CLUSTER_BITS, Autoclear, Compression, Header, Incompatible, parse_header
+from blockgraph.formats.qcow2.header import (
+    MAX_CLUSTER_BITS,
+    Autoclear,
+    Compression,
+    Extension,
+    Header,
+    Incompatible,
+    parse_header,
+)
 from blockgraph.graph.policy import MAX_CHAIN
 from blockgraph.text import format_size
 
@@ -92,20 +104,31 @@ async def image_info(args: Namespace) -> dict[str, Any]:
         if image_format == "qcow2":
             data = await file.pread(0, min(file.size(), 1 << MAX_CLUSTER_BITS))
             try:
-                info |= _qcow2_info(parse_header(data, file.size(), NODE), args.image)
+                unsupported: list[str] = []
+                info |= _qcow2_info(parse_header(data, file.size(), NODE, unsupported), args.image)
             except BlockGraphError as error:
                 error.node = args.image
                 raise
+            if unsupported:
+                info["unsupported"] = unsupported
     return info
 
 
 def _qcow2_info(header: Header, filename: str) -> dict[str, Any]:
     data: dict[str, Any] = {"compat": "1.1" if header.version >= 3 else "0.10"}
-    data["compression-type"] = Compression(header.compression).name.lower()
+    known = header.compression in set(Compression)
+    data["compression-type"] = Compression(header.compression).name.lower() if known else str(header.compression)
     if header.version >= 3:
         data |= {
             "lazy-refcounts": bool(header.compatible & _LAZY_REFCOUNTS),
             "refcount-bits": 1 << header.refcount_order,
+        }
+        if header.incompatible & Incompatible.DATA_FILE:
+            names = [name for kind, name in header.extensions if kind == Extension.DATA_FILE]
+            if names:
+                data["data-file"] = names[0].decode("utf-8", "replace")
+            data["data-file-raw"] = bool(header.autoclear & Autoclear.RAW_DATA_FILE)
+        data |= {
             "corrupt": bool(header.incompatible & Incompatible.CORRUPT),
             "extended-l2": bool(header.incompatible & Incompatible.EXTENDED_L2),
         }
@@ -117,7 +140,9 @@ def _qcow2_info(header: Header, filename: str) -> dict[str, Any]:
         "dirty-flag": bool(header.incompatible & Incompatible.DIRTY),
         "format-specific": {"type": "qcow2", "data": data},
     }
-    # Not among qemu-img's members: it lists snapshots and bitmaps one by one.
+    if header.encryption:
+        info["encrypted"] = True
+    # Not among qemu-img's members (nor is "unsupported"): it lists snapshots and bitmaps one by one.
     info["snapshot-count"] = header.snapshots
     info["bitmaps-valid"] = bool(header.autoclear & Autoclear.BITMAPS)
     if header.backing_file is not None:
@@ -149,9 +174,14 @@ def describe(info: dict[str, Any]) -> str:
         rows.append(("snapshots", str(info["snapshot-count"])))
     if info.get("bitmaps-valid"):
         rows.append(("bitmaps", "yes"))
+    if info.get("encrypted"):
+        rows.append(("encrypted", "yes"))
     if info["dirty-flag"]:
         rows.append(("dirty", "yes: refcounts may be stale, a writer rebuilds them first"))
     for name, value in info.get("format-specific", {}).get("data", {}).items():
         text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
         rows.append((name.replace("-", " "), text))
+    if "unsupported" in info:
+        note = "; it can not be opened here: convert it with 'qemu-img convert'"
+        rows.append(("not supported", ", ".join(info["unsupported"]) + note))
     return align(rows)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from blockgraph.cli import main
+from blockgraph.formats.qcow2.header import Incompatible
 
 #: What blockgraph tells beyond qemu-img.
-OWN = {"snapshot-count", "bitmaps-valid"}
+OWN = {"snapshot-count", "bitmaps-valid", "unsupported"}
 #: What QEMU tells in its own way: all snapshots, all bitmaps.
 THEIRS = {"snapshots"}
 
@@ -113,3 +114,51 @@ def test_info_of_circular_chain_ends_with_an_error(
     assert "part of its own backing chain" in capsys.readouterr().err
     assert main(["map", "a"]) == 1
     assert "part of its own chain" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, feature",
+    [
+        ("extended_l2=on,cluster_size=128k", "extended L2 entries"),
+        ("data_file=data", "external data file"),
+        ("data_file=data,data_file_raw=on", "external data file"),
+        ("refcount_bits=1", "refcounts of 1 bits"),
+    ],
+    ids=["extended-l2", "data-file", "raw-data-file", "refcount-bits"],
+)
+def test_info_of_a_feature_not_supported_shows_the_header_and_names_it(
+    require_tool: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: str,
+    feature: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu_img = require_tool("qemu-img")
+    make(qemu_img, "-f", "qcow2", "-o", options, "a.qcow2", "24M")
+    found = ours(capsys, "a.qcow2")
+    assert found["unsupported"] == [feature]
+    assert {key: value for key, value in found.items() if key not in OWN} == theirs(qemu_img, "a.qcow2")
+    assert main(["info", "a.qcow2"]) == 0
+    assert f"not supported:    {feature}; it can not be opened here" in capsys.readouterr().out
+    assert main(["map", "a.qcow2"]) == 1
+    assert f"the image uses {feature}, which is not supported" in capsys.readouterr().err
+
+
+def test_info_of_unknown_features_compression_and_encryption_names_them(
+    require_tool: Callable[[str], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    image = tmp_path / "a.qcow2"
+    make(require_tool("qemu-img"), "-f", "qcow2", image, "1M")
+    with image.open("r+b") as file:
+        file.seek(32)
+        file.write(bytes([0, 0, 0, 2]))
+        file.seek(72)
+        file.write((1 << 40 | Incompatible.COMPRESSION_TYPE).to_bytes(8, "big"))
+        file.seek(104)
+        file.write(b"\x07")
+    found = ours(capsys, image)
+    assert found["unsupported"] == ["unknown incompatible feature bit 40", "compression type 7", "LUKS encryption"]
+    assert found["encrypted"] is True
+    assert found["format-specific"]["data"]["compression-type"] == "7"

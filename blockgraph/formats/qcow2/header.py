@@ -95,6 +95,7 @@ class Header:
     """Fields of the header, in bytes, bits and clusters as the specification has them.
 
     Attributes:
+        encryption: the crypt_method; never other than 0 in an image that is opened.
         extensions: (type, data) in the order of the file.
     """
 
@@ -114,6 +115,7 @@ class Header:
     length: int = V2_LENGTH
     compression: int = Compression.ZLIB
     backing_file: str | None = None
+    encryption: int = 0
     extensions: list[tuple[int, bytes]] = field(default_factory=list)
 
     @property
@@ -181,25 +183,28 @@ def l1_entries(size: int, cluster_bits: int) -> int:
     return -(-size >> (2 * cluster_bits - 3))
 
 
-def parse_header(data: bytes, file_size: int, node: str) -> Header:
+def parse_header(data: bytes, file_size: int, node: str, unsupported: list[str] | None = None) -> Header:
     """Parse and judge the header.
 
     Args:
         data: the first cluster, or as much of it as the file has (at least the first 2 MiB or the whole file).
         file_size: bytes.
         node: for messages.
+        unsupported: for who only wants to look: takes the names of features this code does not have, which then do
+            not raise.
     Raises:
         CorruptImage: naming field and value.
-        Unsupported: naming the feature.
+        Unsupported: naming the feature, or the version (also with `unsupported`: its header is unknown).
     """
-    return _Parser(data, file_size, node).parse()
+    return _Parser(data, file_size, node, unsupported).parse()
 
 
 class _Parser:
-    def __init__(self, data: bytes, file_size: int, node: str) -> None:
+    def __init__(self, data: bytes, file_size: int, node: str, unsupported: list[str] | None) -> None:
         self._data = data
         self._file_size = file_size
         self._node = node
+        self._unsupported = unsupported
 
     def _bad(self, name: str, value: object, why: str) -> CorruptImage:
         return CorruptImage(f"header field {name} is {value}: {why}", node=self._node, op="open", hint=_RESTORE)
@@ -211,6 +216,11 @@ class _Parser:
             op="open",
             hint="convert it with 'qemu-img convert'",
         )
+
+    def _refuse(self, feature: str) -> None:
+        if self._unsupported is None:
+            raise self._missing(feature)
+        self._unsupported.append(feature)
 
     def parse(self) -> Header:
         data = self._data
@@ -250,8 +260,9 @@ class _Parser:
             self._parse_v3(header)
         self._parse_extensions(header, name_at)
         self._check_features(header)
+        header.encryption = encryption
         if encryption:
-            raise self._missing(_ENCRYPTION.get(encryption, f"crypt_method {encryption}"))
+            self._refuse(_ENCRYPTION.get(encryption, f"crypt_method {encryption}"))
         self._check_tables(header)
         header.backing_file = self._backing_name(header, name_at, name_length)
         return header
@@ -304,14 +315,14 @@ class _Parser:
                 if unknown >> bit & 1
             ]
         if names:
-            raise self._missing(", ".join(names))
+            self._refuse(", ".join(names))
         if header.refcount_order != 4:
-            raise self._missing(f"refcounts of {1 << header.refcount_order} bits")
+            self._refuse(f"refcounts of {1 << header.refcount_order} bits")
         if bits & Incompatible.COMPRESSION_TYPE:
             if header.compression == Compression.ZLIB:
                 raise self._bad("compression_type", 0, "the feature bit says that it is not zlib")
             if header.compression != Compression.ZSTD:
-                raise self._missing(f"compression type {header.compression}")
+                self._refuse(f"compression type {header.compression}")
         elif header.compression != Compression.ZLIB:
             raise self._bad("compression_type", header.compression, "its feature bit is not set")
 
