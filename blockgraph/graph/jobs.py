@@ -14,6 +14,7 @@ from blockgraph.graph.description import Description, JobDescription
 from blockgraph.graph.model import Model, root_key
 from blockgraph.graph.problem import Problem
 from blockgraph.graph.validate import NODE_NAME
+from blockgraph.perm import Role
 from blockgraph.registry import get_driver
 
 _FILTER = "backup-top"
@@ -60,7 +61,36 @@ def _check(model: Model, job: JobDescription) -> list[Problem]:
         ]
     if job.target == options.device:
         return [Problem(kind=GraphError, message="device and target are the same node", path=f"{job.where}.target")]
+    if options.sync == "top" and _shows(model, job.target or _child(model, options.device, "target"), options.device):
+        return [
+            Problem(
+                kind=GraphError,
+                message=(
+                    f"the target shows the live disk '{options.device}' where nothing is copied: with sync 'top' it "
+                    "would show what the guest writes there later"
+                ),
+                path=f"{job.where}.sync",
+                hint="use sync 'full' or 'none', or give the target another backing node",
+            )
+        ]
     return []
+
+
+def _child(model: Model, name: str, child: str) -> str | None:
+    edge = model.edge(name, child)
+    return None if edge is None else edge.child
+
+
+def _shows(model: Model, target: str | None, device: str) -> bool:
+    """The disk, below its filters, is part of the target."""
+    if target is None or not model.has(target):
+        return False
+    below = model.descendants(target)
+    disk: str | None = device
+    while disk is not None and disk not in below:
+        edges = model.children(disk).values()
+        disk = next((edge.child for edge in edges if edge.role & Role.FILTERED and model.has(edge.child)), None)
+    return disk is not None
 
 
 def _inserts(model: Model, job: JobDescription) -> bool:

@@ -94,6 +94,16 @@ class BackupJob(Job):
                 change.insert(self.filter_name, above=device)
                 self._own_filter = True
             change.attach(self._backend, self.filter_name)
+        top = self._graph.node(self.filter_name).driver
+        assert isinstance(top, BackupTop)
+        if self.options.sync == "top" and top.copy.serialising:
+            # What the top layer does not have is not copied, also not when the guest overwrites it.
+            raise GraphError(
+                f"target '{top.target.node.name}' shows the live disk where nothing is copied: with sync 'top' it "
+                "would show what the guest writes there later",
+                node=device,
+                hint="use sync 'full' or 'none', or give the target another backing node",
+            )
 
     def _check_filter(self, device: str) -> None:
         if not isinstance(self._graph.node(device).driver, BackupTop):

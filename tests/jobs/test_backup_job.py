@@ -26,6 +26,7 @@ from blockgraph.create import create_file
 from blockgraph.errors import BlockGraphError, GraphError, IOFailure, JobError, NodeInUse
 from blockgraph.filters.backup_top import BackupTop
 from blockgraph.filters.inject_error import InjectError
+from blockgraph.graph.load import check_description
 from blockgraph.jobs.backup import BackupJob
 from blockgraph.jobs.job import JobEvent
 from blockgraph.jobs.manager import JobManager
@@ -164,6 +165,35 @@ def test_top_copies_only_what_the_top_layer_has(tmpfs: Path) -> None:
             assert kept[4 * CLUSTER : 5 * CLUSTER] == bytes(CLUSTER)
             assert kept[: 2 * CLUSTER] == b"?" * 2 * CLUSTER
             assert copy.bytes_moved == CLUSTER
+
+    run()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["inserted", "there-already"])
+def test_top_with_a_target_backed_by_the_live_disk_is_refused(tmpfs: Path, own: bool) -> None:
+    @in_loop
+    async def run() -> None:
+        image = str(tmpfs / "target.qcow2")
+        await create_file(image, SIZE, "qcow2", replace=False)
+        file = {"driver": "file", "filename": image}
+        target = {"driver": "qcow2", "node-name": "target", "backing": "disk-bytes", "file": file}
+        disk = {"driver": "delay", "node-name": "disk", "file": "disk-bytes"}
+        async with graph_of(memory("disk-bytes", SIZE), disk, target) as graph:
+            if not own:
+                await graph.insert_filter(top_over(), above="disk")
+            before = sorted(name for name, _ in graph.model.vertices())
+            options = BackupOptions(device="disk", target="target", sync="top")
+            with pytest.raises(GraphError, match="shows the live disk where nothing is copied"):
+                await JobManager(graph).backup(options if own else BackupOptions(device="top", sync="top"))
+            assert sorted(name for name, _ in graph.model.vertices()) == before
+            nodes = [{"driver": "memory", "node-name": "disk-bytes", "size": SIZE}, disk, target]
+            job = {"type": "backup", "device": "disk", "target": "target", "sync": "top"}
+            if not own:
+                nodes.append(top_over())
+                job = {"type": "backup", "device": "top", "sync": "top"}
+            (problem,) = check_description({"nodes": nodes, "jobs": [job]})
+            assert str(problem).startswith("jobs[0].sync: the target shows the live disk")
+            assert not check_description({"nodes": nodes, "jobs": [{**job, "sync": "full"}]})
 
     run()
 
