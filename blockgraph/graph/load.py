@@ -108,7 +108,9 @@ def _examine(source: Source, problems: list[Problem]) -> tuple[Description, list
         known = {(problem.kind, problem.message) for problem in problems}
         problems += [p for p in validate(candidate) if (p.kind, p.message) not in known]
     problems += sizes.check(candidate)
-    if reader.complete:
+    if (
+        not errors(reader.problems) and next(iter(model.dangling()), None) is None
+    ):  # else nodes may seem unused that are not
         problems += unused(model)
     _children_first(reader.description, model)
     return reader.description, placed(source, problems)
@@ -176,13 +178,11 @@ class _Reader:
     Attributes:
         description: what was understood.
         problems: what was not; without places.
-        complete: every node, export and job was understood (else nodes may seem unused that are not).
     """
 
     def __init__(self, source: Source) -> None:
         self.description = Description(source=source)
         self.problems: list[Problem] = []
-        self.complete = True
         self._data = source.data
         directory = source.directory
         self._directory = None if directory is None or str(directory) == "." else os.fspath(directory)
@@ -197,7 +197,6 @@ class _Reader:
             flattener.add(value, path)
         self.problems += flattener.problems
         self.description.nodes = flattener.nodes
-        self.complete &= not any(node.broken for node in flattener.nodes)
         self._exports()
         self._server()
         self._jobs()
@@ -209,14 +208,14 @@ class _Reader:
             elif name not in SECTIONS:
                 near = closest(name, SECTIONS + NOT_YET)
                 self._problem(f"unknown section {quote(name)}", name, closest=near, allowed=SECTIONS)
-                self.complete = False
 
     def _list(self, section: str) -> list[tuple[str, Any]]:
         value = self._data.get(section, [])
         if not isinstance(value, list):
-            example = f"[[{section}]]" if str(self.description.source.file).endswith(".toml") else "a list"
-            self._problem(f"expected a list, found {quote(value)}", section, hint=f"write {example}")
-            self.complete = False
+            suffix = os.path.splitext(self.description.source.file or "")[1]
+            example = {".toml": f"write [[{section}]]", ".json": "write [{...}]", "": None}
+            hint = example.get(suffix, "write '- ' before each item")
+            self._problem(f"expected a list, found {quote(value)}", section, hint=hint)
             return []
         return [(f"{section}[{index}]", item) for index, item in enumerate(value)]
 
@@ -228,11 +227,26 @@ class _Reader:
         self._unnamed += 1
         return name
 
-    def _typed(self, value: Any, path: str, kinds: Mapping[str, Any], what: str) -> Any:
-        """The structure that `type` asks for; None, and a problem told, when there is none."""
+    def _typed(self, value: Any, path: str, kinds: Mapping[str, Any], what: str, references: tuple[str, ...]) -> Any:
+        """The structure that `type` asks for; None, and problems told, when there is none.
+
+        Args:
+            references: members that name nodes. Those of a structure go into the model, which tells the ones that
+                dangle; without a structure they are told here.
+        """
+        options = self._converted(value, path, kinds, what)
+        if options is None and isinstance(value, dict):
+            names = {node.name for node in self.description.nodes}
+            for member in references:
+                name = value.get(member)
+                if isinstance(name, str) and name not in names:
+                    message = f"{what} refers to node {quote(name)}, which does not exist"
+                    self._problem(message, join(path, member), value=name, closest=closest(name, names))
+        return options
+
+    def _converted(self, value: Any, path: str, kinds: Mapping[str, Any], what: str) -> Any:
         if not isinstance(value, dict):
             self._problem(f"expected a table, found {quote(value)}", path)
-            self.complete = False
             return None
         kind = value.get("type")
         if not isinstance(kind, str) or kind not in kinds:
@@ -240,18 +254,16 @@ class _Reader:
             missing = "type" not in value
             message = f"member 'type' of {what} is missing" if missing else f"unknown type of {what}: {quote(kind)}"
             self._problem(message, join(path, "type"), value=kind, closest=near, allowed=tuple(kinds))
-            self.complete = False
             return None
         options, problems = convert(kinds[kind], value, path, f"{what} '{kind}'")
         self.problems += problems
-        self.complete &= options is not None
         return options
 
     def _exports(self) -> None:
         ids: dict[str, str] = {}
         names: dict[str, str] = {}
         for path, value in self._list("exports"):
-            options = self._typed(value, path, EXPORTS, "export")
+            options = self._typed(value, path, EXPORTS, "export", ("node-name",))
             if options is None or not self._unique(ids, options.id, path, "id", "export id"):
                 continue
             self._unique(names, options.export_name, path, "name", "NBD export name")
@@ -272,11 +284,15 @@ class _Reader:
     def _server(self) -> None:
         section = "nbd-server"
         if section not in self._data:
-            if self.description.exports and self.complete:
-                owner = self.description.exports[0]
+            listed = self._list("exports")
+            served = [
+                (path, item) for path, item in listed if isinstance(item, dict) and item.get("type") in tuple(EXPORTS)
+            ]
+            if served and not any(closest(name, [section]) for name in self._data if name not in SECTIONS):
+                path, item = served[0]
                 self._problem(
-                    f"section '{section}' is missing, export '{owner.options.id}' needs one",
-                    owner.where,
+                    f"section '{section}' is missing, export {quote(item.get('id'))} needs one",
+                    path,
                     hint=f'add {section} with addr = {{type = "unix", path = "..."}}',
                 )
             return
@@ -299,11 +315,10 @@ class _Reader:
             if isinstance(target, dict):
                 inner.add(target, join(path, "target"), inline=True)
                 self.problems += inner.problems
-                self.complete &= not any(node.broken for node in inner.nodes)
                 if inner.nodes:
                     value = {**value, "target": inner.nodes[0].description}
                     target = inner.nodes[0].name
-            options = self._typed(value, path, JOBS, "job")
+            options = self._typed(value, path, JOBS, "job", ("device", "target"))
             if options is None:
                 continue
             job_id = options.job_id or options.device

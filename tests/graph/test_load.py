@@ -225,7 +225,7 @@ def test_node_problem_alone_is_told_once_with_its_path(name: str) -> None:
 SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "section-unknown": ({"node": []}, "node: unknown section 'node'; did you mean 'nodes'?"),
     "section-not-yet": ({"bitmaps": []}, "bitmaps: section 'bitmaps' is not available yet; remove it"),
-    "section-type": ({"exports": {}}, "exports: expected a list, found a table; write a list"),
+    "section-type": ({"exports": {}}, "exports: expected a list, found a table"),
     "export-type": (
         {"exports": [{"type": "nbt", "id": "x", "node-name": "m"}]},
         "exports[0].type: unknown type of export: 'nbt'; did you mean 'nbd'?",
@@ -233,7 +233,7 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "export-type-missing": ({"exports": [{"id": "x"}]}, "exports[0].type: member 'type' of export is missing"),
     "export-not-a-table": ({"exports": [3]}, "exports[0]: expected a table, found 3"),
     "export-id-missing": (
-        {"exports": [{"type": "nbd", "node-name": "m"}]},
+        {"exports": [{"type": "nbd", "node-name": "m"}], "nbd-server": SERVER},
         "exports[0].id: member 'id' of export 'nbd' is missing; 'id' is a string",
     ),
     "export-map-small": (
@@ -354,6 +354,8 @@ def test_many_problems_in_one_file_are_all_told_in_order(tmp_path: Path) -> None
         "g.toml:16:1: nodes[2].targett.size: member 'size' of driver 'memory' is missing; "
         "'size' is an integer of at least 0",
         "g.toml:17:7: nodes[2].cache.dirct: unknown member 'dirct' of 'cache'; did you mean 'direct'?",
+        "g.toml:19:1: exports[0]: section 'nbd-server' is missing, export 'guest' needs one; "
+        'add nbd-server with addr = {type = "unix", path = "..."}',
         "g.toml:22:1: exports[0].node-name: export 'guest' refers to node 'top', which does not exist; "
         "did you mean '1top'?",
         "g.toml:23:1: exports[0].writable: expected true or false, found 1",
@@ -385,7 +387,7 @@ def test_syntax_error_is_the_only_problem(tmp_path: Path) -> None:
 
 def test_load_raises_the_first_problem_and_counts_the_others(tmp_path: Path) -> None:
     (tmp_path / "g.toml").write_text(MANY)
-    with pytest.raises(OptionError, match=r"g\.toml:5:9: nodes\[0\]\.file\.driver: .*'file'\? \(and 10 more;"):
+    with pytest.raises(OptionError, match=r"g\.toml:5:9: nodes\[0\]\.file\.driver: .*'file'\? \(and 11 more;"):
         load(tmp_path / "g.toml")
 
 
@@ -470,6 +472,42 @@ def test_job_beside_a_writer_of_the_same_device_is_no_conflict() -> None:
         jobs=[{"type": "backup", "device": "disk", "sync": "full", "target": MEMORY}],
     )
     assert told == []
+
+
+def test_references_of_exports_and_jobs_with_other_errors_are_told_too() -> None:
+    nodes = [{**MEMORY, "node-name": "disk"}]
+    exports = [{"type": "nbdd", "id": "a", "node-name": "dsik"}, {"type": "nbd", "node-name": "disc"}]
+    jobs = [{"type": "backup", "device": "dissk", "target": "nowhere", "sync": "al"}, {"type": [], "device": 1}]
+    told = [str(problem) for problem in check_description({"nodes": nodes, "exports": exports, "jobs": jobs})]
+    for wanted in (
+        "exports[0].type: unknown type of export: 'nbdd'; did you mean 'nbd'?",
+        "exports[0].node-name: export refers to node 'dsik', which does not exist; did you mean 'disk'?",
+        "exports[1].id: member 'id' of export 'nbd' is missing; 'id' is a string",
+        "exports[1].node-name: export refers to node 'disc', which does not exist; did you mean 'disk'?",
+        "exports[1]: section 'nbd-server' is missing, export null needs one; "
+        'add nbd-server with addr = {type = "unix", path = "..."}',
+        "jobs[0].device: job refers to node 'dissk', which does not exist; did you mean 'disk'?",
+        "jobs[0].target: job refers to node 'nowhere', which does not exist",
+        "jobs[0].sync: expected 'full', 'none' or 'top', found 'al'; allowed: full, none, top",
+        "jobs[1].type: unknown type of job: a list; allowed: backup",
+    ):
+        assert wanted in told
+        told.remove(wanted)
+    assert told == []  # a node that misspelt references mean is not told to be unused
+
+
+@pytest.mark.parametrize(
+    "syntax, text, hint",
+    [("toml", "nodes = 5", "write [[nodes]]"), ("json", '{"nodes": 5}', "write [{...}]"), ("yaml", "nodes: 5", "'- '")],
+)
+def test_section_that_is_no_list_is_told_how_lists_are_written(
+    tmp_path: Path, syntax: str, text: str, hint: str
+) -> None:
+    path = tmp_path / f"g.{syntax}"
+    path.write_text(text)
+    (problem,) = check_description(path)
+    assert problem.hint is not None
+    assert hint in problem.hint
 
 
 def test_unused_node_is_a_warning() -> None:
