@@ -16,6 +16,11 @@
 #define SEND_AT (128 << 10)
 /* After a write at least this long, its like is expected, and its payload not received behind its header. */
 #define LONG_WRITE (32 << 10)
+/*
+ * A write at least this long is left to the pool when more input is here: the next payload is received meanwhile, else the
+ * client would find its socket full, and go to sleep. Shorter ones are done before another thread would have woken.
+ */
+#define OVERLAP_WRITE (128 << 10)
 
 /* So many more faults than hits, and Python's thread serves the connection itself; so many more hits, and it does not. */
 #define MISSES 32
@@ -117,7 +122,7 @@ static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
         return false;
     r->base.buf = conn->input + conn->start + BG_NBD_HEADER;
     r->base.kind = header->flags & BG_NBD_FUA ? BG_REQUEST_OTHER : BG_REQUEST_WRITE;
-    enum bg_request_outcome outcome = bg_request_try(&r->base);
+    enum bg_request_outcome outcome = bg_request_try(&r->base, conn->longest);
     if (outcome != BG_REQUEST_DONE) {
         const void *payload = r->base.buf;
         conn->requests--;
@@ -133,7 +138,7 @@ static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
         memcpy(r->buffer, payload, header->length);
         /* It may have missed for the alignment of its memory only. */
         if (outcome == BG_REQUEST_FAULTS)
-            outcome = bg_request_try(&r->base);
+            outcome = bg_request_try(&r->base, conn->longest);
     }
     conn->start += BG_NBD_HEADER + header->length;
     go_on(r, outcome);
@@ -188,7 +193,7 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
         conn->have = 0;
     } else {
         r->base.kind = header->command == BG_NBD_READ ? BG_REQUEST_READ : BG_REQUEST_CACHE;
-        go_on(r, bg_request_try(&r->base));
+        go_on(r, bg_request_try(&r->base, conn->longest));
     }
     return true;
 }
@@ -207,7 +212,8 @@ static bool take_payload(bg_nbd_conn *conn)
         return false;
     conn->writing = NULL;
     r->base.kind = r->base.flags & BG_NBD_FUA ? BG_REQUEST_OTHER : BG_REQUEST_WRITE;
-    go_on(r, bg_request_try(&r->base));
+    bool overlaps = r->base.length >= OVERLAP_WRITE && conn->end > conn->start;
+    go_on(r, bg_request_try(&r->base, overlaps ? OVERLAP_WRITE - 1 : conn->longest));
     return true;
 }
 

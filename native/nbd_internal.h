@@ -71,6 +71,7 @@ struct bg_nbd_conn {
     uint32_t interest; /* of epoll in it */
     bool by_caller;    /* bg_nbd_poll serves it, not its thread */
     int misses;        /* faults less hits, of late */
+    uint32_t longest;  /* requests with more bytes go to the pool */
 
     _Atomic(nbd_request *) posted; /* completed by other threads, newest first */
     atomic_uint wanted;

@@ -45,7 +45,7 @@ void nbd_unwatch(bg_nbd_conn *conn)
 static int watch_first(bg_nbd_conn *conn, bool by_caller)
 {
     conn->by_caller = by_caller;
-    conn->source.longest = by_caller ? CALLER_LONGEST : UINT32_MAX;
+    conn->longest = by_caller ? CALLER_LONGEST : UINT32_MAX;
     struct epoll_event event = {.events = conn->interest, .data.ptr = conn};
     return epoll_ctl(epoll_of(conn), EPOLL_CTL_ADD, conn->fd, &event) < 0 ? -errno : 0;
 }
@@ -129,6 +129,8 @@ static int start_thread(bg_nbd_loop *loop, nbd_thread *thread)
     }
     pthread_mutex_init(&thread->lock, NULL);
     int ret = -pthread_create(&thread->thread, NULL, run, thread);
+    if (ret == 0)
+        pthread_setname_np(thread->thread, "bg-nbd");
     if (ret < 0) {
         close(thread->wakeup);
         close(thread->epoll);

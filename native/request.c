@@ -161,7 +161,7 @@ static int64_t transfer_now(const bg_map_request *found, char *buf)
     return ret;
 }
 
-enum bg_request_outcome bg_request_try(bg_request *request)
+enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
 {
     bg_map *map = request->source->map;
     if (!map || request->kind == BG_REQUEST_OTHER)
@@ -175,7 +175,7 @@ enum bg_request_outcome bg_request_try(bg_request *request)
         return BG_REQUEST_BLOCKS;
     if (ret != 0)
         return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
-    bool blocks = request->kind == BG_REQUEST_CACHE || request->length > request->source->longest;
+    bool blocks = request->kind == BG_REQUEST_CACHE || request->length > longest;
     int64_t done = blocks ? -EAGAIN : transfer_now(&found, request->buf);
     bg_map_end(map, &found, !blocks);
     if (done == -EAGAIN)

@@ -57,8 +57,7 @@ typedef struct bg_source {
     bg_faults *faults;
     int64_t id; /* its name in faults */
     void (*done)(bg_request *request);
-    uint32_t step;    /* of BG_REQUEST_CACHE */
-    uint32_t longest; /* longer requests are not tried at once */
+    uint32_t step; /* of BG_REQUEST_CACHE */
 } bg_source;
 
 struct bg_request {
@@ -75,8 +74,8 @@ struct bg_request {
 
 enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS };
 
-/* Do it now, if that needs no waiting. The range has been checked against the size of the disk. */
-enum bg_request_outcome bg_request_try(bg_request *request);
+/* Do it now, if that needs no waiting and it has no more than `longest` bytes. The range is one of the disk. */
+enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest);
 
 /* Do it on the pool; what turns out to be a fault there is posted. */
 void bg_request_submit(bg_request *request);

@@ -137,8 +137,11 @@ class NbdServerOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unkn
         addr: where it listens.
         tls_creds: encrypts; None: no TLS.
         max_connections: at once; further clients wait until one leaves; 0: no limit.
+        threads: native ones that serve the connections in the clear, each its share of them; 0: the graph's thread
+            serves them, as it does TLS. None: one for each processor the process may use, at most 8.
     """
 
     addr: UnixAddress | InetAddress
     tls_creds: TlsCredentials | None = None
     max_connections: Annotated[int, msgspec.Meta(ge=0)] = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=64)] | None = None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import ssl
 import struct
@@ -36,6 +37,9 @@ from blockgraph.native.nbd_loop import NbdLoop, NbdStats
 
 _log = logging.getLogger(__name__)
 
+#: More would take turns at the memory bus.
+_MOST_THREADS = 8
+
 
 class NbdServer:
     """Serves exports. Use it from one event loop: that of the graph.
@@ -43,7 +47,8 @@ class NbdServer:
     Args:
         tls: context of the server side; None: no TLS.
         tls_required: clients without TLS are refused.
-        threads: native ones that serve connections in the clear; 0: the event loop serves them, as it does TLS.
+        threads: native ones that serve connections in the clear; 0: the event loop serves them, as it does TLS;
+            None: one for each processor that this process may use, at most 8.
         max_connections: at once; further clients wait until one leaves; 0: no limit.
         handshake_timeout: a client that has not chosen an export by then is disconnected, seconds.
         close_timeout: how long requests in flight and their replies may take when the server closes, seconds.
@@ -54,7 +59,7 @@ class NbdServer:
         *,
         tls: ssl.SSLContext | None = None,
         tls_required: bool = False,
-        threads: int = 1,
+        threads: int | None = None,
         max_connections: int = 0,
         handshake_timeout: float = 30.0,
         close_timeout: float = 10.0,
@@ -66,7 +71,7 @@ class NbdServer:
         self._close_timeout = close_timeout
         self._exports = ExportTable()
         self._pool = BufferPool()
-        self._threads = threads
+        self._threads = _processors() if threads is None else threads
         self._native: NbdLoop | None = None
         self._listeners: list[Listener] = []
         self._connections: set[_Connection] = set()
@@ -317,6 +322,10 @@ def _peer_name(sock: socket.socket) -> str:
     return f"{address[0]}:{address[1]}"
 
 
+def _processors() -> int:
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+
+
 async def start_server(options: NbdServerOptions) -> NbdServer:
     """The server of a graph's `nbd-server` section, listening.
 
@@ -328,6 +337,7 @@ async def start_server(options: NbdServerOptions) -> NbdServer:
         tls=None if credentials is None else server_context(credentials),
         tls_required=credentials is not None and credentials.required,
         max_connections=options.max_connections,
+        threads=options.threads,
     )
     if isinstance(options.addr, UnixAddress):
         await server.listen_unix(options.addr.path)
