@@ -26,6 +26,7 @@ static inline uint64_t next_random(uint64_t *state)
 }
 
 void test_bitmap(void);
+void test_copier(void);
 void test_copy(void);
 void test_extent_map(void);
 void test_extent_map_threads(void);

@@ -1,0 +1,456 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "copier.h"
+
+#include "zero.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define STEP ((int64_t)256 << 10) /* most bytes moved at a time: what the processor's cache keeps */
+#define SPARE_BUFFERS 16
+#define BUFFER_ALIGNMENT 4096
+#define FEW_PIECES 16
+
+enum kind { NATIVE, PYTHON, FROZEN };
+
+typedef struct range {
+    struct range *next, **back;
+    int64_t start, end;
+    int64_t number; /* 0 for NATIVE, which are on their thread's stack */
+    enum kind kind;
+} range;
+
+struct bg_copier {
+    bg_bitmap *todo, *done;
+    bg_map *source, *target;
+    int64_t size, cluster, step;
+    int eventfd;
+    pthread_mutex_t lock;
+    pthread_cond_t ended; /* a native claim */
+    range *first;
+    int64_t last_number;
+    enum bg_copier_mode mode;
+    bool watched;
+    bg_copier_stats stats;
+    void *spare[SPARE_BUFFERS];
+    int spares;
+};
+
+struct bg_copier_link {
+    bg_map_copier hook; /* first: the map knows this */
+    bg_copier *copier;
+    int64_t shift;
+};
+
+int bg_copier_new(bg_bitmap *todo, bg_bitmap *done, bg_map *source, bg_map *target, bg_copier **out)
+{
+    int64_t size = bg_bitmap_size(todo), cluster = bg_bitmap_granularity(todo);
+    if (bg_bitmap_size(done) != size || bg_bitmap_granularity(done) != cluster || bg_map_size(source) != size ||
+        bg_map_size(target) != size)
+        return -EINVAL;
+    bg_copier *c = calloc(1, sizeof(*c));
+    if (!c)
+        return -ENOMEM;
+    c->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (c->eventfd < 0) {
+        int ret = -errno;
+        free(c);
+        return ret;
+    }
+    c->todo = todo;
+    c->done = done;
+    c->source = source;
+    c->target = target;
+    c->size = size;
+    c->cluster = cluster;
+    c->step = cluster < STEP ? cluster : STEP;
+    pthread_mutex_init(&c->lock, NULL);
+    pthread_cond_init(&c->ended, NULL);
+    *out = c;
+    return 0;
+}
+
+int bg_copier_free(bg_copier *c)
+{
+    if (!c)
+        return 0;
+    if (c->first)
+        return -EBUSY;
+    while (c->spares)
+        free(c->spare[--c->spares]);
+    close(c->eventfd);
+    pthread_cond_destroy(&c->ended);
+    pthread_mutex_destroy(&c->lock);
+    free(c);
+    return 0;
+}
+
+void bg_copier_set_mode(bg_copier *c, int mode)
+{
+    pthread_mutex_lock(&c->lock);
+    c->mode = (enum bg_copier_mode)mode;
+    pthread_mutex_unlock(&c->lock);
+}
+
+/* The rest of the file up to the links runs under the lock where it takes none itself. */
+
+static void enlist(bg_copier *c, range *r)
+{
+    r->next = c->first;
+    r->back = &c->first;
+    if (r->next)
+        r->next->back = &r->next;
+    c->first = r;
+}
+
+static void delist(range *r)
+{
+    *r->back = r->next;
+    if (r->next)
+        r->next->back = r->back;
+}
+
+static range *enlist_new(bg_copier *c, enum kind kind, int64_t start, int64_t end)
+{
+    range *r = malloc(sizeof(*r));
+    if (!r)
+        return NULL;
+    *r = (range){.start = start, .end = end, .number = ++c->last_number, .kind = kind};
+    enlist(c, r);
+    return r;
+}
+
+static range *delist_number(bg_copier *c, enum kind kind, int64_t number)
+{
+    range *r = c->first;
+    while (r && (r->number != number || r->kind != kind))
+        r = r->next;
+    if (r)
+        delist(r);
+    return r;
+}
+
+static bool touches(const range *r, int64_t start, int64_t end)
+{
+    return r->start < end && start < r->end;
+}
+
+static const range *frozen_in(const bg_copier *c, int64_t start, int64_t end)
+{
+    for (const range *r = c->first; r; r = r->next)
+        if (r->kind == FROZEN && touches(r, start, end))
+            return r;
+    return NULL;
+}
+
+/* One that only Python can wait for, if there is one. */
+static const range *claim_in(const bg_copier *c, int64_t start, int64_t end)
+{
+    const range *found = NULL;
+    for (const range *r = c->first; r; r = r->next)
+        if (r->kind != FROZEN && touches(r, start, end)) {
+            found = r;
+            if (r->kind == PYTHON)
+                break;
+        }
+    return found;
+}
+
+static bool range_ok(const bg_copier *c, int64_t offset, int64_t end)
+{
+    return offset >= 0 && offset <= end && end <= c->size;
+}
+
+static bool clusters_ok(const bg_copier *c, int64_t offset, int64_t end)
+{
+    return range_ok(c, offset, end) && offset % c->cluster == 0 && (end % c->cluster == 0 || end == c->size);
+}
+
+int64_t bg_copier_take(bg_copier *c, int64_t offset, int64_t end, int64_t max_length, bg_bitmap_extent *out)
+{
+    pthread_mutex_lock(&c->lock);
+    int64_t ret = bg_bitmap_take(c->todo, offset, end, max_length, out);
+    if (ret == 1) {
+        const range *r = enlist_new(c, PYTHON, out->start, out->end);
+        ret = r ? r->number : -ENOMEM;
+        if (!r)
+            bg_bitmap_set(c->todo, out->start, out->end - out->start);
+    }
+    pthread_mutex_unlock(&c->lock);
+    return ret;
+}
+
+int bg_copier_finish(bg_copier *c, int64_t number, int copied)
+{
+    pthread_mutex_lock(&c->lock);
+    range *r = delist_number(c, PYTHON, number);
+    if (r && !copied)
+        bg_bitmap_set(c->todo, r->start, r->end - r->start);
+    pthread_mutex_unlock(&c->lock);
+    free(r);
+    return r ? 0 : -ENOENT;
+}
+
+int bg_copier_pending(bg_copier *c, int64_t offset, int64_t end)
+{
+    bg_bitmap_extent run;
+    pthread_mutex_lock(&c->lock);
+    int ret = bg_bitmap_next_dirty(c->todo, offset, end, BG_BITMAP_NO_LIMIT, &run);
+    if (ret == 0)
+        ret = claim_in(c, offset, end) != NULL;
+    pthread_mutex_unlock(&c->lock);
+    return ret;
+}
+
+int64_t bg_copier_claimed(bg_copier *c, int64_t offset, int64_t end)
+{
+    pthread_mutex_lock(&c->lock);
+    const range *r = claim_in(c, offset, end);
+    int64_t ret = !r ? 0 : r->kind == PYTHON ? r->number : -1;
+    pthread_mutex_unlock(&c->lock);
+    return ret;
+}
+
+int bg_copier_watch(bg_copier *c, int64_t offset, int64_t end)
+{
+    pthread_mutex_lock(&c->lock);
+    int ret = 0;
+    for (const range *r = c->first; r && !ret; r = r->next)
+        ret = r->kind == NATIVE && touches(r, offset, end);
+    if (ret)
+        c->watched = true;
+    pthread_mutex_unlock(&c->lock);
+    return ret;
+}
+
+int bg_copier_eventfd(const bg_copier *c)
+{
+    return c->eventfd;
+}
+
+void bg_copier_acknowledge(bg_copier *c)
+{
+    eventfd_t ignored;
+    eventfd_read(c->eventfd, &ignored);
+}
+
+int64_t bg_copier_freeze(bg_copier *c, int64_t offset, int64_t length)
+{
+    if (length < 0 || !range_ok(c, offset, offset + length))
+        return -EINVAL;
+    bg_bitmap_extent run;
+    pthread_mutex_lock(&c->lock);
+    int64_t ret = bg_bitmap_next_dirty(c->done, offset, offset + length, BG_BITMAP_NO_LIMIT, &run) == 1 ? 0 : -ENOMEM;
+    if (ret < 0) {
+        const range *r = enlist_new(c, FROZEN, offset, offset + length);
+        ret = r ? r->number : ret;
+    }
+    pthread_mutex_unlock(&c->lock);
+    return ret;
+}
+
+int bg_copier_thaw(bg_copier *c, int64_t number)
+{
+    pthread_mutex_lock(&c->lock);
+    range *r = delist_number(c, FROZEN, number);
+    pthread_mutex_unlock(&c->lock);
+    free(r);
+    return r ? 0 : -ENOENT;
+}
+
+int bg_copier_release(bg_copier *c, int64_t offset, int64_t end)
+{
+    if (!clusters_ok(c, offset, end))
+        return -EINVAL;
+    int ret = 1;
+    pthread_mutex_lock(&c->lock);
+    for (int64_t at = offset, stop; at < end; at = stop) {
+        const range *frozen = frozen_in(c, at, end);
+        int64_t clear = frozen ? frozen->start - frozen->start % c->cluster : end;
+        /* Of several frozen ranges any may come first. */
+        while (clear > at && (frozen = frozen_in(c, at, clear)))
+            clear = frozen->start - frozen->start % c->cluster;
+        if (clear > at) {
+            bg_bitmap_set(c->done, at, clear - at);
+            stop = clear;
+        } else {
+            ret = 0;
+            stop = at + c->cluster < end ? at + c->cluster : end;
+        }
+    }
+    pthread_mutex_unlock(&c->lock);
+    return ret;
+}
+
+void bg_copier_get_stats(bg_copier *c, bg_copier_stats *out)
+{
+    pthread_mutex_lock(&c->lock);
+    *out = c->stats;
+    pthread_mutex_unlock(&c->lock);
+}
+
+static void *get_buffer(bg_copier *c)
+{
+    pthread_mutex_lock(&c->lock);
+    void *buf = c->spares ? c->spare[--c->spares] : NULL;
+    pthread_mutex_unlock(&c->lock);
+    size_t size = (size_t)(c->step + BUFFER_ALIGNMENT - 1) / BUFFER_ALIGNMENT * BUFFER_ALIGNMENT;
+    return buf ? buf : aligned_alloc(BUFFER_ALIGNMENT, size);
+}
+
+/* With the lock held. */
+static void give_buffer(bg_copier *c, void *buf)
+{
+    if (c->spares < SPARE_BUFFERS)
+        c->spare[c->spares++] = buf;
+    else
+        free(buf);
+}
+
+/* Whether a copy has a chance; the map may change its mind later. */
+static bool is_mapped(const bg_copier *c, int64_t at)
+{
+    bg_map_extent e;
+    return bg_map_find(c->source, at, &e) && bg_map_find(c->target, at, &e) &&
+           e.flags & (BG_MAP_WRITABLE | BG_MAP_ALLOCATE);
+}
+
+/* Whether the target is known to read as zeroes, without reading it. */
+static bool reads_zero(bg_map *map, int64_t offset, int64_t length)
+{
+    bg_map_piece pieces[FEW_PIECES];
+    bg_map_request request;
+    if (bg_map_begin(map, offset, length, NULL, 0, pieces, FEW_PIECES, &request) != 0)
+        return false;
+    bool zero = true;
+    for (int i = 0; i < request.count && zero; i++) {
+        const bg_map_piece *p = &pieces[i];
+        if (p->fd >= 0) {
+            off_t data = lseek(p->fd, p->storage_offset, SEEK_DATA);
+            zero = data < 0 ? errno == ENXIO : data >= p->storage_offset + p->length;
+        }
+    }
+    bg_map_end(map, &request, 0);
+    return zero;
+}
+
+/* 0 and in *moved how many bytes had to be written; or a miss, or it failed. */
+static int copy_range(bg_copier *c, int64_t start, int64_t end, int64_t *moved)
+{
+    void *buf = is_mapped(c, start) ? get_buffer(c) : NULL;
+    if (!buf)
+        return BG_MAP_MISS;
+    int ret = 0;
+    for (int64_t at = start, n; at < end && ret == 0; at += n) {
+        n = end - at < c->step ? end - at : c->step;
+        ret = bg_map_pread(c->source, at, buf, n);
+        if (ret == 0 && !(bg_is_zero(buf, (size_t)n) && reads_zero(c->target, at, n))) {
+            ret = bg_map_pwrite(c->target, at, buf, n);
+            *moved += n;
+        }
+    }
+    pthread_mutex_lock(&c->lock);
+    give_buffer(c, buf);
+    pthread_mutex_unlock(&c->lock);
+    return ret;
+}
+
+/* With the lock held, which it gives up meanwhile. The run's bits are set. */
+static int copy_run(bg_copier *c, const bg_bitmap_extent *run)
+{
+    range claim = {.start = run->start, .end = run->end, .kind = NATIVE};
+    int64_t moved = 0;
+    bg_bitmap_reset(c->todo, run->start, run->end - run->start);
+    enlist(c, &claim);
+    pthread_mutex_unlock(&c->lock);
+    int ret = copy_range(c, run->start, run->end, &moved);
+    pthread_mutex_lock(&c->lock);
+    delist(&claim);
+    if (ret != 0) {
+        bg_bitmap_set(c->todo, run->start, run->end - run->start);
+    } else {
+        c->stats.copied += run->end - run->start;
+        c->stats.moved += moved;
+    }
+    if (c->watched) {
+        c->watched = false;
+        eventfd_write(c->eventfd, 1);
+    }
+    pthread_cond_broadcast(&c->ended);
+    return ret;
+}
+
+/* With the lock held: 0 once [start, end) may be overwritten. */
+static int make_done(bg_copier *c, int64_t start, int64_t end)
+{
+    for (;;) {
+        bg_bitmap_extent run;
+        if (c->mode != BG_COPIER_ON)
+            return c->mode == BG_COPIER_BROKEN ? 0 : BG_MAP_MISS;
+        const range *claim = claim_in(c, start, end);
+        if (claim && claim->kind == PYTHON)
+            return BG_MAP_MISS;
+        if (bg_bitmap_next_dirty(c->todo, start, end, BG_BITMAP_NO_LIMIT, &run) == 1) {
+            if (copy_run(c, &run) != 0)
+                return BG_MAP_MISS;
+        } else if (claim) {
+            pthread_cond_wait(&c->ended, &c->lock);
+        } else {
+            break;
+        }
+    }
+    if (frozen_in(c, start, end))
+        return BG_MAP_MISS;
+    bg_bitmap_set(c->done, start, end - start);
+    return 0;
+}
+
+static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length)
+{
+    const bg_copier_link *link = (const bg_copier_link *)hook;
+    bg_copier *c = link->copier;
+    int64_t start = offset - link->shift, end = start + length;
+    if (start < 0 || end > c->size)
+        return BG_MAP_MISS;
+    start -= start % c->cluster;
+    end += (c->cluster - end % c->cluster) % c->cluster;
+    end = end < c->size ? end : c->size;
+    pthread_mutex_lock(&c->lock);
+    int ret = make_done(c, start, end);
+    if (ret != 0)
+        c->stats.refused++;
+    pthread_mutex_unlock(&c->lock);
+    if (ret != 0)
+        return ret;
+    /* The map may show a part of the disk only. */
+    int64_t from = start + link->shift, to = end + link->shift, size = bg_map_size(map);
+    from = from > 0 ? from : 0;
+    to = to < size ? to : size;
+    return bg_map_copied(map, from, to - from);
+}
+
+int bg_copier_link_new(bg_copier *copier, int64_t shift, bg_copier_link **out)
+{
+    bg_copier_link *link = malloc(sizeof(*link));
+    if (!link)
+        return -ENOMEM;
+    *link = (bg_copier_link){{copy}, copier, shift};
+    *out = link;
+    return 0;
+}
+
+void bg_copier_link_free(bg_copier_link *link)
+{
+    free(link);
+}
+
+bg_map_copier *bg_copier_link_hook(bg_copier_link *link)
+{
+    return &link->hook;
+}

@@ -1,0 +1,98 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * Copy before write: who copies which cluster, and the copies that guest writes need, made on the thread of the write.
+ *
+ *     guest write, COPY ──► the map's bg_copier_link ──┐
+ *                                                      ├──► bg_copier: todo, done, claims ──► source map ──► target map
+ *     Python: loop of a job, slow guest writes ────────┘
+ *
+ * `todo` has a bit for every cluster still to be copied, `done` for every one that the guest may overwrite. Whoever copies
+ * takes a *claim*: its bits in todo are cleared in the same step, and set again when the copy fails. Who finds
+ * a claim of a native write waits for it; one of Python's makes a native write a miss, because only Python can say when it ends.
+ * A *frozen* range is being read at the source for somebody who wants the old bytes: none of its clusters becomes done
+ * in a native write.
+ *
+ * Units:     bytes; a cluster is the bitmaps' granularity, the last may end at the disk's end.
+ * Ownership: bitmaps and maps are borrowed and must outlive the copier, the copier its links. A link must outlive its use
+ *            in a map (see bg_map_set_copier).
+ * Errno:     0, a count or a number; else -EINVAL (range or alignment), -ENOMEM, -EBUSY, -ENOENT.
+ * Threads:   all functions but those that free, from any thread. Only copies wait, and only for other native copies.
+ */
+#ifndef BG_COPIER_H
+#define BG_COPIER_H
+
+#include "bitmap.h"
+#include "extent_map.h"
+
+#include <stdint.h>
+
+/* cffi:begin */
+typedef struct bg_copier bg_copier;
+typedef struct bg_copier_link bg_copier_link;
+
+typedef struct {
+    int64_t copied; /* bytes of clusters done by native writes */
+    int64_t moved;  /* of these, read and written; the rest were zeroes that the target had already */
+    int64_t refused; /* native writes that were left to Python */
+} bg_copier_stats;
+
+enum bg_copier_mode {
+    BG_COPIER_OFF, /* native writes that need a copy are misses */
+    BG_COPIER_ON,
+    BG_COPIER_BROKEN /* nobody needs the old bytes any more: writes go on without a copy */
+};
+
+/* The bitmaps are of one size and granularity, which the maps' disks have too (-EINVAL). Begins OFF. */
+int bg_copier_new(bg_bitmap *todo, bg_bitmap *done, bg_map *source, bg_map *target, bg_copier **out);
+
+/* -EBUSY while there are claims or frozen ranges. */
+int bg_copier_free(bg_copier *copier);
+
+void bg_copier_set_mode(bg_copier *copier, int mode);
+
+/* For maps in which the copier's byte 0 is at `shift`. */
+int bg_copier_link_new(bg_copier *copier, int64_t shift, bg_copier_link **out);
+void bg_copier_link_free(bg_copier_link *link);
+bg_map_copier *bg_copier_link_hook(bg_copier_link *link);
+
+/*
+ * Claim the first run of todo in [offset, end), as bg_bitmap_take. Returns its number (> 0) and the run in *out, or 0: there is
+ * none.
+ */
+int64_t bg_copier_take(bg_copier *copier, int64_t offset, int64_t end, int64_t max_length, bg_bitmap_extent *out);
+
+/* End a claim of bg_copier_take. Not `copied`: its bits are set again. */
+int bg_copier_finish(bg_copier *copier, int64_t number, int copied);
+
+/* 1 when some of [offset, end) is not copied yet, or is being copied. */
+int bg_copier_pending(bg_copier *copier, int64_t offset, int64_t end);
+
+/* A claim that touches [offset, end): its number, -1: a native write's, 0: none. */
+int64_t bg_copier_claimed(bg_copier *copier, int64_t offset, int64_t end);
+
+/*
+ * For event loops: 1 when a native write has a claim that touches [offset, end), and the eventfd becomes readable when some
+ * native claim has ended, 0 when there is none. bg_copier_acknowledge makes it unreadable.
+ */
+int bg_copier_watch(bg_copier *copier, int64_t offset, int64_t end);
+int bg_copier_eventfd(const bg_copier *copier);
+void bg_copier_acknowledge(bg_copier *copier);
+
+/*
+ * Freeze [offset, offset + length), any alignment, for a read of old bytes: returns a number (> 0) for bg_copier_thaw, or 0: the
+ * guest may have overwritten some of it.
+ */
+int64_t bg_copier_freeze(bg_copier *copier, int64_t offset, int64_t length);
+int bg_copier_thaw(bg_copier *copier, int64_t number);
+
+/*
+ * Mark clusters that are copied as done, except where a range is frozen (whole clusters; end may be the disk's end). Returns
+ * 1 when all of them are done now, else 0.
+ */
+int bg_copier_release(bg_copier *copier, int64_t offset, int64_t end);
+
+void bg_copier_get_stats(bg_copier *copier, bg_copier_stats *out);
+/* cffi:end */
+
+#endif

@@ -1,0 +1,280 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * Copy before write: what one copier does step by step, then guests that write through two maps while a job copies and
+ * somebody reads the old bytes. The source starts as OLD everywhere, guests write NEW: the target has to end up all OLD, and
+ * a read under a frozen range has to see nothing else.
+ */
+#define _GNU_SOURCE
+#include "driver.h"
+#include "copier.h"
+#include "io.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define CLUSTER 4096
+#define CLUSTERS 1024
+#define SIZE ((int64_t)CLUSTERS * CLUSTER - 1000) /* the last cluster is short */
+#define SHIFT 512
+#define GUESTS 3
+#define WRITES_EACH 3000
+#define OLD 0x11
+#define NEW 0x22
+
+static int source_fd, target_fd;
+static bg_map *source, *target, *guest[2];
+static bg_bitmap *todo, *done;
+static bg_copier *copier;
+static bg_copier_link *links[2];
+static _Atomic int64_t copied_slowly;
+static atomic_int guests_left;
+
+static bg_map *map_of(int64_t size, int64_t shift, int fd, int flags, bg_map_copier *hook)
+{
+    bg_map *map;
+    CHECK(bg_map_new(size, 1 << 20, &map) == 0);
+    bg_map_extent e = {shift > 0 ? shift : 0, SIZE, 0, bg_map_add_slot(map, fd, 1, 1), flags};
+    e.length = e.offset + e.length > size ? size - e.offset : e.length;
+    CHECK(bg_map_insert(map, bg_map_generation(map), &e, 1) == 1);
+    if (hook)
+        CHECK(bg_map_set_copier(map, hook) > 0);
+    return map;
+}
+
+static void begin(int target_flags)
+{
+    static char block[CLUSTER];
+    memset(block, OLD, sizeof(block));
+    source_fd = memfd_create("source", MFD_CLOEXEC);
+    target_fd = memfd_create("target", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    CHECK(source_fd >= 0 && target_fd >= 0 && ftruncate(target_fd, SIZE) == 0);
+    for (int64_t at = 0; at < SIZE; at += CLUSTER)
+        CHECK(bg_pwrite(source_fd, block, SIZE - at < CLUSTER ? SIZE - at : CLUSTER, at) > 0);
+    CHECK(bg_bitmap_new(SIZE, CLUSTER, &todo) == 0 && bg_bitmap_new(SIZE, CLUSTER, &done) == 0);
+    CHECK(bg_bitmap_fill(todo) == 0);
+    source = map_of(SIZE, 0, source_fd, BG_MAP_WRITABLE, NULL);
+    target = map_of(SIZE, 0, target_fd, target_flags, NULL);
+    CHECK(bg_copier_new(todo, done, source, target, &copier) == 0);
+    CHECK(bg_copier_link_new(copier, 0, &links[0]) == 0 && bg_copier_link_new(copier, SHIFT, &links[1]) == 0);
+    guest[0] = map_of(SIZE, 0, source_fd, BG_MAP_WRITABLE | BG_MAP_COPY, bg_copier_link_hook(links[0]));
+    guest[1] = map_of(SIZE, SHIFT, source_fd, BG_MAP_WRITABLE | BG_MAP_COPY, bg_copier_link_hook(links[1]));
+    bg_copier_set_mode(copier, BG_COPIER_ON);
+}
+
+static void end(void)
+{
+    CHECK(bg_map_free(guest[0]) == 0 && bg_map_free(guest[1]) == 0);
+    bg_copier_link_free(links[0]);
+    bg_copier_link_free(links[1]);
+    CHECK(bg_copier_free(copier) == 0);
+    CHECK(bg_map_free(source) == 0 && bg_map_free(target) == 0);
+    bg_bitmap_free(todo);
+    bg_bitmap_free(done);
+    close(source_fd);
+    close(target_fd);
+}
+
+static char byte_at(int fd, int64_t at)
+{
+    char byte;
+    CHECK(bg_pread(fd, &byte, 1, at) == 1);
+    return byte;
+}
+
+static int write_at(int map, int64_t at)
+{
+    return bg_map_pwrite(guest[map], at + (map ? SHIFT : 0), &(char){NEW}, 1);
+}
+
+static void copies_once_then_writes_in_place(void)
+{
+    begin(BG_MAP_WRITABLE);
+    bg_copier_stats stats;
+    bg_map_extent e;
+    CHECK(write_at(0, 5) == 0);
+    CHECK(byte_at(target_fd, 5) == OLD && byte_at(source_fd, 5) == NEW);
+    CHECK(bg_bitmap_get(todo, 0) == 0 && bg_bitmap_get(done, 0) == 1);
+    CHECK(bg_map_find(guest[0], 0, &e) && e.flags == BG_MAP_WRITABLE && e.length == CLUSTER);
+    /* The other map learns it when it asks; the last cluster ends with the disk. */
+    CHECK(write_at(1, 7) == 0 && write_at(1, SIZE - 600) == 0);
+    CHECK(byte_at(target_fd, SIZE - 600) == OLD && byte_at(source_fd, SIZE - 600) == NEW);
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.copied == CLUSTER + SIZE % CLUSTER && stats.moved == stats.copied && stats.refused == 0);
+    end();
+}
+
+static void zeroes_are_not_written_where_the_target_has_them(void)
+{
+    static const char zeroes[CLUSTER];
+    begin(BG_MAP_WRITABLE);
+    bg_copier_stats stats;
+    CHECK(bg_pwrite(source_fd, zeroes, CLUSTER, CLUSTER) == CLUSTER);
+    CHECK(bg_pwrite(source_fd, zeroes, CLUSTER, 8 * CLUSTER) == CLUSTER);
+    CHECK(bg_pwrite(target_fd, &(char){NEW}, 1, 8 * CLUSTER) == 1);
+    CHECK(write_at(0, CLUSTER) == 0 && write_at(0, 8 * CLUSTER) == 0);
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.copied == 2 * CLUSTER && stats.moved == CLUSTER);
+    CHECK(lseek(target_fd, 0, SEEK_DATA) == 8 * CLUSTER && byte_at(target_fd, 8 * CLUSTER) == 0);
+    end();
+}
+
+static void leaves_to_python_what_is_pythons(void)
+{
+    bg_bitmap_extent run;
+    begin(BG_MAP_WRITABLE);
+    int64_t number = bg_copier_take(copier, CLUSTER, SIZE, CLUSTER, &run);
+    CHECK(number > 0 && run.start == CLUSTER && run.end == 2 * CLUSTER);
+    CHECK(write_at(0, CLUSTER) == BG_MAP_MISS && byte_at(source_fd, CLUSTER) == OLD);
+    CHECK(bg_copier_claimed(copier, 0, SIZE) == number && bg_copier_pending(copier, CLUSTER, 2 * CLUSTER) == 1);
+    CHECK(bg_copier_free(copier) == -EBUSY && bg_copier_watch(copier, 0, SIZE) == 0);
+    CHECK(bg_copier_finish(copier, number, 0) == 0 && bg_copier_finish(copier, number, 0) == -ENOENT);
+    CHECK(bg_bitmap_get(todo, CLUSTER) == 1 && bg_copier_claimed(copier, 0, SIZE) == 0);
+    /* Copied, but frozen: not to be overwritten. */
+    int64_t frozen = bg_copier_freeze(copier, 2 * CLUSTER - 10, 5);
+    CHECK(frozen > 0 && write_at(0, CLUSTER) == BG_MAP_MISS);
+    CHECK(byte_at(target_fd, CLUSTER) == OLD && bg_bitmap_get(todo, CLUSTER) == 0 && bg_bitmap_get(done, CLUSTER) == 0);
+    CHECK(bg_copier_release(copier, 0, 3 * CLUSTER) == 0);
+    CHECK(bg_bitmap_get(done, 0) == 1 && bg_bitmap_get(done, CLUSTER) == 0 && bg_bitmap_get(done, 2 * CLUSTER) == 1);
+    CHECK(bg_copier_thaw(copier, frozen) == 0 && bg_copier_release(copier, CLUSTER, 2 * CLUSTER) == 1);
+    CHECK(bg_copier_freeze(copier, 2 * CLUSTER - 1, 1) == 0);
+    CHECK(bg_copier_release(copier, 1, CLUSTER) == -EINVAL && bg_copier_freeze(copier, SIZE, 1) == -EINVAL);
+    bg_copier_set_mode(copier, BG_COPIER_OFF);
+    CHECK(write_at(0, 9 * CLUSTER) == BG_MAP_MISS && bg_bitmap_get(todo, 9 * CLUSTER) == 1);
+    bg_copier_set_mode(copier, BG_COPIER_BROKEN);
+    CHECK(write_at(0, 9 * CLUSTER) == 0 && bg_bitmap_get(todo, 9 * CLUSTER) == 1);
+    end();
+}
+
+static void failed_copy_is_a_miss_and_stays_to_be_done(void)
+{
+    begin(0); /* nothing may be written to the target */
+    CHECK(write_at(0, 0) == BG_MAP_MISS && bg_bitmap_get(todo, 0) == 1 && byte_at(source_fd, 0) == OLD);
+    end();
+    begin(BG_MAP_WRITABLE);
+    CHECK(fcntl(target_fd, F_ADD_SEALS, F_SEAL_WRITE) == 0);
+    CHECK(write_at(0, 0) == BG_MAP_MISS && bg_bitmap_get(todo, 0) == 1 && byte_at(source_fd, 0) == OLD);
+    end();
+}
+
+static void copy_slowly(int64_t number, const bg_bitmap_extent *run)
+{
+    char buf[CLUSTER];
+    for (int64_t at = run->start, n; at < run->end; at += n) {
+        n = run->end - at < CLUSTER ? run->end - at : CLUSTER;
+        CHECK(bg_pread(source_fd, buf, n, at) == n && bg_pwrite(target_fd, buf, n, at) == n);
+    }
+    atomic_fetch_add(&copied_slowly, run->end - run->start);
+    CHECK(bg_copier_finish(copier, number, 1) == 0);
+}
+
+/* What Python does with a write that faulted. */
+static void write_slowly(int64_t at)
+{
+    bg_bitmap_extent run;
+    int64_t start = at - at % CLUSTER, stop = start + CLUSTER < SIZE ? start + CLUSTER : SIZE;
+    while (bg_copier_pending(copier, start, stop)) {
+        int64_t number = bg_copier_take(copier, start, stop, CLUSTER, &run);
+        if (number > 0)
+            copy_slowly(number, &run);
+        else if (bg_copier_watch(copier, start, stop))
+            bg_copier_acknowledge(copier);
+        else
+            sched_yield();
+    }
+    while (!bg_copier_release(copier, start, stop))
+        sched_yield();
+    CHECK(bg_pwrite(source_fd, &(char){NEW}, 1, at) == 1);
+}
+
+static void *write_as_guest(void *arg)
+{
+    int self = (int)(intptr_t)arg;
+    uint64_t seed = 11 + (uint64_t)self;
+    for (int i = 0; i < WRITES_EACH; i++) {
+        int64_t at = (int64_t)(next_random(&seed) % SIZE);
+        if (self % 2 && at >= SIZE - SHIFT)
+            continue;
+        int ret = write_at(self % 2, at);
+        CHECK(ret == 0 || ret == BG_MAP_MISS);
+        if (ret)
+            write_slowly(at);
+        CHECK(byte_at(target_fd, at) == OLD && byte_at(source_fd, at) == NEW);
+    }
+    atomic_fetch_sub(&guests_left, 1);
+    return NULL;
+}
+
+static void *run_job(void *arg)
+{
+    bg_bitmap_extent run;
+    int64_t number;
+    (void)arg;
+    while ((number = bg_copier_take(copier, 0, SIZE, 3 * CLUSTER, &run)) > 0) {
+        copy_slowly(number, &run);
+        if (bg_copier_release(copier, run.start, run.end))
+            CHECK(bg_map_copied(guest[0], run.start, run.end - run.start) == 0);
+        sched_yield();
+    }
+    return NULL;
+}
+
+static void *read_old(void *arg)
+{
+    uint64_t seed = 3;
+    char buf[CLUSTER];
+    (void)arg;
+    while (atomic_load(&guests_left)) {
+        int64_t at = (int64_t)(next_random(&seed) % (SIZE - CLUSTER)), number = bg_copier_freeze(copier, at, CLUSTER);
+        if (number) {
+            CHECK(bg_pread(source_fd, buf, CLUSTER, at) == CLUSTER);
+            for (int i = 0; i < CLUSTER; i++)
+                CHECK(buf[i] == OLD);
+            CHECK(bg_copier_thaw(copier, number) == 0);
+        }
+        sched_yield();
+    }
+    return NULL;
+}
+
+static void guests_job_and_reader_share_the_clusters(void)
+{
+    pthread_t threads[GUESTS + 2];
+    int n = 0;
+    begin(BG_MAP_WRITABLE);
+    atomic_store(&copied_slowly, 0);
+    atomic_store(&guests_left, GUESTS);
+    for (intptr_t i = 0; i < GUESTS; i++)
+        CHECK(pthread_create(&threads[n++], NULL, write_as_guest, (void *)i) == 0);
+    CHECK(pthread_create(&threads[n++], NULL, run_job, NULL) == 0);
+    CHECK(pthread_create(&threads[n++], NULL, read_old, NULL) == 0);
+    while (n > 0)
+        pthread_join(threads[--n], NULL);
+    bg_copier_stats stats;
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.copied + atomic_load(&copied_slowly) == SIZE && bg_bitmap_count(todo) == 0);
+    char buf[CLUSTER];
+    for (int64_t at = 0, got; at < SIZE; at += got) {
+        got = SIZE - at < CLUSTER ? SIZE - at : CLUSTER;
+        CHECK(bg_pread(target_fd, buf, got, at) == got);
+        for (int i = 0; i < got; i++)
+            CHECK(buf[i] == OLD);
+    }
+    end();
+}
+
+void test_copier(void)
+{
+    copies_once_then_writes_in_place();
+    zeroes_are_not_written_where_the_target_has_them();
+    leaves_to_python_what_is_pythons();
+    failed_copy_is_a_miss_and_stays_to_be_done();
+    for (int i = 0; i < 5; i++)
+        guests_job_and_reader_share_the_clusters();
+}
