@@ -108,9 +108,7 @@ def _examine(source: Source, problems: list[Problem]) -> tuple[Description, list
         known = {(problem.kind, problem.message) for problem in problems}
         problems += [p for p in validate(candidate) if (p.kind, p.message) not in known]
     problems += sizes.check(candidate)
-    if (
-        not errors(reader.problems) and next(iter(model.dangling()), None) is None
-    ):  # else nodes may seem unused that are not
+    if not errors(reader.problems) and not list(model.dangling()):  # else nodes may seem unused that are not
         problems += unused(model)
     _children_first(reader.description, model)
     return reader.description, placed(source, problems)
@@ -121,7 +119,7 @@ def placed(source: Source, problems: list[Problem]) -> list[Problem]:
     placed: dict[tuple[str, str], Problem] = {}
     for problem in problems:
         if problem.where is None:
-            problem = problem.at(source.where(problem.path))
+            problem = problem.at(source.where(problem.path), [source.where(path) for path in problem.related])
         placed.setdefault((problem.path, problem.message), problem)
     return sorted(placed.values(), key=lambda problem: problem.where[1:] if problem.where else (0, 0))
 
@@ -284,14 +282,13 @@ class _Reader:
     def _server(self) -> None:
         section = "nbd-server"
         if section not in self._data:
-            listed = self._list("exports")
-            served = [
-                (path, item) for path, item in listed if isinstance(item, dict) and item.get("type") in tuple(EXPORTS)
-            ]
+            tables = [(path, item) for path, item in self._list("exports") if isinstance(item, dict)]
+            served = [(path, item.get("id")) for path, item in tables if item.get("type") in tuple(EXPORTS)]
             if served and not any(closest(name, [section]) for name in self._data if name not in SECTIONS):
-                path, item = served[0]
+                path, name = served[0]
+                owner = f"export {quote(name)}" if isinstance(name, str) else "an export"
                 self._problem(
-                    f"section '{section}' is missing, export {quote(item.get('id'))} needs one",
+                    f"section '{section}' is missing, {owner} needs one",
                     path,
                     hint=f'add {section} with addr = {{type = "unix", path = "..."}}',
                 )

@@ -14,6 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from blockgraph.errors import BlockGraphError, GraphError, OptionError, PermissionConflict
 
+#: Most further lines that a text names.
+_MAX_SEE = 4
+
 Severity = Literal["error", "warning"]
 
 
@@ -47,6 +50,7 @@ class Problem:
         path: the member concerned, as "nodes[2].file.filename"; "" for the whole file.
         related: paths of the other members involved (the rest of a cycle, the other edge of a conflict).
         where: the place in the file.
+        also: the places of `related`, in the same file.
         node: name of the node concerned.
         value: what was found; None when a value is not the point.
         allowed: what would have been accepted.
@@ -61,6 +65,7 @@ class Problem:
     path: str = ""
     related: tuple[str, ...] = ()
     where: Where | None = None
+    also: tuple[Where, ...] = ()
     node: str | None = None
     value: Any = None
     allowed: tuple[str, ...] = ()
@@ -87,8 +92,17 @@ class Problem:
         parts = [part for part in (place, self.path) if part]
         if self.severity == "warning":
             parts.append("warning")
-        text = ": ".join([*parts, self.message])
+        text = ": ".join([*parts, self.message]) + self._see()
         return printable(f"{text}; {self.remedy}" if self.remedy else text)
+
+    def _see(self) -> str:
+        """Where the other members are: " (see line 12)"; empty when they are in the same line, or not in a file."""
+        own = self.where.line if self.where is not None else 0
+        lines = list(dict.fromkeys(str(place.line) for place in self.also if place.line not in (0, own)))
+        if not lines:
+            return ""
+        more = ", ..." if len(lines) > _MAX_SEE else ""
+        return f" (see line{'s' * (len(lines) > 1)} {', '.join(lines[:_MAX_SEE])}{more})"
 
     def to_error(self) -> BlockGraphError:
         """The exception for this problem; its text is the problem's."""
@@ -102,7 +116,9 @@ class Problem:
                 node=self.node or "",
             )
         if issubclass(self.kind, OptionError):
-            error = self.kind(self.message, path=self.path, value=self.value, closest=self.closest, hint=self.remedy)
+            error = self.kind(
+                self.message + self._see(), path=self.path, value=self.value, closest=self.closest, hint=self.remedy
+            )
             if place:
                 error.path = f"{place}{self.path}" if self.path else place.removesuffix(": ")
             return error
@@ -110,7 +126,7 @@ class Problem:
 
     def _reason(self, place: str) -> str:
         path = f"{self.path}: " if self.path and place else ""
-        text = f"{place}{path}{self.message}"
+        text = f"{place}{path}{self.message}{self._see()}"
         return f"{text}; {self.remedy}" if self.remedy else text
 
     def to_json(self) -> dict[str, Any]:
@@ -121,6 +137,7 @@ class Problem:
         out |= {
             "path": self.path,
             "related": list(self.related),
+            "related-lines": [place.line for place in self.also if place.line],
             "node": self.node,
             "found": self.value,
             "allowed": list(self.allowed),
@@ -132,9 +149,9 @@ class Problem:
         }
         return {key: value for key, value in out.items() if value not in (None, "", [])}
 
-    def at(self, where: Where) -> Problem:
-        """The same problem at a place in a file."""
-        return replace(self, where=where)
+    def at(self, where: Where, also: Iterable[Where] = ()) -> Problem:
+        """The same problem at a place in a file; `also`: the places of `related`."""
+        return replace(self, where=where, also=tuple(also))
 
 
 def printable(text: str) -> str:

@@ -231,3 +231,23 @@ def test_check_open_names_the_file_of_a_format(job: Path, capsys: pytest.Capture
         job.read_text().replace('node-name = "target"\ndriver = "raw"', 'node-name = "target"\ndriver = "qcow2"')
     )
     assert f"node 'target' ('{job.parent}/t'): open: is not a qcow2 image" in opened(capsys, job)
+
+
+def test_check_names_both_edges_of_a_conflict_and_both_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "g.toml"
+    nodes = ['[[nodes]]\nnode-name = "f"\ndriver = "file"\nfilename = "x"\n']
+    nodes += [f'[[nodes]]\nnode-name = "{name}"\ndriver = "qcow2"\nfile = "f"\n' for name in ("q1", "q2")]
+    for name in ("q1", "q2"):
+        nodes.append(f'[[exports]]\ntype = "nbd"\nid = "{name}"\nnode-name = "{name}"\nwritable = true\n')
+    path.write_text("".join(nodes) + '[nbd-server]\naddr = {type = "unix", path = "s"}\n')
+    assert main(["check", str(path)]) == 1
+    assert capsys.readouterr().err == (
+        f"{path}:8:1: nodes[1].file: permission conflict on node 'f': q1.file needs 'write, resize', which q2.file "
+        "does not share (see lines 12, 1)\n"
+    )
+    assert main(["check", "--json", str(path)]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert (problem["needs"], problem["blocks"]) == ("q1.file", "q2.file")
+    assert (problem["related"], problem["related-lines"]) == (["nodes[2].file", "nodes[0]"], [12, 1])

@@ -346,7 +346,7 @@ def test_many_problems_in_one_file_are_all_told_in_order(tmp_path: Path) -> None
     told = [str(problem).removeprefix(f"{tmp_path}/") for problem in check_description(tmp_path / "g.toml")]
     assert told == [
         "g.toml:5:9: nodes[0].file.driver: unknown driver 'fil'; did you mean 'file'?",
-        "g.toml:8:1: nodes[1].node-name: node name 'disk' is taken by nodes[0]",
+        "g.toml:8:1: nodes[1].node-name: node name 'disk' is taken by nodes[0] (see line 3)",
         "g.toml:10:1: nodes[1].size: expected an integer of at least 0, found '12'; write the number without quotes",
         "g.toml:14:1: nodes[2].node-name: node name '1top' must start with a letter",
         "g.toml:15:1: nodes[2].file: 1top.file refers to node 'dsik', which does not exist; did you mean 'disk'?",
@@ -484,7 +484,7 @@ def test_references_of_exports_and_jobs_with_other_errors_are_told_too() -> None
         "exports[0].node-name: export refers to node 'dsik', which does not exist; did you mean 'disk'?",
         "exports[1].id: member 'id' of export 'nbd' is missing; 'id' is a string",
         "exports[1].node-name: export refers to node 'disc', which does not exist; did you mean 'disk'?",
-        "exports[1]: section 'nbd-server' is missing, export null needs one; "
+        "exports[1]: section 'nbd-server' is missing, an export needs one; "
         'add nbd-server with addr = {type = "unix", path = "..."}',
         "jobs[0].device: job refers to node 'dissk', which does not exist; did you mean 'disk'?",
         "jobs[0].target: job refers to node 'nowhere', which does not exist",
