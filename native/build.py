@@ -28,7 +28,7 @@ FILENAME = "_native.abi3.so"
 # Order matters: a header comes after those whose types it uses.
 HEADERS = (
     *("zero.h", "bitmap.h", "io.h", "pool.h", "queue.h", "copy.h", "qcow2_l2.h", "extent_map.h", "copier.h"),
-    *("buffers.h", "request.h", "nbd_wire.h", "nbd_loop.h"),
+    *("allocator.h", "buffers.h", "request.h", "nbd_wire.h", "nbd_loop.h"),
 )
 SOURCES = tuple(sorted(path.name for path in NATIVE.glob("*.c")))
 

@@ -104,11 +104,9 @@ static uint64_t latest(bg_map *map, const uint64_t *stamps, int64_t offset, int6
     return found;
 }
 
-static uint64_t take_away(bg_map *map, int64_t offset, int64_t length, enum change change, uint64_t *stamps)
+/* The ticket of a change of the range, which has been made. */
+static uint64_t stamp(bg_map *map, int64_t offset, int64_t length, uint64_t *stamps)
 {
-    if (length)
-        map_change(map, offset, offset + length, change, &(span){.flags = WRITES});
-    map_finish(map);
     uint64_t ticket = map_advance(map);
     if (length) {
         unsigned shift = atomic_load(&map->space)->shift;
@@ -119,6 +117,14 @@ static uint64_t take_away(bg_map *map, int64_t offset, int64_t length, enum chan
             stamps[first % STAMPS] = ticket;
     }
     return ticket;
+}
+
+static uint64_t take_away(bg_map *map, int64_t offset, int64_t length, enum change change, uint64_t *stamps)
+{
+    if (length)
+        map_change(map, offset, offset + length, change, &(span){.flags = WRITES});
+    map_finish(map);
+    return stamp(map, offset, length, stamps);
 }
 
 static uint64_t drop_everything(bg_map *map)
@@ -166,6 +172,38 @@ int bg_map_copied(bg_map *map, int64_t offset, int64_t length)
         if (length)
             map_change(map, offset, offset + length, CHANGE_CLEAR, &(span){.flags = BG_MAP_COPY});
         map_finish(map);
+        ret = 0;
+    }
+    pthread_mutex_unlock(&map->lock);
+    return ret;
+}
+
+int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t storage_offset)
+{
+    int ret = -EINVAL;
+    pthread_mutex_lock(&map->lock);
+    space *sp = atomic_load(&map->space);
+    int64_t end = offset + length;
+    if (slot >= 0 && slot < BG_MAP_SLOTS && range_in(sp->size, offset, length)) {
+        span s = {0};
+        bool placed = map->slots[slot].state == SLOT_LIVE;
+        for (int64_t at = offset; placed && at < end; at = s.end)
+            placed = map_find(sp, at, &s) && s.flags & BG_MAP_ALLOCATE;
+        if (!placed && length)
+            map_change(map, offset, end, CHANGE_REMOVE, NULL);
+        for (int64_t at = offset; placed && at < end; at = s.end) {
+            /* What is not changed yet is still published as it was, unless memory has run out. */
+            if (!map_find(sp, at, &s)) {
+                map_change(map, offset, end, CHANGE_REMOVE, NULL);
+                break;
+            }
+            s.end = s.end < end ? s.end : end;
+            span what = {at, s.end, storage_offset + at - offset, (uint16_t)slot,
+                         (uint16_t)(BG_MAP_WRITABLE | (s.flags & BG_MAP_COPY))};
+            map_change(map, at, s.end, CHANGE_SET, &what);
+        }
+        map_finish(map);
+        stamp(map, offset, length, map->placed);
         ret = 0;
     }
     pthread_mutex_unlock(&map->lock);
@@ -244,6 +282,7 @@ int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *exte
         const bg_map_extent *e = &extents[i];
         bool zero = e->flags & BG_MAP_ZERO;
         if (latest(map, map->removed, e->offset, e->length) >= (uint64_t)generation ||
+            latest(map, map->placed, e->offset, e->length) >= (uint64_t)generation ||
             (!zero && map->slots[e->slot].state != SLOT_LIVE)) {
             map->stale++;
             continue;

@@ -18,8 +18,8 @@
  * ended. Only then may the bytes be moved or the descriptor be closed.
  *
  * Who resolves a miss reads bg_map_generation first, asks the drivers, then inserts with that generation: what was invalidated
- * in between is refused, region by region (1024 classes of them); what was only protected in between goes in without
- * `writable`. That does not help one who asks the drivers after the invalidation but before the change it announces:
+ * in between is refused, region by region (1024 classes of them), as is what an allocator has placed in between; what was only
+ * protected goes in without `writable`. That does not help one who asks the drivers after the invalidation but before the change it announces:
  * the insert must happen while the resolver still holds the requests (or the gate) that the change has to wait for.
  *
  * Units:     bytes; offsets from the disk's start, storage offsets from the storage's.
@@ -152,6 +152,16 @@ struct bg_map_allocator {
 int64_t bg_map_set_copier(bg_map *map, bg_map_copier *copier);
 int64_t bg_map_set_allocator(bg_map *map, bg_map_allocator *allocator);
 int bg_map_copied(bg_map *map, int64_t offset, int64_t length);
+
+/*
+ * For allocators, when the data is there: wherever ALLOCATE still is, the bytes now live at `storage_offset` on, and may be
+ * overwritten there once what has COPY was copied. When something else is in the range, all of it is removed. Fills that
+ * began before are refused.
+ */
+int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t storage_offset);
+
+/* A native write to the slot was completed. */
+void bg_map_wrote(bg_map *map, int slot);
 
 /* 1 when a write to the range, which misses, might be done by bg_map_pwrite all the same. */
 int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length);

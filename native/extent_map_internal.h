@@ -121,7 +121,7 @@ struct bg_map {
 
     /* Changes. */
     _Alignas(LINE) pthread_mutex_t lock;
-    uint64_t removed[STAMPS], protected[STAMPS]; /* the latest ticket for a class of regions */
+    uint64_t removed[STAMPS], protected[STAMPS], placed[STAMPS]; /* the latest ticket for a class of regions */
     garbage_list looked;     /* until nobody looks */
     garbage_list held;       /* until no request holds it */
     uint64_t retired_at;     /* epoch of the latest garbage */
@@ -168,6 +168,9 @@ void map_retire(bg_map *map, garbage_list *list, garbage *g);
 void map_reclaim(bg_map *map);
 /* The ticket of what has been unpublished; whoever begins later does not wait for it. */
 uint64_t map_advance(bg_map *map);
+
+/* extent_map_io.c: the span around `offset`, cut to its region. */
+bool map_find(space *sp, int64_t offset, span *out);
 
 /* extent_map_store.c */
 enum change { CHANGE_SET, CHANGE_REMOVE, CHANGE_CLEAR };

@@ -47,7 +47,7 @@ static int64_t leaf_find(leaf *l, uint32_t at, unsigned shift)
  * The span around `offset`, cut to its region: the next region may have a leaf that says otherwise, and to know, its pointer
  * would have to be loaded before the wide array. See extent_map_store.c.
  */
-static bool find(space *sp, int64_t offset, span *out)
+bool map_find(space *sp, int64_t offset, span *out)
 {
     int64_t region = offset >> sp->shift, start = region << sp->shift;
     leaf *l = region < sp->regions ? atomic_load(&sp->leaf[region]) : NULL;
@@ -102,7 +102,7 @@ static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_m
     int n = 0;
     for (int64_t at = offset, end = offset + length; at < end;) {
         span s;
-        if (!find(sp, at, &s))
+        if (!map_find(sp, at, &s))
             return BG_MAP_MISS;
         bg_map_piece piece = {.length = (s.end < end ? s.end : end) - at, .slot = -1, .fd = -1};
         if (!(s.flags & BG_MAP_ZERO)) {
@@ -157,15 +157,19 @@ static void mark(bg_map *map, int64_t offset, int64_t length)
         bg_bitmap_mark(list->bitmaps[i], offset, length);
 }
 
+void bg_map_wrote(bg_map *map, int slot)
+{
+    atomic_bool *written = &map->slots[slot].written;
+    if (!atomic_load(written))
+        atomic_store(written, true);
+}
+
 void bg_map_end(bg_map *map, bg_map_request *request, int touched)
 {
     if (request->write && touched) {
         /* After the data, never before: whoever takes the mark flushes then, whoever clears a bit copies then. */
-        for (int i = 0; i < request->count; i++) {
-            atomic_bool *written = &map->slots[request->pieces[i].slot].written;
-            if (!atomic_load(written))
-                atomic_store(written, true);
-        }
+        for (int i = 0; i < request->count; i++)
+            bg_map_wrote(map, request->pieces[i].slot);
         mark(map, request->offset, request->length);
     }
     map_leave(map, request->reader);
@@ -178,7 +182,7 @@ int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out)
     if (!r)
         return 0;
     space *sp = atomic_load(&map->space);
-    bool found = offset >= 0 && offset < sp->size && find(sp, offset, &s);
+    bool found = offset >= 0 && offset < sp->size && map_find(sp, offset, &s);
     if (found && !(s.flags & BG_MAP_ZERO) && atomic_load(&map->slots[s.slot].fd) < 0)
         found = false;
     map_leave(map, r);

@@ -25,6 +25,7 @@ static inline uint64_t next_random(uint64_t *state)
     return *state;
 }
 
+void test_allocator(void);
 void test_bitmap(void);
 void test_copier(void);
 void test_copy(void);

@@ -1,0 +1,427 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "allocator.h"
+
+#include "io.h"
+#include "zero.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define MIN_BITS 9
+#define MAX_BITS 21
+/* Longer writes are done in parts: a part's room is claimed in one piece, and must be found so. */
+#define MAX_PART (4 << 20)
+
+/* Guest clusters that are being placed, or held. */
+typedef struct range {
+    struct range *next;
+    int64_t first, end;
+} range;
+
+struct bg_allocator {
+    bg_map_allocator hook; /* first */
+    int bits, fd, slot, eventfd;
+
+    pthread_mutex_t lock;
+    pthread_cond_t placed; /* a claim has gone */
+    range *claims;         /* on the stacks of first writes */
+    range *holds;
+    bg_allocator_room *rooms;
+    size_t room_count, room_space;
+    int64_t reserve, low;
+    bool signalled;
+    bg_allocator_link *links;
+    size_t link_count, link_space;
+    size_t promised; /* links that claims may add */
+    atomic_bool has_links;
+};
+
+static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, const void *buf, int64_t length);
+
+int bg_allocator_new(int bits, bg_allocator **out)
+{
+    if (bits < MIN_BITS || bits > MAX_BITS)
+        return -EINVAL;
+    bg_allocator *a = calloc(1, sizeof(*a));
+    if (!a)
+        return -ENOMEM;
+    a->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (a->eventfd < 0) {
+        int ret = -errno;
+        free(a);
+        return ret;
+    }
+    a->hook.write = place_first;
+    a->bits = bits;
+    a->fd = -1;
+    pthread_mutex_init(&a->lock, NULL);
+    pthread_cond_init(&a->placed, NULL);
+    *out = a;
+    return 0;
+}
+
+void bg_allocator_free(bg_allocator *a)
+{
+    if (!a)
+        return;
+    for (range *hold = a->holds, *next; hold; hold = next) {
+        next = hold->next;
+        free(hold);
+    }
+    free(a->rooms);
+    free(a->links);
+    close(a->eventfd);
+    pthread_cond_destroy(&a->placed);
+    pthread_mutex_destroy(&a->lock);
+    free(a);
+}
+
+bg_map_allocator *bg_allocator_hook(bg_allocator *a)
+{
+    return &a->hook;
+}
+
+int bg_allocator_eventfd(const bg_allocator *a)
+{
+    return a->eventfd;
+}
+
+void bg_allocator_bind(bg_allocator *a, int fd, int slot)
+{
+    pthread_mutex_lock(&a->lock);
+    a->fd = fd;
+    a->slot = slot;
+    pthread_mutex_unlock(&a->lock);
+}
+
+/* The reserve. All under the lock but what Python calls. */
+
+static bool make_space(void **items, size_t *space, size_t wanted, size_t size)
+{
+    if (wanted <= *space)
+        return true;
+    size_t more = *space * 2 > wanted ? *space * 2 : wanted;
+    void *made = realloc(*items, more * size);
+    if (!made)
+        return false;
+    *items = made;
+    *space = more;
+    return true;
+}
+
+static bool add_room(bg_allocator *a, const bg_allocator_room *room)
+{
+    bg_allocator_room *last = a->room_count ? &a->rooms[a->room_count - 1] : NULL;
+    if (last && last->host + (last->clusters << a->bits) == room->host && last->fresh == room->fresh) {
+        last->clusters += room->clusters;
+    } else {
+        if (!make_space((void **)&a->rooms, &a->room_space, a->room_count + 1, sizeof(*a->rooms)))
+            return false;
+        a->rooms[a->room_count++] = *room;
+    }
+    a->reserve += room->clusters;
+    return true;
+}
+
+/* Room for up to `want` clusters: the first that is long enough, else the longest. */
+static bool take_room(bg_allocator *a, int64_t want, bg_allocator_room *out)
+{
+    size_t best = 0;
+    if (a->room_count == 0)
+        return false;
+    for (size_t i = 0; i < a->room_count && a->rooms[best].clusters < want; i++)
+        if (a->rooms[i].clusters > a->rooms[best].clusters)
+            best = i;
+    bg_allocator_room *from = &a->rooms[best];
+    *out = *from;
+    if (out->clusters > want)
+        out->clusters = want;
+    from->host += out->clusters << a->bits;
+    from->clusters -= out->clusters;
+    if (from->clusters == 0)
+        memmove(from, from + 1, (--a->room_count - best) * sizeof(*from));
+    a->reserve -= out->clusters;
+    return true;
+}
+
+static void tell_low(bg_allocator *a)
+{
+    if (a->reserve < a->low && !a->signalled) {
+        a->signalled = true;
+        eventfd_write(a->eventfd, 1);
+    }
+}
+
+int bg_allocator_give(bg_allocator *a, const bg_allocator_room *rooms, int64_t count, int64_t low)
+{
+    int ret = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (rooms[i].clusters <= 0 || rooms[i].host < 0)
+            return -EINVAL;
+    if (count < 0 || low < 0)
+        return -EINVAL;
+    pthread_mutex_lock(&a->lock);
+    if (!make_space((void **)&a->rooms, &a->room_space, a->room_count + (size_t)count, sizeof(*a->rooms)))
+        ret = -ENOMEM;
+    for (int64_t i = 0; ret == 0 && i < count; i++)
+        add_room(a, &rooms[i]);
+    a->low = low;
+    if (a->signalled) {
+        eventfd_t ignored;
+        eventfd_read(a->eventfd, &ignored);
+        a->signalled = false;
+    }
+    pthread_mutex_unlock(&a->lock);
+    return ret;
+}
+
+int64_t bg_allocator_take_rooms(bg_allocator *a, bg_allocator_room *out, int64_t max)
+{
+    int64_t n = 0;
+    pthread_mutex_lock(&a->lock);
+    while (n < max && a->room_count) {
+        out[n] = a->rooms[--a->room_count];
+        a->reserve -= out[n++].clusters;
+    }
+    pthread_mutex_unlock(&a->lock);
+    return n;
+}
+
+int64_t bg_allocator_reserve(bg_allocator *a)
+{
+    pthread_mutex_lock(&a->lock);
+    int64_t reserve = a->reserve;
+    pthread_mutex_unlock(&a->lock);
+    return reserve;
+}
+
+/* Links. */
+
+int64_t bg_allocator_take_links(bg_allocator *a, bg_allocator_link *out, int64_t max)
+{
+    pthread_mutex_lock(&a->lock);
+    size_t n = max < 0 ? 0 : (size_t)max < a->link_count ? (size_t)max : a->link_count;
+    if (n) {
+        memcpy(out, a->links, n * sizeof(*out));
+        a->link_count -= n;
+        memmove(a->links, a->links + n, a->link_count * sizeof(*out));
+    }
+    atomic_store(&a->has_links, a->link_count > 0);
+    pthread_mutex_unlock(&a->lock);
+    return (int64_t)n;
+}
+
+int bg_allocator_has_links(bg_allocator *a)
+{
+    return atomic_load(&a->has_links);
+}
+
+static void add_link(bg_allocator *a, int64_t guest, int64_t host, int64_t clusters)
+{
+    bg_allocator_link *last = a->link_count ? &a->links[a->link_count - 1] : NULL;
+    int64_t bytes = last ? last->clusters << a->bits : 0;
+    if (last && last->guest + bytes == guest && last->host + bytes == host)
+        last->clusters += clusters;
+    else
+        a->links[a->link_count++] = (bg_allocator_link){guest, host, clusters};
+    atomic_store(&a->has_links, true);
+}
+
+/* Claims and holds. */
+
+static range *overlapping(range *list, int64_t first, int64_t end)
+{
+    while (list && (list->first >= end || first >= list->end))
+        list = list->next;
+    return list;
+}
+
+int bg_allocator_hold(bg_allocator *a, int64_t first, int64_t end)
+{
+    if (first < 0 || first >= end)
+        return -EINVAL;
+    range *hold = malloc(sizeof(*hold));
+    if (!hold)
+        return -ENOMEM;
+    pthread_mutex_lock(&a->lock);
+    *hold = (range){a->holds, first, end};
+    a->holds = hold;
+    bool busy = overlapping(a->claims, first, end) != NULL;
+    pthread_mutex_unlock(&a->lock);
+    return busy;
+}
+
+int bg_allocator_release(bg_allocator *a, int64_t first, int64_t end)
+{
+    pthread_mutex_lock(&a->lock);
+    range **at = &a->holds, *found;
+    while ((found = *at) && (found->first != first || found->end != end))
+        at = &found->next;
+    if (found)
+        *at = found->next;
+    pthread_mutex_unlock(&a->lock);
+    free(found);
+    return found ? 0 : -EINVAL;
+}
+
+/*
+ * Claim the first cluster of `c` and those behind it that nobody has. -EAGAIN: after waiting for somebody who had it;
+ * BG_MAP_MISS: it is held.
+ */
+static int claim(bg_allocator *a, range *c)
+{
+    int ret = 0;
+    pthread_mutex_lock(&a->lock);
+    if (overlapping(a->holds, c->first, c->first + 1)) {
+        ret = BG_MAP_MISS;
+    } else if (overlapping(a->claims, c->first, c->first + 1)) {
+        do
+            pthread_cond_wait(&a->placed, &a->lock);
+        while (overlapping(a->claims, c->first, c->first + 1));
+        ret = -EAGAIN;
+    } else if (!make_space((void **)&a->links, &a->link_space, a->link_count + a->promised + 1, sizeof(*a->links))) {
+        ret = BG_MAP_MISS;
+    } else {
+        for (range *r; (r = overlapping(a->holds, c->first, c->end)) || (r = overlapping(a->claims, c->first, c->end));)
+            c->end = r->first;
+        c->next = a->claims;
+        a->claims = c;
+        a->promised++;
+    }
+    pthread_mutex_unlock(&a->lock);
+    return ret;
+}
+
+/* The end of a claim. What of `unused` there is goes back. */
+static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused)
+{
+    pthread_mutex_lock(&a->lock);
+    range **at = &a->claims;
+    while (*at != c)
+        at = &(*at)->next;
+    *at = c->next;
+    a->promised--;
+    /* For want of memory it is lost: counted in the image, and used by nobody. */
+    if (unused && unused->clusters)
+        add_room(a, unused);
+    tell_low(a);
+    pthread_cond_broadcast(&a->placed);
+    pthread_mutex_unlock(&a->lock);
+}
+
+/* First writes. */
+
+/*
+ * How far from `start` the map shows clusters without a place of their own, up to `end`: whole clusters, or the disk's end.
+ * BG_MAP_MISS or -EAGAIN when the first is not one.
+ */
+static int64_t unplaced(const bg_allocator *a, bg_map *map, int64_t start, int64_t end)
+{
+    bg_map_extent e;
+    int64_t at = start;
+    int why = BG_MAP_MISS;
+    while (at < end) {
+        if (!bg_map_find(map, at, &e))
+            break;
+        if (!(e.flags & BG_MAP_ALLOCATE)) {
+            why = e.flags & BG_MAP_WRITABLE ? -EAGAIN : BG_MAP_MISS;
+            break;
+        }
+        at = e.offset + e.length;
+    }
+    if (at >= end)
+        return end;
+    at = at >> a->bits << a->bits;
+    return at > start ? at : why;
+}
+
+/* Whether [offset, end) shows zeroes, without reading it. */
+static bool shows_zeroes(bg_map *map, int64_t offset, int64_t end)
+{
+    bg_map_extent e;
+    for (; offset < end; offset = e.offset + e.length)
+        if (!bg_map_find(map, offset, &e) || !(e.flags & BG_MAP_ZERO))
+            return false;
+    return true;
+}
+
+/*
+ * Keep the old bytes of [start, end), which begin at `host`; from `limit` on they lie past the disk's end. 0, BG_MAP_MISS or
+ * -errno.
+ */
+static int keep(const bg_allocator *a, bg_map *map, int64_t start, int64_t end, int64_t limit, int64_t host, bool fresh)
+{
+    if (start == end)
+        return 0;
+    if (limit > end)
+        limit = end;
+    bool zeroes = shows_zeroes(map, start, limit);
+    if (zeroes && fresh)
+        return 0;
+    char *buf = calloc(1, (size_t)(end - start));
+    if (!buf)
+        return -ENOMEM;
+    int ret = zeroes || start >= limit ? 0 : bg_map_pread(map, start, buf, limit - start);
+    if (ret == 0 && !(fresh && bg_is_zero(buf, (size_t)(end - start)))) {
+        int64_t n = bg_pwrite(a->fd, buf, end - start, host);
+        ret = n < 0 ? (int)n : 0;
+    }
+    free(buf);
+    return ret;
+}
+
+/* bg_map_allocator's write; 0: a miss. */
+static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, const void *buf, int64_t length)
+{
+    bg_allocator *a = (bg_allocator *)hook;
+    int64_t size = bg_map_size(map), most = MAX_PART >> a->bits;
+    range c = {.first = offset >> a->bits, .end = ((offset + length - 1) >> a->bits) + 1};
+    if (c.end - c.first > most)
+        c.end = c.first + most;
+    int ret = claim(a, &c);
+    if (ret)
+        return ret == -EAGAIN ? ret : 0;
+    /* Claimed: what the map shows from now on stays, unless it is taken away. */
+    int64_t start = c.first << a->bits, end = c.end << a->bits;
+    int64_t seen = unplaced(a, map, start, end < size ? end : size);
+    bg_allocator_room room = {0};
+    pthread_mutex_lock(&a->lock);
+    if (seen > start) {
+        int64_t want = (seen - start + ((int64_t)1 << a->bits) - 1) >> a->bits;
+        c.end = take_room(a, want, &room) ? c.first + room.clusters : c.end;
+    }
+    pthread_mutex_unlock(&a->lock);
+    if (room.clusters == 0) {
+        unclaim(a, &c, NULL);
+        return seen == -EAGAIN ? -EAGAIN : 0;
+    }
+    end = c.end << a->bits;
+    int64_t stop = offset + length < end ? offset + length : end, limit = end < size ? end : size;
+    ret = keep(a, map, start, offset, size, room.host, room.fresh);
+    if (ret == 0)
+        ret = keep(a, map, stop, end, size, room.host + stop - start, room.fresh);
+    if (ret == 0) {
+        int64_t n = bg_pwrite(a->fd, buf, stop - offset, room.host + offset - start);
+        ret = n < 0 ? (int)n : 0;
+    }
+    if (ret == 0) {
+        /* In this order: who sees the link knows that there is something to flush; who fills the map from now on sees the link. */
+        bg_map_wrote(map, a->slot);
+        pthread_mutex_lock(&a->lock);
+        add_link(a, start, room.host, room.clusters);
+        pthread_mutex_unlock(&a->lock);
+        bg_map_placed(map, start, limit - start, a->slot, room.host);
+        room.clusters = 0;
+    }
+    room.fresh = 0;
+    unclaim(a, &c, &room);
+    return ret == 0 ? stop - offset : 0;
+}
