@@ -3,7 +3,8 @@
 """The copying of clusters that backup-top and its job share.
 
 ```
-   guest write ──► backup-top ──┐                      ┌──► target
+   native guest write ──────────┐
+   guest write ──► backup-top ──┤                      ┌──► target
                                 ├──► BlockCopy ──copy──┤
    backup job's loop ───────────┘   (one bitmap)       └◄── source (frozen until copied)
 ```
@@ -12,21 +13,35 @@
 them again when that fails; whoever finds an overlapping copy in flight waits for it and looks again. So a cluster is
 read once however many want it, and never after it changed: a set bit means the source still holds the old bytes.
 An error is raised only by the call whose own I/O failed.
+
+Native guest writes copy on their own thread, where the extent maps of both sides know the place; `copier` has
+everybody's claims. A native write that meets a claim of this module, an error or an unknown place comes here instead.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from blockgraph.errors import BlockGraphError, IOFailure
 from blockgraph.extent import BlockStatus, Status
 from blockgraph.flags import Flag
-from blockgraph.native import Bitmap, CopyError, CopyExtent, allocate_aligned, get_pool
-from blockgraph.perm import Role
+from blockgraph.native import (
+    Bitmap,
+    ClaimedRun,
+    Copier,
+    CopierMode,
+    CopyError,
+    CopyExtent,
+    allocate_aligned,
+    get_pool,
+)
+from blockgraph.native.extent_map import DEFAULT_MEMORY
+from blockgraph.perm import Perm, Role
 from blockgraph.resolve import Leaf, Pins
+from blockgraph.root_map import RootMap
 
 if TYPE_CHECKING:
     from blockgraph.node import Child, Node
@@ -55,11 +70,10 @@ class CopyFailed(Exception):
 class Claim:
     """A run that somebody has taken to copy: [offset, end), bytes. Others wait for it."""
 
-    __slots__ = ("_done", "end", "offset")
+    __slots__ = ("_done", "end", "number", "offset")
 
-    def __init__(self, offset: int, end: int) -> None:
-        self.offset = offset
-        self.end = end
+    def __init__(self, run: ClaimedRun) -> None:
+        self.number, self.offset, self.end = run
         self._done = asyncio.Event()
 
     async def wait(self) -> None:
@@ -78,11 +92,36 @@ class _Rest(NamedTuple):
     special: list[tuple[int, int]]
 
 
+class _Side:
+    """An edge that an extent map begins at."""
+
+    def __init__(self, child: Child, *, written: bool) -> None:
+        self._child = child
+        self._written = written
+
+    @property
+    def node(self) -> Node:
+        return self._child.node
+
+    @property
+    def writable(self) -> bool:
+        return self._written and bool(self._child.need & Perm.WRITE) and not self.node.read_only
+
+    def size(self) -> int:
+        return self.node.size()
+
+
 class BlockCopy:
     """Copies clusters of `source` to the same place of `target`, each at most once.
 
+    Args:
+        native: guest writes may copy without Python, unless other attributes speak against it.
+        released: called with (offset, end) of clusters that the guest may overwrite from now on.
+
     Attributes:
         bitmap: clusters still to copy; granularity is the cluster size.
+        done: clusters that the guest may overwrite.
+        copier: claims, and copies of native writes.
         length: size of both, bytes, as it was at the start.
         serialising: the source is in the target's backing chain, so target writes wait for readers of the target.
         only_top: copy only what the source's top layer has allocated; the rest is dropped from the bitmap.
@@ -91,52 +130,130 @@ class BlockCopy:
         bytes_for_guest: of bytes_copied, what guest writes had to wait for.
     """
 
-    def __init__(self, source: Child, target: Child, bitmap: Bitmap, *, serialising: bool) -> None:
+    def __init__(
+        self,
+        source: Child,
+        target: Child,
+        bitmap: Bitmap,
+        *,
+        serialising: bool,
+        native: bool = False,
+        released: Callable[[int, int], None] = lambda offset, end: None,
+    ) -> None:
         self.source = source
         self.target = target
         self.bitmap = bitmap
         self.cluster_size = bitmap.granularity
         self.length = bitmap.size
-        self.serialising = serialising
-        self.only_top = False
-        self.bytes_copied = 0
-        self.bytes_moved = 0
-        self.bytes_for_guest = 0
-        self._claims: list[Claim] = []
+        self.done = Bitmap(bitmap.size, bitmap.granularity)
+        self._source_map = RootMap(_Side(source, written=False), DEFAULT_MEMORY)
+        self._target_map = RootMap(_Side(target, written=True), DEFAULT_MEMORY)
+        self.copier = Copier(bitmap, self.done, self._source_map.extents, self._target_map.extents)
+        self._native = native
+        self._released = released
+        self._serialising = serialising
+        self._only_top = False
+        self._bytes_copied = 0
+        self._bytes_moved = 0
+        self._bytes_for_guest = 0
+        self._claims: dict[int, Claim] = {}
+        self._set_mode()
+
+    @property
+    def serialising(self) -> bool:
+        return self._serialising
+
+    @serialising.setter
+    def serialising(self, value: bool) -> None:
+        self._serialising = value
+        self._set_mode()
+
+    @property
+    def only_top(self) -> bool:
+        return self._only_top
+
+    @only_top.setter
+    def only_top(self, value: bool) -> None:
+        self._only_top = value
+        self._set_mode()
+
+    @property
+    def bytes_copied(self) -> int:
+        return self._bytes_copied + self.copier.stats().copied
+
+    @property
+    def bytes_moved(self) -> int:
+        return self._bytes_moved + self.copier.stats().moved
+
+    @property
+    def bytes_for_guest(self) -> int:
+        return self._bytes_for_guest + self.copier.stats().copied
+
+    # Native guest writes.
+
+    @property
+    def native(self) -> bool:
+        """Guest writes may copy without Python: nobody reads the target through to the source meanwhile, and
+        everything is copied that is in the bitmap."""
+        return self._native and not self._serialising and not self._only_top
+
+    def _set_mode(self) -> None:
+        self.copier.set_mode(CopierMode.ON if self.native else CopierMode.OFF)
+
+    def give_up(self) -> None:
+        """Nobody needs the old bytes any more."""
+        self._native = False
+        self.copier.set_mode(CopierMode.BROKEN)
+
+    async def learn(self, offset: int, end: int) -> None:
+        """After a guest write was copied here, and is still in flight: let native ones know the place."""
+        if self.native:
+            for side in (self._source_map, self._target_map):
+                if side.extents.find(offset) is None:
+                    with suppress(BlockGraphError):  # the copy is made; who needs this place next will tell
+                        await side.fill(offset, end - offset)
+
+    async def forget_maps(self) -> None:
+        """The edges are about to lead elsewhere, or have just begun to; no guest request is in flight."""
+        await self._source_map.clear()
+        await self._target_map.clear()
+
+    # Claims.
 
     def pending(self, offset: int, end: int) -> bool:
         """Some of [offset, end) is not copied yet, or is being copied."""
-        return self.bitmap.next_dirty(offset, end) is not None or self._overlapping(offset, end) is not None
+        return self.copier.pending(offset, end)
 
     @property
     def active(self) -> bool:
         """A copy is in flight."""
-        return bool(self._claims)
-
-    def _overlapping(self, offset: int, end: int) -> Claim | None:
-        for claim in self._claims:
-            if claim.offset < end and offset < claim.end:
-                return claim
-        return None
+        return self.copier.claimed(0, self.length) != 0
 
     def _take(self, offset: int, end: int, longest: int | None) -> Claim | None:
         """Clear the first run of bits and register its copy, in one step."""
-        area = self.bitmap.take(offset, end, longest)
-        if area is None:
+        run = self.copier.take(offset, end, longest)
+        if run is None:
             return None
-        claim = Claim(area[0], area[0] + area[1])
-        self._claims.append(claim)
+        claim = self._claims[run.number] = Claim(run)
         return claim
 
     async def wait_any(self) -> None:
         """Until some copy in flight has ended."""
-        if self._claims:
-            await self._claims[0].wait()
+        await self._wait(0, self.length)
 
     async def wait_range(self, offset: int, end: int) -> None:
         """Until no copy in flight touches [offset, end)."""
-        while (claim := self._overlapping(offset, end)) is not None:
-            await claim.wait()
+        while await self._wait(offset, end):
+            pass
+
+    async def _wait(self, offset: int, end: int) -> bool:
+        """Until one copy in flight that touches [offset, end) has ended; False: there is none."""
+        number = self.copier.claimed(offset, end)
+        if number > 0:
+            await self._claims[number].wait()
+        elif number < 0:
+            await self.copier.native_ended(offset, end)
+        return number != 0
 
     async def copy(self, offset: int, end: int) -> None:
         """Copy what is still to be copied of [offset, end), cluster-aligned (end may be the disk's end).
@@ -144,20 +261,18 @@ class BlockCopy:
         Raises:
             CopyFailed: in this call's own I/O; the bits are set again.
         """
-        while True:
+        while self.copier.pending(offset, end):
             claim = self._take(offset, end, max(_GUEST_CHUNK, self.cluster_size))
-            if claim is not None:
+            if claim is None:
+                await self._wait(offset, end)
+            else:
                 with self._copying(claim):
                     async with Pins() as pins:
                         await self._hold_target(pins, claim.offset, claim.end)
                         leaves = await self._leaves(pins, claim.offset, claim.end)
                         rest = await self._copy_leaves(pins, leaves)
                     await self._copy_rest(rest)
-                self.bytes_for_guest += claim.end - claim.offset
-            elif (other := self._overlapping(offset, end)) is not None:
-                await other.wait()
-            else:
-                return
+                self._bytes_for_guest += claim.end - claim.offset
 
     async def copy_next(self, offset: int, chunk: int) -> tuple[int, int] | None:
         """Copy the next run that is still to be copied at or after `offset`: about `chunk` bytes of data with the
@@ -197,17 +312,18 @@ class BlockCopy:
     @contextmanager
     def _copying(self, claim: Claim) -> Iterator[None]:
         """The bits are set again when the block fails."""
-        length = claim.end - claim.offset
+        copied = False
         try:
             yield
-        except BaseException:
-            self.bitmap.set(claim.offset, length)
-            raise
-        else:
-            self.bytes_copied += length
+            copied = True
+            self._bytes_copied += claim.end - claim.offset
         finally:
-            self._claims.remove(claim)
+            self.copier.finish(claim.number, copied=copied)
+            del self._claims[claim.number]
             claim.finish()
+        # Clusters that were dropped have no copy; who writes them asks.
+        if not self._only_top and self.copier.release(claim.offset, claim.end):
+            self._released(claim.offset, claim.end)
 
     async def _leaves(self, pins: Pins, offset: int, end: int, chunk: int | None = None) -> list[Leaf]:
         """Where the source's bytes are, from `offset` to `end`, or to the cluster in which `chunk` data bytes end."""
@@ -340,7 +456,7 @@ class BlockCopy:
         finally:
             for extent, (_, target) in zip(extents, storages, strict=True):
                 target.driver.stored(extent.target_offset, extent.length)
-        self.bytes_moved += sum(extent.length for extent in extents)
+        self._bytes_moved += sum(extent.length for extent in extents)
 
     async def _copy_buffered(self, offset: int, length: int) -> None:
         buf = allocate_aligned(min(length, _GUEST_CHUNK))
@@ -355,7 +471,7 @@ class BlockCopy:
                 await self.target.pwrite(start, part, flags)
             except BlockGraphError as error:
                 raise CopyFailed(error, "target") from error
-            self.bytes_moved += len(part)
+            self._bytes_moved += len(part)
 
     async def _zero(self, offset: int, length: int) -> None:
         """Make the target read zero here, touching only what does not do so yet. Never unmaps."""

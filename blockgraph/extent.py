@@ -12,6 +12,7 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from blockgraph.native import Copier
     from blockgraph.node import Child, Node
 
 
@@ -34,6 +35,7 @@ class Extent(NamedTuple):
         child_offset: where in the child (or the storage) `offset` is; meaningful with DATA, and with ZERO where the
             node has preallocated room.
         writable: the range may be overwritten in place there, without asking the node again.
+        copier: where the range is not `writable`, native writes may still overwrite it once this has copied it.
     """
 
     offset: int
@@ -42,6 +44,7 @@ class Extent(NamedTuple):
     child: Child | None = None
     child_offset: int = 0
     writable: bool = False
+    copier: Copier | None = None
 
     def clip(self, offset: int, length: int) -> Extent:
         """The part of this extent inside [offset, offset + length), which must overlap it."""

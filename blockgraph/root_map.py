@@ -21,39 +21,57 @@ with O_DIRECT, whose last block takes turns with the page cache.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from blockgraph.driver import Format
 from blockgraph.extent import Status
-from blockgraph.native import ExtentMap, MapExtent
+from blockgraph.native import CopierLink, ExtentMap, MapExtent
 
 if TYPE_CHECKING:
-    from blockgraph.backend import Backend
-    from blockgraph.native import Bitmap
+    from blockgraph.native import Bitmap, Copier
     from blockgraph.node import Node
 
 #: What the drivers are asked about at least, bytes: the answer is as wide as they know, this only sets where they look.
 _LOOK = 64 << 10
 
 
+class MapOwner(Protocol):
+    """Whose requests use a map."""
+
+    @property
+    def node(self) -> Node:
+        """The node it is attached to now."""
+        ...
+
+    @property
+    def writable(self) -> bool:
+        """Writes are permitted."""
+        ...
+
+    def size(self) -> int:
+        """Length of the disk, bytes."""
+        ...
+
+
 class RootMap:
     """See the module's text.
 
     Args:
-        backend: attached to a node.
+        backend: attached to a node. Instead of a backend's gate others may use whatever a drain waits for.
         memory: bound, bytes.
 
     Attributes:
         extents: the native map.
     """
 
-    def __init__(self, backend: Backend, memory: int) -> None:
+    def __init__(self, backend: MapOwner, memory: int) -> None:
         self._backend = backend
         self.extents = ExtentMap(backend.size(), memory)
         #: node -> what to add to its offsets to get the disk's; None: reached in several ways
         self._nodes: dict[Node, int | None] = {}
         self._slots: dict[Node, int] = {}
         self._bitmaps: set[Bitmap] = set()
+        self._copier: CopierLink | None = None
 
     # Filling.
 
@@ -61,10 +79,19 @@ class RootMap:
         """Enter what is known around `offset`. The caller is inside the backend's gate."""
         if self.extents.size != self._backend.size():  # another node took the place of the one below
             await self.settle(self.resized())
+        extent = await self._fill_around(offset, max(length, _LOOK))
+        if extent is not None and self._copier is not None:
+            # A request that comes from here has had its clusters copied. What is beside them need not come here.
+            for beside in (extent.offset + extent.length, extent.offset - 1):
+                if 0 <= beside < self.extents.size and self.extents.find(beside) is None:
+                    await self._fill_around(beside, _LOOK)
+
+    async def _fill_around(self, offset: int, length: int) -> MapExtent | None:
         generation = self.extents.generation()
-        extent = await self._resolve(offset, max(length, _LOOK))
+        extent = await self._resolve(offset, length)
         if extent is not None:
             self.extents.insert(generation, [extent])
+        return extent
 
     async def _resolve(self, offset: int, length: int) -> MapExtent | None:
         """The widest extent around `offset`; None: it has to be asked for each time."""
@@ -72,6 +99,7 @@ class RootMap:
         low, high = 0, self.extents.size
         writable = self._backend.writable
         bitmaps: set[Bitmap] = set()
+        copy = False
         path = []
         while True:
             path.append(node)
@@ -84,7 +112,11 @@ class RootMap:
             extent = await node.map(position, min(length, size - position))
             low = max(low, extent.offset + shift)
             high = min(high, extent.offset + extent.length + shift)
-            writable = writable and extent.writable and not node.read_only and node.options.detect_zeroes == "off"
+            asked = extent.copier is not None and writable and self._link(extent.copier, shift)
+            copy = copy or (asked and not extent.writable)
+            writable = (
+                writable and (extent.writable or asked) and not node.read_only and node.options.detect_zeroes == "off"
+            )
             enabled = {bitmap.bits for bitmap in node.bitmaps.values() if bitmap.enabled}
             if shift and enabled:
                 writable = False
@@ -109,13 +141,20 @@ class RootMap:
         if writable and not bitmaps <= self._bitmaps:
             self._bitmaps |= bitmaps
             await self.extents.set_bitmaps(list(self._bitmaps))
-        return self._entered(path, MapExtent(low, high - low, slot, low - shift, writable))
+        return self._entered(path, MapExtent(low, high - low, slot, low - shift, writable, copy and writable))
 
     def _entered(self, path: list[Node], extent: MapExtent) -> MapExtent | None:
         """Not while somebody on the way has asked for exclusion; `begin` revokes, so later is soon enough."""
         if extent.length <= 0 or any(node.serialising for node in path):
             return None
         return extent
+
+    def _link(self, copier: Copier, shift: int) -> bool:
+        """Let the map ask `copier`. False: it has another one, and can not have two."""
+        if self._copier is None:
+            self._copier = CopierLink(copier, shift)
+            self.extents.start_set_copier(self._copier)
+        return self._copier.copier is copier and self._copier.shift == shift
 
     def _register(self, node: Node, shift: int) -> None:
         if node in self._nodes:
@@ -147,6 +186,13 @@ class RootMap:
         """The disk may have another size now. Returns a ticket to settle."""
         return self.extents.start_resize(self._backend.size())
 
+    def copied(self, copier: Copier, offset: int, length: int) -> None:
+        """[offset, offset + length) of the copier's disk may be written without asking it."""
+        if self._copier is not None and self._copier.copier is copier:
+            shift, size = self._copier.shift, self.extents.size
+            start, end = max(0, offset + shift), min(size, offset + length + shift)
+            self.extents.copied(start, max(0, end - start))
+
     async def settle(self, ticket: int) -> None:
         """Until no native request uses what was revoked."""
         await self.extents.settle(ticket)
@@ -157,6 +203,9 @@ class RootMap:
             return
         if self._bitmaps:
             await self.forget_bitmaps()
+        if self._copier is not None:
+            self._copier = None
+            self.extents.start_set_copier(None)
         await self.settle(self.extents.start_invalidate(0, self.extents.size))
         for slot in self._slots.values():
             await self.extents.remove_slot(slot)

@@ -143,6 +143,7 @@ class BackupTop(Filter):
         self._check_sizes()
         if self._ready:
             self._check_target()
+            await self.copy.forget_maps()
             self.copy.serialising = self._is_fleecing()
             return
         self.cluster_size = self._choose_cluster_size()
@@ -152,12 +153,34 @@ class BackupTop(Filter):
             bitmap.fill()
         else:
             bitmap.merge(self._source_bitmap(self.options.bitmap))
-        self.copy = BlockCopy(self.file, self.target, bitmap, serialising=self._is_fleecing())
+        self.copy = BlockCopy(
+            self.file,
+            self.target,
+            bitmap,
+            serialising=self._is_fleecing(),
+            native=not self.options.cbw_timeout,  # nobody can give up waiting for a native copy
+            released=self._released,
+        )
+        self._release_unwanted(bitmap)
         self._kept = self.target.node
         self._access = bitmap.copy()
-        self._done = Bitmap(size, self.cluster_size)
         self._frozen: list[_FrozenRead] = []
         self._ready = True
+
+    async def close(self) -> None:
+        if self._ready:
+            await self.copy.forget_maps()
+
+    def _release_unwanted(self, bitmap: Bitmap) -> None:
+        """What is not to be copied the guest may overwrite at once."""
+        position = 0
+        while (clean := bitmap.next_clean(position)) is not None:
+            self.copy.done.set(*clean)
+            position = sum(clean)
+
+    def _released(self, offset: int, end: int) -> None:
+        for extents in self.node.maps:
+            extents.copied(self.copy.copier, offset, end - offset)
 
     def _check_sizes(self) -> None:
         disk, target = self.file.node, self.target.node
@@ -207,12 +230,34 @@ class BackupTop(Filter):
         """Writable without us where the old bytes are safe and nobody is reading them."""
         if self.broken is not None:
             return Extent(0, self.size(), Status.DATA, self.file, 0, True)
-        length = min(length, self.size() - offset)
-        clean = self._done.next_dirty(offset, offset + length)
-        if clean is None or clean[0] > offset or self._frozen:
-            end = offset + length if clean is None or self._frozen else clean[0]
-            return Extent(offset, end - offset, Status.DATA, self.file, offset, False)
-        return Extent(offset, clean[1], Status.DATA, self.file, offset, True)
+        size = self.size()
+        copier = self.copy.copier if self.copy.native else None
+        start = offset - offset % self.cluster_size
+        done = self.copy.done.next_dirty(start)
+        if done is None or done[0] > start:
+            start = self._not_done_from(start)
+            end = size if done is None else done[0]
+            return Extent(start, end - start, Status.DATA, self.file, start, False, copier)
+        # Done while it was being read: whoever did that waits for the reader, and so have others to.
+        first = min(start + self.cluster_size, size)
+        if self._frozen_read(start, first) is not None:
+            return Extent(start, first - start, Status.DATA, self.file, start, False)
+        later = [read.offset - read.offset % self.cluster_size for read in self._frozen if read.offset >= first]
+        return Extent(start, min([sum(done), *later]) - start, Status.DATA, self.file, start, True, copier)
+
+    def _not_done_from(self, offset: int) -> int:
+        """The start of the run that is not done and reaches `offset`, a cluster's border."""
+        reach = self.cluster_size
+        while (clean := self._clean_from(offset - reach, offset)) < offset:
+            offset, reach = clean, 2 * reach
+        while (reach := reach // 2) >= self.cluster_size:
+            offset = self._clean_from(offset - reach, offset)
+        return offset
+
+    def _clean_from(self, start: int, offset: int) -> int:
+        """`start`, or `offset` when something between them is done."""
+        start = max(0, start)
+        return start if self.copy.done.next_dirty(start, offset) is None else offset
 
     async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
         if not flags & Flag.WRITE_UNCHANGED:
@@ -243,14 +288,16 @@ class BackupTop(Filter):
         if self.copy.pending(start, end):
             try:
                 await self._copy(start, end)
+                await self.copy.learn(start, end)
             except BlockGraphError as error:
                 if self.options.on_cbw_error == "break-guest-write":
                     raise
                 if self.broken is None:
                     self.broken = error
+                    self.copy.give_up()
                     self.lost.set()
                 return
-        self._done.set(start, end - start)
+        self.copy.done.set(start, end - start)
         while (read := self._frozen_read(start, end)) is not None:
             await read.done.wait()
 
@@ -294,7 +341,7 @@ class BackupTop(Filter):
         """
         end = offset + length
         self._check_access("pread", offset, length)
-        copied = self._done.next_dirty(offset, end)
+        copied = self.copy.done.next_dirty(offset, end)
         if copied is None:
             return length, False
         return (copied[1], True) if copied[0] == offset else (copied[0] - offset, False)
@@ -318,14 +365,20 @@ class BackupTop(Filter):
             )
 
     @asynccontextmanager
-    async def frozen(self, offset: int, length: int) -> AsyncIterator[None]:
-        """While inside, guest writes to the range wait. Enter without awaiting between `snapshot_run` and this."""
+    async def frozen(self, offset: int, length: int) -> AsyncIterator[bool]:
+        """While inside, guest writes to the range wait. Gives False, and holds nobody up, when the guest may have
+        overwritten some of it meanwhile: ask `snapshot_run` again."""
+        number = self.copy.copier.freeze(offset, length)
+        if not number:
+            yield False
+            return
         read = _FrozenRead(offset, offset + length)
         self._frozen.append(read)
         try:
-            yield
+            yield True
         finally:
             self._frozen.remove(read)
+            self.copy.copier.thaw(number)
             read.done.set()
 
     def _frozen_read(self, start: int, end: int) -> _FrozenRead | None:

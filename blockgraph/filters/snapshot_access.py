@@ -80,7 +80,9 @@ class SnapshotAccess(Filter):
             if kept:
                 await top.target.pread(offset, part)
             else:
-                async with top.frozen(offset, length):
+                async with top.frozen(offset, length) as held:
+                    if not held:
+                        continue
                     await top.file.pread(offset, part)
             offset += length
             buf = buf[length:]
@@ -89,12 +91,15 @@ class SnapshotAccess(Filter):
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         """As the kept image would answer; cut where copied and not yet copied clusters meet."""
         top = self._top()
-        length, kept = top.snapshot_run(offset, length)
-        if kept:
-            status = await top.target.block_status(offset, length)
-        else:
-            async with top.frozen(offset, length):
-                status = await top.file.block_status(offset, length)
+        status = None
+        while status is None:
+            length, kept = top.snapshot_run(offset, length)
+            if kept:
+                status = await top.target.block_status(offset, length)
+            else:
+                async with top.frozen(offset, length) as held:
+                    if held:
+                        status = await top.file.block_status(offset, length)
         top.snapshot_run(offset, 0)
         # Allocated here, or a caller would look below us, at the live disk.
         return status._replace(depth=0, node=self.node, host=None, host_offset=None)

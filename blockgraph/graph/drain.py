@@ -5,7 +5,7 @@
 ```
     roots above     gate closed, in flight: none, extent map: empty
       nodes above   no work in the background (a copy that outlived its request)
-        nodes       idle
+        nodes       idle, extent maps that lead through them: empty
 ```
 
 Once a node and everything above it are idle and the gates are closed, nothing can start a request on it.
@@ -68,6 +68,8 @@ class Drain:
                     await backend.map.clear()
             for node in self._nodes():
                 await node.wait_idle()
+                for extents in list(node.maps):  # those that belong to nodes
+                    await extents.clear()
             # Background work may have moved on to a node that was idle when we looked.
             if not any(gate.busy for gate in self._gates) and not any(node.busy for node in self._nodes()):
                 return

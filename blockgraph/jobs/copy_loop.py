@@ -79,7 +79,7 @@ class CopyLoop:
                 if self._decide(failure):
                     await self.sleep(back_off)
                     back_off = min(back_off * 2, _BACK_OFF[1])
-            elif not self._copy.active and not self._copy.bitmap.count():
+            elif not self._copy.pending(0, self._copy.length):
                 self._tell()  # guest writes may have copied the last of it
                 return  # else the workers stopped for a pause, which may be over already
 

@@ -1,13 +1,14 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
 """The C of native/ with Python types: dirty bitmaps, zero detection, I/O on worker threads, copying, qcow2 tables,
-extent maps.
+extent maps, copy before write.
 
 Everything here runs without the GIL and knows nothing about nodes or graphs. Offsets and lengths are bytes. Arguments
 out of range raise ValueError; failed system calls raise OSError with `errno`.
 """
 
 from blockgraph.native.bitmap import Bitmap
+from blockgraph.native.copier import ClaimedRun, Copier, CopierLink, CopierMode, CopierStats
 from blockgraph.native.copy import CopyCancelled, CopyError, CopyExtent, CopyFlag, CopyProgress, CopyResult, CopySide
 from blockgraph.native.extent_map import ExtentMap, MapExtent, MapStats
 from blockgraph.native.l2 import L2Kind, L2Run, decode_l2, free_run_refcount16, next_nonzero_u64
@@ -16,6 +17,11 @@ from blockgraph.native.zero import ZeroRun, allocate_aligned, is_zero, zero_runs
 
 __all__ = [
     "Bitmap",
+    "ClaimedRun",
+    "Copier",
+    "CopierLink",
+    "CopierMode",
+    "CopierStats",
     "CopyCancelled",
     "CopyError",
     "CopyExtent",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from blockgraph.native.bitmap import Bitmap
+    from blockgraph.native.copier import CopierLink
 
 DEFAULT_MEMORY = 64 << 20
 """Bytes that a map may use, unless told otherwise."""
@@ -131,9 +132,10 @@ class ExtentMap:
         self._native = ffi.gc(out[0], lib.bg_map_free)
         self._waiting: dict[asyncio.Future[None], int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        # Bitmaps that native writes may set bits in, with the ticket after which they no longer do.
         self._bitmaps: tuple[Bitmap, ...] = ()
-        self._former_bitmaps: list[tuple[int, tuple[Bitmap, ...]]] = []
+        self._copier: CopierLink | None = None
+        # What native requests may still use, with the ticket after which they no longer do.
+        self._former: list[tuple[int, object]] = []
 
     def __repr__(self) -> str:
         stats = self.stats()
@@ -360,14 +362,36 @@ class ExtentMap:
         if code == _EINVAL:
             raise ValueError(f"a bitmap is smaller than the disk of {self.size} bytes")
         ticket = _check_memory(code)
-        self._former_bitmaps = [item for item in self._former_bitmaps if not self.is_settled(item[0])]
-        self._former_bitmaps.append((ticket, self._bitmaps))
+        self._keep(ticket, self._bitmaps)
         self._bitmaps = new
         return ticket
 
     async def set_bitmaps(self, bitmaps: Sequence[Bitmap]) -> None:
         """Replace the bitmaps, and wait until no write marks a former one."""
         await self.settle(self.start_set_bitmaps(bitmaps))
+
+    def start_set_copier(self, copier: CopierLink | None) -> int:
+        """Who is asked before extents with `copy` are written; None: nobody, such writes miss. Returns a ticket.
+
+        Until it settles, writes under way may ask the former one. To be called from one thread at a time.
+        """
+        ticket = int(lib.bg_map_set_copier(self._native, ffi.NULL if copier is None else copier.hook))
+        self._keep(ticket, self._copier)
+        self._copier = copier
+        return ticket
+
+    def copied(self, offset: int, length: int) -> None:
+        """Take `copy` away, wherever it is: the copier need not be asked there any more.
+
+        Raises:
+            ValueError: the range is not inside the disk.
+        """
+        if _call(lib.bg_map_copied, self._native, offset, length) < 0:
+            raise ValueError(f"range {offset}+{length} is not inside the disk of {self.size} bytes")
+
+    def _keep(self, ticket: int, former: object) -> None:
+        self._former = [item for item in self._former if not self.is_settled(item[0])]
+        self._former.append((ticket, former))
 
     # Tickets.
 
