@@ -30,14 +30,14 @@ def _end(process: subprocess.Popen[Any]) -> None:
         process.stdout.close()
 
 
-def graph_file(directory: Path, nodes: Nodes, export: str) -> tuple[Path, str]:
-    """A graph file that serves the node `export`, and the URI."""
+def graph_file(directory: Path, nodes: Nodes, export: str, **options: Any) -> tuple[Path, str]:
+    """A graph file that serves the node `export`, and the URI. `options` are more members of the export."""
     path, address = directory / "graph.json", directory / "ours.sock"
     path.write_text(
         json.dumps(
             {
                 "nodes": list(nodes),
-                "exports": [{"type": "nbd", "id": "guest", "node-name": export, "writable": True}],
+                "exports": [{"type": "nbd", "id": "guest", "node-name": export, "writable": True, **options}],
                 "nbd-server": {"addr": {"type": "unix", "path": str(address)}},
             }
         )
@@ -46,9 +46,9 @@ def graph_file(directory: Path, nodes: Nodes, export: str) -> tuple[Path, str]:
 
 
 @contextmanager
-def ours(directory: Path, nodes: Nodes, export: str = "disk") -> Iterator[str]:
-    """`blockgraph run`."""
-    path, uri = graph_file(directory, nodes, export)
+def ours(directory: Path, nodes: Nodes, export: str = "disk", **options: Any) -> Iterator[str]:
+    """`blockgraph run`. `options` are more members of the export."""
+    path, uri = graph_file(directory, nodes, export, **options)
     process = subprocess.Popen(
         [sys.executable, "-m", "blockgraph", "run", str(path)], stdout=subprocess.PIPE, text=True, cwd=directory
     )

@@ -28,6 +28,7 @@ from blockgraph.options import NodeOptions
 from blockgraph.perm import ALL, Perm, Role, cow_child, filtered_child, storage_child
 
 if TYPE_CHECKING:
+    from blockgraph.native import L2Places
     from blockgraph.node import Child, Node
 
 
@@ -354,6 +355,11 @@ class Format(Driver):
     def cow(self) -> Child | None:
         """The child that unallocated ranges are read from."""
         return self.node.children.get("backing")
+
+    def places(self, offset: int) -> L2Places | None:
+        """Where the neighbourhood of `offset` lives in the child that `map` has just named; None: its answers are not
+        short ones. As with `map`, every change is revoked."""
+        return None
 
     async def read_special(self, extent: Extent, buf: memoryview) -> None:
         """Fill `buf` with the bytes of a SPECIAL extent (compressed data). len(buf) == extent.length."""

@@ -21,7 +21,7 @@ with O_DIRECT, whose last block takes turns with the page cache.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockgraph.driver import Format
 from blockgraph.extent import Status
@@ -33,6 +33,28 @@ if TYPE_CHECKING:
 
 #: What the drivers are asked about at least, bytes: the answer is as wide as they know, this only sets where they look.
 _LOOK = 64 << 10
+#: Of so many faults in a table of short runs, one enters all of it: that takes as long as this many faults do.
+_TABLE_FAULTS = 16
+#: Tables whose faults are counted, at most.
+_MAX_TABLES = 4096
+
+
+class _Step(NamedTuple):
+    """A format on the way down.
+
+    Attributes:
+        position: in the node, what was asked about.
+        low, high: the range of the disk that was still in question.
+        shift: from the node's offsets to the disk's.
+        child_shift: from the disk's offsets to those of the node's child.
+    """
+
+    node: Node
+    position: int
+    low: int
+    high: int
+    shift: int
+    child_shift: int
 
 
 class MapOwner(Protocol):
@@ -72,6 +94,8 @@ class RootMap:
         self._slots: dict[Node, int] = {}
         self._bitmaps: set[Bitmap] = set()
         self._copier: CopierLink | None = None
+        #: faults, by node, offset in it, and offset of the range of the disk that shows it
+        self._tables: dict[tuple[Node, int, int], int] = {}
 
     # Filling.
 
@@ -88,19 +112,23 @@ class RootMap:
 
     async def _fill_around(self, offset: int, length: int) -> MapExtent | None:
         generation = self.extents.generation()
-        extent = await self._resolve(offset, length)
+        extent = await self._resolve(offset, length, generation)
         if extent is not None:
             self.extents.insert(generation, [extent])
         return extent
 
-    async def _resolve(self, offset: int, length: int) -> MapExtent | None:
-        """The widest extent around `offset`; None: it has to be asked for each time."""
+    async def _resolve(self, offset: int, length: int, generation: int) -> MapExtent | None:
+        """The widest extent around `offset`; None: it has to be asked for each time.
+
+        Where a format has many short ones, they are entered on the way.
+        """
         node, shift = self._backend.node, 0
         low, high = 0, self.extents.size
         writable = self._backend.writable
         bitmaps: set[Bitmap] = set()
         copy = False
         path = []
+        step = None
         while True:
             path.append(node)
             self._register(node, shift)
@@ -109,6 +137,7 @@ class RootMap:
             if position >= size:
                 return self._entered(path, MapExtent(max(low, size + shift), high - max(low, size + shift)))
             high = min(high, size + shift)
+            above = low, high
             extent = await node.map(position, min(length, size - position))
             low = max(low, extent.offset + shift)
             high = min(high, extent.offset + extent.length + shift)
@@ -131,6 +160,8 @@ class RootMap:
                     return self._entered(path, MapExtent(low, high - low))
                 node, writable = cow.node, False
             elif extent.child is not None:
+                child_shift = extent.child_offset - extent.offset - shift
+                step = _Step(node, position, *above, shift, child_shift)
                 node = extent.child.node
                 shift += extent.offset - extent.child_offset
             else:
@@ -141,7 +172,25 @@ class RootMap:
         if writable and not bitmaps <= self._bitmaps:
             self._bitmaps |= bitmaps
             await self.extents.set_bitmaps(list(self._bitmaps))
-        return self._entered(path, MapExtent(low, high - low, slot, low - shift, writable, copy and writable))
+        found = self._entered(path, MapExtent(low, high - low, slot, low - shift, writable, copy and writable))
+        if found is not None and step is not None:
+            self._enter_table(step, found, generation)
+        return found
+
+    def _enter_table(self, step: _Step, found: MapExtent, generation: int) -> None:
+        """Enter all that the lowest format knows around an extent that was found there, if it is time for that."""
+        driver = step.node.driver
+        places = driver.places(step.position) if isinstance(driver, Format) else None
+        if places is None:
+            return
+        if len(self._tables) >= _MAX_TABLES:
+            self._tables.clear()
+        key = step.node, places.first, step.low
+        faults = self._tables[key] = self._tables.get(key, -1) + 1
+        if faults % _TABLE_FAULTS == 0:
+            storage_shift = found.storage_offset - found.offset - step.child_shift
+            within = found._replace(offset=step.low, length=step.high - step.low)
+            self.extents.insert_places(generation, places, step.shift, storage_shift, within)
 
     def _entered(self, path: list[Node], extent: MapExtent) -> MapExtent | None:
         """Not while somebody on the way has asked for exclusion; `begin` revokes, so later is soon enough."""
@@ -214,6 +263,7 @@ class RootMap:
             node.maps.remove(self)
         self._nodes.clear()
         self._slots.clear()
+        self._tables.clear()
 
     async def forget_bitmaps(self) -> None:
         """No native write marks a bitmap any more: bitmaps are about to be resized, behind a serialising request."""

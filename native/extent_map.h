@@ -6,7 +6,7 @@
  * serves the whole request.
  *
  *     region table    | wide | leaf | wide | wide | wide | none | ...     one pointer for 16 MiB of the disk
- *     leaf                    sorted extents inside the region, immutable, replaced as a whole
+ *     leaf                    its extents, sorted, or a table of its clusters; immutable, replaced as a whole
  *     wide array      [0, 4M)........[8M ............... 20M)             sorted extents that cover whole regions
  *
  * A region with a leaf is described by the leaf alone; one without, by the wide array. So a raw file of any size is one
@@ -120,7 +120,7 @@ int64_t bg_map_generation(bg_map *map);
  */
 int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *extents, int64_t count);
 
-/* 1 and the extent around `offset` in *out (it may be cut at a region's ends), or 0. */
+/* 1 and the extent around `offset` in *out (it may be cut at the ends of a region or a cluster), or 0. */
 int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out);
 
 /* Remove, or only take WRITABLE, COPY and ALLOCATE away. Return a ticket (> 0). */

@@ -40,13 +40,28 @@ typedef struct {
     uint16_t flags;
 } place;
 
-/* The extents of a region: start[i] is relative to the region and belongs to at[i]. */
+/*
+ * The extents of a region, in the form that takes less memory.
+ * List (cluster_shift is 0): start[i] is relative to the region and belongs to at[i].
+ * Table: for every 1 << cluster_shift bytes of the region a word of leaf_table(), which says where it lives. So the map of
+ * a fragmented image takes as much memory as the image's own tables.
+ */
 typedef struct {
     garbage garbage; /* first in all that is retired */
-    uint32_t count;
+    uint32_t count;   /* places, or words of the table */
+    uint32_t extents; /* as statistics have it */
+    uint16_t flags;   /* table: of all that is neither a hole nor zeroes */
+    uint8_t cluster_shift;
     atomic_bool used; /* since the clock's hand came by */
-    place at[];       /* count, then uint32_t start[count] */
+    place at[];       /* list: count, then uint32_t start[count] */
 } leaf;
+
+/* Words of a table leaf: storage offset / 512 << 10 | slot, or one of these. */
+#define WORD_SHIFT 9
+#define SLOT_BITS 10
+#define WORD_NONE UINT64_MAX
+#define WORD_ZERO (UINT64_MAX - 1)
+_Static_assert(BG_MAP_SLOTS == 1 << SLOT_BITS, "a slot fits its bits");
 
 typedef struct {
     int64_t start, end, storage_offset;
@@ -145,6 +160,24 @@ extern leaf no_extents;
 static inline const uint32_t *leaf_starts(const leaf *l)
 {
     return (const uint32_t *)(const void *)(l->at + l->count);
+}
+
+static inline const uint64_t *leaf_table(const leaf *l)
+{
+    return (const uint64_t *)(const void *)l->at;
+}
+
+/* Word i of a table leaf whose region begins at `region_start`, of a disk of `size` bytes; false: a hole. */
+static inline bool leaf_word(const leaf *l, uint32_t i, int64_t region_start, int64_t size, span *out)
+{
+    uint64_t word = leaf_table(l)[i];
+    int64_t start = region_start + ((int64_t)i << l->cluster_shift), length = (int64_t)1 << l->cluster_shift;
+    int64_t end = length < size - start ? start + length : size;
+    if (word == WORD_ZERO)
+        *out = (span){start, end, 0, 0, BG_MAP_ZERO};
+    else
+        *out = (span){start, end, (int64_t)(word >> SLOT_BITS << WORD_SHIFT), word & (BG_MAP_SLOTS - 1), l->flags};
+    return word != WORD_NONE;
 }
 
 static inline bool range_in(int64_t size, int64_t offset, int64_t length)

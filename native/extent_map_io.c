@@ -17,11 +17,8 @@
  * size, so the place to look first is known, and both parts of the entry come into the cache at once: a map much
  * larger than the cache costs two misses instead of seven.
  */
-static int64_t leaf_find(leaf *l, uint32_t at, unsigned shift)
+static int64_t leaf_find(const leaf *l, uint32_t at, unsigned shift)
 {
-    /* Once set it stays: the line is shared by all readers. */
-    if (!atomic_load_explicit(&l->used, memory_order_relaxed))
-        atomic_store_explicit(&l->used, true, memory_order_relaxed);
     const uint32_t *starts = leaf_starts(l);
     uint32_t count = l->count, low = 0;
     if (count == 0)
@@ -52,6 +49,11 @@ bool map_find(space *sp, int64_t offset, span *out)
     int64_t region = offset >> sp->shift, start = region << sp->shift;
     leaf *l = region < sp->regions ? atomic_load(&sp->leaf[region]) : NULL;
     if (l) {
+        /* Once set it stays: the line is shared by all readers. */
+        if (!atomic_load_explicit(&l->used, memory_order_relaxed))
+            atomic_store_explicit(&l->used, true, memory_order_relaxed);
+        if (l->cluster_shift)
+            return leaf_word(l, (uint32_t)((offset - start) >> l->cluster_shift), start, sp->size, out);
         int64_t i = leaf_find(l, (uint32_t)(offset - start), sp->shift);
         if (i < 0)
             return false;

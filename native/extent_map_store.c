@@ -65,11 +65,11 @@ static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf *new_leaf)
     map->pointers += (new_leaf != NULL) - (old != NULL);
     if (new_leaf && new_leaf != &no_extents) {
         map->leaves++;
-        map->extents += new_leaf->count;
+        map->extents += new_leaf->extents;
     }
     if (old && old != &no_extents) {
         map->leaves--;
-        map->extents -= old->count;
+        map->extents -= old->extents;
         map_retire(map, &map->looked, &old->garbage);
     }
 }
@@ -170,6 +170,13 @@ static bool load_region(bg_map *map, space *sp, int64_t region)
     span_list *list = &map->work;
     const leaf *l = atomic_load(&sp->leaf[region]);
     list->count = 0;
+    if (l && l->cluster_shift) {
+        span s;
+        for (uint32_t i = 0; i < l->count; i++)
+            if (leaf_word(l, i, start, sp->size, &s) && !spans_put(map, list, s.start, s.end, &s))
+                return false;
+        return true;
+    }
     if (l) {
         if (!spans_reserve(map, list, l->count + 2))
             return false;
@@ -189,6 +196,67 @@ static bool load_region(bg_map *map, space *sp, int64_t region)
         w->spans[at].slot, w->spans[at].flags});
 }
 
+static leaf *list_leaf(bg_map *map, space *sp, const span_list *list, int64_t start)
+{
+    leaf *made = room_for(map, sp, sizeof(leaf) + list->count * (sizeof(place) + sizeof(uint32_t)));
+    if (!made)
+        return NULL;
+    made->count = (uint32_t)list->count;
+    made->cluster_shift = 0;
+    uint32_t *starts = (uint32_t *)(void *)(made->at + made->count);
+    for (size_t i = 0; i < list->count; i++) {
+        const span *s = &list->spans[i];
+        made->at[i] = (place){(uint64_t)s->storage_offset, (uint32_t)(s->end - s->start), s->slot, s->flags};
+        starts[i] = (uint32_t)(s->start - start);
+    }
+    return made;
+}
+
+/* log2 of the clusters that a table of these spans would have; 0: they can not be one, or it would take more memory. */
+static unsigned table_shift(const span_list *list, int64_t start, int64_t end)
+{
+    uint64_t edges = (uint64_t)1 << REGION_SHIFT_MAX, places = 0;
+    int flags = -1;
+    for (size_t i = 0; i < list->count; i++) {
+        const span *s = &list->spans[i];
+        edges |= (uint64_t)(s->start - start) | (s->end == end ? 0 : (uint64_t)(s->end - start));
+        if (s->flags == BG_MAP_ZERO)
+            continue;
+        if (s->flags & BG_MAP_ZERO || (flags >= 0 && flags != s->flags))
+            return 0;
+        flags = s->flags;
+        places |= (uint64_t)s->storage_offset;
+    }
+    unsigned shift = (unsigned)__builtin_ctzll(edges);
+    if (places & ((1U << WORD_SHIFT) - 1) || shift < WORD_SHIFT)
+        return 0;
+    uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
+    return words * sizeof(uint64_t) < list->count * (sizeof(place) + sizeof(uint32_t)) ? shift : 0;
+}
+
+static leaf *table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift)
+{
+    uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
+    leaf *made = room_for(map, sp, sizeof(leaf) + words * sizeof(uint64_t));
+    if (!made)
+        return NULL;
+    made->count = (uint32_t)words;
+    made->cluster_shift = (uint8_t)shift;
+    made->flags = 0;
+    uint64_t *table = (uint64_t *)(void *)made->at;
+    memset(table, 0xff, words * sizeof(uint64_t));
+    for (size_t i = 0; i < list->count; i++) {
+        const span *s = &list->spans[i];
+        bool zero = s->flags & BG_MAP_ZERO;
+        if (!zero)
+            made->flags = s->flags;
+        for (int64_t at = s->start; at < s->end; at += (int64_t)1 << shift)
+            table[(at - start) >> shift] =
+                zero ? WORD_ZERO : (uint64_t)(s->storage_offset + at - s->start) >> WORD_SHIFT << SLOT_BITS | s->slot;
+    }
+    return made;
+}
+
 /* Publish what is in work. */
 static void flush(bg_map *map)
 {
@@ -206,17 +274,12 @@ static void flush(bg_map *map)
     }
     leaf *made = NULL;
     if (list->count) {
-        made = room_for(map, sp, sizeof(leaf) + list->count * (sizeof(place) + sizeof(uint32_t)));
+        unsigned shift = table_shift(list, start, end);
+        made = shift ? table_leaf(map, sp, list, start, end, shift) : list_leaf(map, sp, list, start);
         leaf *old = atomic_load(&sp->leaf[region]);
         if (made) {
-            made->count = (uint32_t)list->count;
+            made->extents = (uint32_t)list->count;
             atomic_init(&made->used, old && old != &no_extents && atomic_load(&old->used));
-            uint32_t *starts = (uint32_t *)(void *)(made->at + made->count);
-            for (size_t i = 0; i < list->count; i++) {
-                const span *s = &list->spans[i];
-                made->at[i] = (place){(uint64_t)s->storage_offset, (uint32_t)(s->end - s->start), s->slot, s->flags};
-                starts[i] = (uint32_t)(s->start - start);
-            }
         }
     }
     publish_leaf(map, sp, region, made ? made : &no_extents);

@@ -18,6 +18,7 @@ import blockgraph
 from blockgraph import trace
 from blockgraph.api import SyncBackend, SyncGraph
 from blockgraph.create import create_file
+from blockgraph.errors import OutOfRange
 from blockgraph.native import MapExtent
 
 MIB = 1 << 20
@@ -297,3 +298,62 @@ def test_native_guests_beside_discards_of_their_neighbours(tmp_path: Path) -> No
         for blocks in guests.blocks:
             for offset, data in blocks.items():
                 assert disk.pread(offset, 4096) == data
+
+
+def scatter(path: Path, size: int) -> None:
+    """A new image "disk" whose clusters, each with its number in it, lie in the file in another order."""
+    make(path / "disk", "qcow2", size)
+    clusters = list(range(-(-size // CLUSTER)))
+    random.Random(7).shuffle(clusters)
+    with blockgraph.open({"nodes": [image("disk", path / "disk", "qcow2")]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        for cluster in clusters:
+            disk.pwrite(cluster * CLUSTER, cluster.to_bytes(8, "big") * 64)
+
+
+@pytest.mark.parametrize("shift", [0, 3 * CLUSTER])
+def test_fragmented_table_is_entered_at_its_first_fault(tmp_path: Path, shift: int) -> None:
+    size = 600 * CLUSTER + 4096
+    scatter(tmp_path, size)
+    node = image("image", tmp_path / "disk", "qcow2")
+    top = {"driver": "raw", "node-name": "disk", "offset": shift, "size": size - shift - 512, "file": node}
+    with blockgraph.open({"nodes": [top]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pread(5 * CLUSTER, 512)
+        for cluster in range(shift // CLUSTER, 600):
+            offset = cluster * CLUSTER - shift
+            assert disk.pread(offset, 512) == cluster.to_bytes(8, "big") * 64
+        stats = disk.stats()
+        assert (stats.misses, stats.hits) == (1, 600 - shift // CLUSTER)
+        assert disk.pread(600 * CLUSTER - shift, 3584) == (600).to_bytes(8, "big") * 64 + bytes(3072)
+        with pytest.raises(OutOfRange):
+            disk.pread(600 * CLUSTER - shift, 3585)
+        disk.pwrite(0, b"x" * 512)  # the image may be written from now on
+        disk.pwrite(200 * CLUSTER, b"y" * 512)
+        before = disk.stats()
+        for cluster in range(20, 500):
+            disk.pwrite(cluster * CLUSTER + 512, b"z" * 512)
+        assert disk.stats().misses - before.misses <= 16
+        disk.discard(40 * CLUSTER, CLUSTER)
+        assert disk.pread(40 * CLUSTER, 2048) == bytes(2048)
+        assert disk.pread(41 * CLUSTER + 512, 512) == b"z" * 512
+
+
+def test_fragmented_backing_shows_only_where_the_overlay_is_unallocated(tmp_path: Path) -> None:
+    size = 600 * CLUSTER
+    scatter(tmp_path, size)
+    make(tmp_path / "top", "qcow2", size)
+    nodes = [image("top", tmp_path / "top", "qcow2", backing=image("base", tmp_path / "disk", "qcow2"))]
+    with blockgraph.open({"nodes": nodes}) as graph:
+        disk = graph.backend("top", writable=True)
+        disk.pwrite(300 * CLUSTER, b"t" * CLUSTER)
+        disk.pread(0, 512)
+        disk.pread(400 * CLUSTER, 512)
+        disk.pread(300 * CLUSTER, 512)
+        before = disk.stats()
+        for cluster in range(600):
+            expected = b"t" * 512 if cluster == 300 else cluster.to_bytes(8, "big") * 64
+            assert disk.pread(cluster * CLUSTER, 512) == expected
+        assert disk.stats().misses - before.misses <= 1
+        disk.pwrite(5 * CLUSTER, b"u" * 512)
+        assert disk.pread(5 * CLUSTER, 1024) == b"u" * 512 + bytes(512)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from blockgraph.native.bitmap import Bitmap
     from blockgraph.native.copier import CopierLink
+    from blockgraph.native.l2 import L2Places
 
 DEFAULT_MEMORY = 64 << 20
 """Bytes that a map may use, unless told otherwise."""
@@ -233,6 +234,47 @@ class ExtentMap:
             code = _EINVAL
         if code < 0:
             raise ValueError(f"an extent is not inside the disk of {self.size} bytes, or its slot or place is wrong")
+        return int(code)
+
+    def insert_places(
+        self, generation: int, places: L2Places, shift: int, storage_shift: int, within: MapExtent
+    ) -> int:
+        """Insert all data clusters of an L2 table, as `insert` does.
+
+        Args:
+            generation: as read before the drivers were asked.
+            shift: added to offsets in the image to get the disk's.
+            storage_shift: added to host offsets to get the storage's.
+            within: its range of the disk bounds what is entered; its slot, and how to write where the table says that
+                a cluster is the image's alone, hold for all.
+        Returns:
+            How many extents were not refused.
+        Raises:
+            ValueError: the range is not inside the disk, or the slot out of range.
+        """
+        assert within.slot is not None
+        table, metadata = _from_buffer(places.table), _from_buffer("uint64_t[]", places.metadata)
+        native = ffi.new(
+            "bg_l2_places *",
+            {
+                "table": table,
+                "entries": len(places.table) // 8,
+                "cluster_bits": places.cluster_bits,
+                "version": places.version,
+                "metadata": metadata,
+                "metadata_count": len(places.metadata),
+                "host_end": places.host_end,
+                "disk": places.first + shift,
+                "low": within.offset,
+                "high": within.offset + within.length,
+                "storage": storage_shift,
+                "slot": within.slot,
+                "flags": within.flags(),
+            },
+        )
+        code = lib.bg_map_insert_l2(self._native, generation, native)
+        if code < 0:
+            raise ValueError(f"range {within.offset}+{within.length} or slot {within.slot} is not in the map")
         return int(code)
 
     def find(self, offset: int) -> MapExtent | None:

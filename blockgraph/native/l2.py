@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,11 +45,37 @@ class L2Run(NamedTuple):
     """Bytes from host_offset to the end of the last sector with compressed data; 0 unless COMPRESSED."""
 
 
+class L2Places(NamedTuple):
+    """A table of many short runs, for an extent map to take at once (`ExtentMap.insert_places`).
+
+    Attributes:
+        table: big-endian, as in the file; it must not change until it is taken.
+        first: offset in the image of entry 0, bytes.
+        cluster_bits, version: as for decode_l2.
+        host_end: end of the file, bytes; a multiple of the cluster size.
+        metadata: numbers of the host clusters that guest data must not be written to, sorted.
+    """
+
+    table: bytearray
+    first: int
+    cluster_bits: int
+    version: int
+    host_end: int
+    metadata: array[int]
+
+
 _KINDS = tuple(sorted(L2Kind))
 
 
 def decode_l2(
-    table: Buffer, cluster_bits: int, version: int, *, start: int = 0, end: int | None = None, data_file: bool = False
+    table: Buffer,
+    cluster_bits: int,
+    version: int,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    data_file: bool = False,
+    most: int | None = None,
 ) -> list[L2Run]:
     """Decode entries [start, end) of a standard (not extended) L2 table into runs, in order and without gaps.
 
@@ -57,6 +85,7 @@ def decode_l2(
         version: 2 or 3.
         start, end: indexes; None: to the end of `table`.
         data_file: the image has an external data file, so that host offset 0 can be allocated.
+        most: stop once there are more runs than that; the last may then be cut short. None: decode all.
     Raises:
         ValueError: an argument is out of range, or `table` is not a multiple of 8 bytes.
     Source: qcow2 specification, "Cluster mapping". Each entry that breaks it is a run of kind INVALID.
@@ -71,8 +100,9 @@ def decode_l2(
     runs: list[L2Run] = []
     out = ffi.new("bg_l2_run[]", _BATCH)
     flat = ffi.cast("int64_t *", out)
-    while start < stop:
-        count = lib.bg_l2_decode(view, start, stop, cluster_bits, version, options, out, _BATCH)
+    limit = sys.maxsize if most is None else most
+    while start < stop and len(runs) <= limit:
+        count = lib.bg_l2_decode(view, start, stop, cluster_bits, version, options, out, min(_BATCH, limit + 1))
         fields = iter(ffi.unpack(flat, _FIELDS * count))
         runs += [
             L2Run(first, clusters, _KINDS[kind], host, flags != 0, compressed)

@@ -103,6 +103,19 @@ class MapMachine(RuleBasedStateMachine):
         assert put(self.real, *data.draw(st.permutations(pieces))) == len(pieces)
         self.taken(units, whole)
 
+    @rule(data=st.data(), writable=st.booleans(), zeroes=st.booleans())
+    def insert_scattered(self, data: st.DataObject, writable: bool, zeroes: bool) -> None:
+        """No two units are neighbours in the storage, so that a region may become a table."""
+        units, *_ = self.draw(data)
+        extents = []
+        for unit in units:
+            offset = unit * self.UNIT
+            length = min(self.UNIT, self.size - offset)
+            slot = None if zeroes and unit % 3 == 0 else self.slots[unit % 2]
+            extents.append(MapExtent(offset, length, slot, (self.UNITS - unit) * self.UNIT, writable))
+            self.taken(range(unit, unit + 1), extents[-1]._replace(writable=writable and slot is not None))
+        assert put(self.real, *extents) == len(extents)
+
     @rule(data=st.data())
     def insert_with_an_old_generation(self, data: st.DataObject) -> None:
         units, offset, length = self.draw(data)
@@ -470,6 +483,22 @@ def test_fragmented_disk_larger_than_memory_keeps_what_was_used_last() -> None:
     # With so little memory a region of this disk is 128 MiB.
     assert stats.evictions + stats.regions == 2000 * REGION // (128 * MIB)
     assert stats.extents > 10_000
+
+
+def test_fragmented_map_takes_eight_bytes_for_a_cluster() -> None:
+    clusters = 64 * 256
+    extents = ExtentMap(clusters * 65536, 64 * MIB)
+    slot = extents.add_slot(0)
+    empty = extents.stats().bytes
+    put(extents, *(MapExtent(c * 65536, 65536, slot, (clusters - c) * 65536, True) for c in range(clusters)))
+    stats = extents.stats()
+    assert (stats.extents, stats.regions) == (clusters, 64)
+    assert stats.bytes - empty < clusters * 8 * 1.1 + 20_000  # and what a change is prepared in
+    put(extents, MapExtent(65536 + 512, 512, slot, 512))  # no table can say that
+    assert extents.find(65536) == MapExtent(65536, 512, slot, (clusters - 1) * 65536, True)
+    assert extents.find(65536 + 512) == MapExtent(65536 + 512, 512, slot, 512)
+    assert extents.find(65536 + 1024) == MapExtent(65536 + 1024, 64512, slot, (clusters - 1) * 65536 + 1024, True)
+    assert extents.stats().extents == clusters + 2
 
 
 def test_disk_of_the_largest_size_maps_wide_extents_to_its_end() -> None:

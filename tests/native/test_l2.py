@@ -5,12 +5,22 @@
 from __future__ import annotations
 
 import struct
+from array import array
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockgraph.native import L2Kind, L2Run, decode_l2, free_run_refcount16, next_nonzero_u64
+from blockgraph.native import (
+    ExtentMap,
+    L2Kind,
+    L2Places,
+    L2Run,
+    MapExtent,
+    decode_l2,
+    free_run_refcount16,
+    next_nonzero_u64,
+)
 
 COPIED, COMPRESSED = 1 << 63, 1 << 62
 
@@ -123,3 +133,59 @@ def test_free_run_refcount16_equals_search(counts: list[int], data: st.DataObjec
         tail += 1
     found = (len(counts) - tail, tail) if expected is None else (expected, want)
     assert free_run_refcount16(struct.pack(f">{len(counts)}H", *counts), want, start) == found
+
+
+@given(
+    entries=entries_for(16),
+    disk=st.integers(-3, 3),
+    low=st.integers(0, 3 << 16),
+    length=st.integers(1, 40 << 16),
+    host_end=st.integers(1, 1 << 14),
+    metadata=st.sets(st.integers(1, 1 << 12), max_size=20),
+    writable=st.booleans(),
+)
+def test_places_are_the_data_clusters_inside_the_range_and_the_file(
+    entries: list[int], disk: int, low: int, length: int, host_end: int, metadata: set[int], writable: bool
+) -> None:
+    size = 44 << 16
+    extents = ExtentMap(size)
+    slot = extents.add_slot(0)
+    table = bytearray(struct.pack(f">{len(entries)}Q", *entries))
+    places = L2Places(table, 1 << 16, 16, 3, host_end << 16, array("Q", sorted(metadata)))
+    high = min(low + length, size)
+    within = MapExtent(low, high - low, slot, 0, writable)
+    extents.insert_places(extents.generation(), places, (disk - 1) << 16, 1 << 30, within)
+    for cluster in range(size >> 16):
+        for at in {max(low, cluster << 16), min(high, (cluster + 1) << 16) - 1}:
+            if at >> 16 != cluster:
+                continue
+            index, found = cluster - disk, extents.find(at)
+            kind, host, copied, _ = (
+                one(entries[index], 16, 3, False) if 0 <= index < len(entries) else (L2Kind.UNALLOCATED, 0, False, 0)
+            )
+            if kind != L2Kind.DATA or not low <= at < high or not 1 << 16 <= host < host_end << 16:
+                assert found is None
+                continue
+            assert found is not None
+            assert found.storage_offset + at - found.offset == host + (1 << 30) + at % (1 << 16)
+            if not copied or not writable:
+                assert not found.writable
+
+
+def test_places_of_a_run_that_touches_metadata_are_not_writable() -> None:
+    table = bytearray(struct.pack(">6Q", *(COPIED | (host << 16) for host in (5, 6, 8, 7, 20, 30))))
+    extents = ExtentMap(6 << 16)
+    slot = extents.add_slot(0)
+    within = MapExtent(0, 6 << 16, slot, 0, True)
+    places = L2Places(table, 0, 16, 3, 100 << 16, array("Q", [6, 20]))
+    assert extents.insert_places(extents.generation(), places, 0, 0, within) == 5
+    assert [(found := extents.find(i << 16)) and found.writable for i in range(6)] == [0, 0, 1, 1, 0, 1]
+
+
+@given(entries_for(16), st.integers(0, 40))
+def test_decode_stops_once_there_are_more_runs_than_asked_for(entries: list[int], most: int) -> None:
+    table = struct.pack(f">{len(entries)}Q", *entries)
+    runs = decode_l2(table, 16, 3)
+    found = decode_l2(table, 16, 3, most=most)
+    assert found[:most] == runs[:most]
+    assert (len(found) > most) == (len(runs) > most)

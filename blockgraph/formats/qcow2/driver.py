@@ -62,7 +62,7 @@ from blockgraph.formats.qcow2.refcount import Refcounts
 from blockgraph.formats.qcow2.resize import resize
 from blockgraph.formats.qcow2.writeback import WriteBack
 from blockgraph.formats.qcow2.zeroes import Mode, rewrite
-from blockgraph.native import L2Kind, L2Run
+from blockgraph.native import L2Kind, L2Places, L2Run
 from blockgraph.node import Child
 from blockgraph.options import NodeOptions, NodeRef
 from blockgraph.perm import Role
@@ -305,6 +305,17 @@ class Qcow2(Format):
         if kind == L2Kind.ZERO_ALLOCATED:
             return Extent(start, length, Status.ZERO, self.file, run.host_offset)
         return Extent(start, length, _STATUS[kind])
+
+    def places(self, offset: int) -> L2Places | None:
+        index = offset >> self._span_bits
+        table = self.mapping.tables.get(index)
+        if table is None or not table.fragmented or self.image.damaged is not None:
+            return None
+        image = self.image
+        metadata = self.refcounts.overlaps.clusters
+        return L2Places(
+            table.buf, index << self._span_bits, image.cluster_bits, image.header.version, image.file_end(), metadata
+        )
 
     def _may_write(self, host: int, length: int) -> bool:
         return self.image.damaged is None and self.refcounts.overlaps.find(host, length) is None

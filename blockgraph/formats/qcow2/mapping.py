@@ -150,8 +150,9 @@ class Mapping:
             CorruptImage: the entry breaks the specification.
         """
         if table.runs is None and not table.fragmented:
-            runs = decode_l2(table.buf, self._bits, self._version)
-            if len(runs) > self._image.l2_entries // _RUNS_PART + _WINDOW:
+            most = self._image.l2_entries // _RUNS_PART + _WINDOW
+            runs = decode_l2(table.buf, self._bits, self._version, most=most)
+            if len(runs) > most:
                 table.fragmented = True
             else:
                 table.runs = RunList(runs, self._bits)

@@ -23,6 +23,11 @@ class Overlaps:
         self._bits = cluster_bits
         self._clusters = array("Q")
 
+    @property
+    def clusters(self) -> array[int]:
+        """Their numbers, sorted; to be looked at only, and not kept."""
+        return self._clusters
+
     def fill(self, offsets: Iterable[int]) -> int | None:
         """Begin with clusters at these host offsets; returns one that came twice, None if there is none."""
         clusters = sorted(offset >> self._bits for offset in offsets)

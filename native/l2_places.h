@@ -1,0 +1,36 @@
+/* SPDX-FileCopyrightText: blockgraph contributors */
+/* SPDX-License-Identifier: MIT */
+/*
+ * A whole L2 table into an extent map: one call where a fragmented image would take a fault for each cluster.
+ *
+ * Units:     bytes, unless said otherwise.
+ * Ownership: all is borrowed for the call.
+ * Errno:     a count, else -EINVAL.
+ * Threads:   as bg_map_insert. The table must not change meanwhile.
+ */
+#ifndef BG_L2_PLACES_H
+#define BG_L2_PLACES_H
+
+#include "extent_map.h"
+#include "qcow2_l2.h"
+
+/* cffi:begin */
+typedef struct {
+    const void *table;
+    int64_t entries;
+    int32_t cluster_bits, version;
+    const uint64_t *metadata; /* sorted numbers of the host clusters that guest data must not be written to */
+    int64_t metadata_count;
+    int64_t host_end;   /* end of the image's file: what lies behind it is left out */
+    int64_t disk;       /* offset in the disk of entry 0; may be negative */
+    int64_t low, high;  /* of the disk: what lies outside is left out */
+    int64_t storage;    /* to be added to host offsets to get the slot's */
+    int32_t slot;
+    int32_t flags; /* of what is COPIED; the rest, and what touches metadata, may not be written */
+} bg_l2_places;
+
+/* Insert the clusters that are plain data; returns how many extents the map took. */
+int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *places);
+/* cffi:end */
+
+#endif
