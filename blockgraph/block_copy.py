@@ -205,13 +205,20 @@ class BlockCopy:
         self._native = False
         self.copier.set_mode(CopierMode.BROKEN)
 
-    async def learn(self, offset: int, end: int) -> None:
-        """After a guest write was copied here, and is still in flight: let native ones know the place."""
-        if self.native:
-            for side in (self._source_map, self._target_map):
-                if side.extents.find(offset) is None:
-                    with suppress(BlockGraphError):  # the copy is made; who needs this place next will tell
-                        await side.fill(offset, end - offset)
+    async def learn(self, offset: int, end: int) -> bool:
+        """For a guest write in flight: let native ones know the place. True: they can copy there."""
+        if not self.native:
+            return False
+        for side in (self._source_map, self._target_map):
+            if side.extents.find(offset) is None:
+                with suppress(BlockGraphError):  # whoever copies will tell
+                    await side.fill(offset, end - offset)
+        target = self._target_map.extents.find(offset)
+        return (
+            self._source_map.extents.find(offset) is not None
+            and target is not None
+            and (target.writable or target.allocate)
+        )
 
     async def forget_maps(self) -> None:
         """The edges are about to lead elsewhere, or have just begun to; no guest request is in flight."""

@@ -386,13 +386,13 @@ static int copy_run(bg_copier *c, const bg_bitmap_extent *run)
     return ret;
 }
 
-/* With the lock held: 0 once [start, end) may be overwritten. */
-static int make_done(bg_copier *c, int64_t start, int64_t end)
+/* With the lock held: 0 once all of [start, end) is copied. */
+static int copy_all(bg_copier *c, int64_t start, int64_t end)
 {
     for (;;) {
         bg_bitmap_extent run;
         if (c->mode != BG_COPIER_ON)
-            return c->mode == BG_COPIER_BROKEN ? 0 : BG_MAP_MISS;
+            return BG_MAP_MISS;
         const range *claim = claim_in(c, start, end);
         if (claim && claim->kind == PYTHON)
             return BG_MAP_MISS;
@@ -402,13 +402,32 @@ static int make_done(bg_copier *c, int64_t start, int64_t end)
         } else if (claim) {
             pthread_cond_wait(&c->ended, &c->lock);
         } else {
-            break;
+            return 0;
         }
     }
-    if (frozen_in(c, start, end))
-        return BG_MAP_MISS;
-    bg_bitmap_set(c->done, start, end - start);
-    return 0;
+}
+
+int bg_copier_copy(bg_copier *c, int64_t offset, int64_t end)
+{
+    if (!clusters_ok(c, offset, end))
+        return -EINVAL;
+    pthread_mutex_lock(&c->lock);
+    int ret = copy_all(c, offset, end);
+    pthread_mutex_unlock(&c->lock);
+    return ret;
+}
+
+/* With the lock held: 0 once [start, end) may be overwritten. */
+static int make_done(bg_copier *c, int64_t start, int64_t end)
+{
+    int ret = copy_all(c, start, end);
+    if (c->mode == BG_COPIER_BROKEN)
+        return 0;
+    if (ret == 0 && frozen_in(c, start, end))
+        ret = BG_MAP_MISS;
+    if (ret == 0)
+        bg_bitmap_set(c->done, start, end - start);
+    return ret;
 }
 
 static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length)

@@ -68,6 +68,12 @@ int bg_copier_finish(bg_copier *copier, int64_t number, int copied);
 /* 1 when some of [offset, end) is not copied yet, or is being copied. */
 int bg_copier_pending(bg_copier *copier, int64_t offset, int64_t end);
 
+/*
+ * Copy what is still to be copied of [offset, end), as a native write would (whole clusters; end may be the disk's end). 0 when
+ * all of it is copied, BG_MAP_MISS when some of it is Python's.
+ */
+int bg_copier_copy(bg_copier *copier, int64_t offset, int64_t end);
+
 /* A claim that touches [offset, end): its number, -1: a native write's, 0: none. */
 int64_t bg_copier_claimed(bg_copier *copier, int64_t offset, int64_t end);
 

@@ -13,6 +13,10 @@ visible. A cluster is copied once; afterwards writes pass. The point in time is 
 that inserted the filter commits: all requests before it are done, none after it has started. `snapshot-access` over
 this node reads the kept image; a backup job over it copies the rest.
 
+A native guest write (NBD, a caller's own thread) to storage that the extent maps of disk and target know makes its copy
+on its own thread, without Python. Left to Python: with cbw-timeout, while the target reads through to the disk, under
+sync "top", what a snapshot reader or the job is at just now, whatever failed, and a second backup-top on the way.
+
 Options:
     file: the live disk.
     target: gets the old bytes; same size as the disk.
@@ -41,7 +45,7 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -287,8 +291,8 @@ class BackupTop(Filter):
         end = min(offset + length + -(offset + length) % self.cluster_size, self.size())
         if self.copy.pending(start, end):
             try:
-                await self._copy(start, end)
-                await self.copy.learn(start, end)
+                if not (await self.copy.learn(start, end) and await self._copy_natively(start, end)):
+                    await self._copy(start, end)
             except BlockGraphError as error:
                 if self.options.on_cbw_error == "break-guest-write":
                     raise
@@ -300,6 +304,13 @@ class BackupTop(Filter):
         self.copy.done.set(start, end - start)
         while (read := self._frozen_read(start, end)) is not None:
             await read.done.wait()
+
+    async def _copy_natively(self, start: int, end: int) -> bool:
+        """Where native writes can copy, this need not look for holes first, which takes long in some file systems."""
+        task = asyncio.ensure_future(asyncio.to_thread(self.copy.copier.copy, start, end))
+        self.node.begin_background()
+        task.add_done_callback(self._copy_ended)
+        return await asyncio.shield(task)
 
     async def _copy(self, start: int, end: int) -> None:
         if not self.options.cbw_timeout:
@@ -326,7 +337,7 @@ class BackupTop(Filter):
         except CopyFailed as failure:
             raise failure.error from failure
 
-    def _copy_ended(self, task: asyncio.Future[None]) -> None:
+    def _copy_ended(self, task: asyncio.Future[Any]) -> None:
         if not task.cancelled():
             task.exception()  # retrieved: after a timeout nobody waits for it
         self.node.end_background()

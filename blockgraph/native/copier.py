@@ -91,6 +91,14 @@ class Copier:
         """Some of [offset, end) is not copied yet, or is being copied."""
         return check(lib.bg_copier_pending(self._native, offset, end)) == 1
 
+    def copy(self, offset: int, end: int) -> bool:
+        """Copy what is still to be copied of [offset, end), as a native write would; blocks, without the GIL.
+
+        Returns:
+            False when some of it is not copied: the maps do not know it, it failed, Python has a claim, or the mode.
+        """
+        return check(lib.bg_copier_copy(self._native, offset, end)) == 0
+
     def claimed(self, offset: int, end: int) -> int:
         """Number of a claim that touches [offset, end); -1: a native write's; 0: there is none."""
         return int(lib.bg_copier_claimed(self._native, offset, end))
