@@ -16,8 +16,9 @@ PACKAGE = Path(blockgraph.__file__).parent
 #: Folder -> folders that may import it, besides itself and modules of the top folder that start it.
 IMPORTED_BY = {
     "cli": {"__main__.py"},
+    "bench": {"cli"},
     "demo": {"cli"},
-    "jobs": {"cli", "demo", "session.py", "api.py", "graph", "testing"},
+    "jobs": {"cli", "bench", "demo", "session.py", "api.py", "graph", "testing"},
 }
 
 

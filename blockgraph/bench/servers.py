@@ -1,0 +1,204 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""NBD servers on unix sockets, each in a process of its own, as context managers that give a `load.Target`.
+
+Ended when the context ends, however that is. They are in sessions of their own, so that Ctrl-C reaches us alone.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from blockgraph.bench.load import Target
+from blockgraph.errors import BlockGraphError
+
+_PATIENCE = 30.0
+
+Nodes = Sequence[dict[str, Any]]
+
+
+def _start(argv: Sequence[str], **more: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, text=True, **more)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def _failed(name: str, process: subprocess.Popen[str]) -> BlockGraphError:
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    said = process.stderr.read().strip().splitlines() if process.stderr is not None else []
+    return BlockGraphError(f"{name} did not start: {said[-1] if said else 'it said nothing'}", op="bench")
+
+
+@contextmanager
+def ours(folder: Path, nodes: Nodes, node: str, size: int, *, writable: bool) -> Iterator[Target]:
+    """`blockgraph run`."""
+    path, address = folder / "graph.json", folder / "ours.sock"
+    export = {"type": "nbd", "id": "guest", "node-name": node, "name": "disk", "writable": writable}
+    server = {"addr": {"type": "unix", "path": str(address)}}
+    path.write_text(json.dumps({"nodes": list(nodes), "exports": [export], "nbd-server": server}))
+    argv = [sys.executable, "-P", "-m", "blockgraph", "run", str(path)]
+    process = _start(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        while (line := process.stdout.readline()) != "ready\n":
+            if not line:
+                raise _failed("blockgraph run", process)
+        yield Target(str(address), "disk", size)
+    finally:
+        _end(process)
+
+
+@contextmanager
+def _daemon(folder: Path, size: int, argv: Sequence[str]) -> Iterator[Target]:
+    """A server that knows "SOCKET" and tells by the file "PIDFILE" that it listens."""
+    address, pidfile = folder / "peer.sock", folder / "peer.pid"
+    address.unlink(missing_ok=True)
+    pidfile.unlink(missing_ok=True)
+    words = {"SOCKET": str(address), "PIDFILE": str(pidfile)}
+    process = _start([words.get(word, word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while not (pidfile.exists() and pidfile.stat().st_size):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise _failed(argv[0], process)
+            time.sleep(0.005)
+        yield Target(str(address), "", size)
+    finally:
+        _end(process)
+
+
+@contextmanager
+def nbdkit(folder: Path, path: Path, size: int, *, writable: bool) -> Iterator[Target]:
+    """nbdkit's file plugin."""
+    read_only = [] if writable else ["-r"]
+    argv = ["nbdkit", "-f", *read_only, "-P", "PIDFILE", "-U", "SOCKET", "file", str(path)]
+    with _daemon(folder, size, argv) as target:
+        yield target
+
+
+@contextmanager
+def qemu_nbd(folder: Path, path: Path, driver: str, size: int, *, writable: bool) -> Iterator[Target]:
+    """qemu-nbd as people call it: write-back cache, its own pool of threads."""
+    read_only = [] if writable else ["-r"]
+    argv = ["qemu-nbd", "-t", "-e", "16", *read_only, "--pid-file", "PIDFILE", "-k", "SOCKET", "-f", driver, str(path)]
+    with _daemon(folder, size, argv) as target:
+        yield target
+
+
+class StorageDaemon:
+    """A qemu-storage-daemon with its monitor on a unix socket; a context manager.
+
+    Args:
+        folder: for the sockets.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        path = folder / "qmp.sock"
+        path.unlink(missing_ok=True)
+        chardev = f"socket,id=qmp,path={path},server=on,wait=off"
+        argv = ["qemu-storage-daemon", "--chardev", chardev, "--monitor", "chardev=qmp"]
+        self._process = _start(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._input = b""
+        self._events: list[dict[str, Any]] = []
+        try:
+            self._connect(str(path))
+            self._next()
+            self.command("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, path: str) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return self._socket.connect(path)
+            except OSError:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    raise _failed("qemu-storage-daemon", self._process) from None
+                time.sleep(0.005)
+
+    def _next(self) -> dict[str, Any]:
+        while b"\n" not in self._input:
+            part = self._socket.recv(65536) if select.select([self._socket], [], [], _PATIENCE)[0] else b""
+            if not part:
+                raise BlockGraphError("qemu-storage-daemon does not answer", op="bench")
+            self._input += part
+        line, _, self._input = self._input.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def command(self, name: str, /, **arguments: Any) -> None:
+        """Run a QMP command. Member names with "_" for "-"."""
+        given = {key.replace("_", "-"): value for key, value in arguments.items()}
+        self._socket.sendall(json.dumps({"execute": name, "arguments": given}).encode() + b"\n")
+        while True:
+            answer = self._next()
+            if "event" in answer:
+                self._events.append(answer)
+            elif "error" in answer:
+                raise BlockGraphError(f"qemu-storage-daemon: {name}: {answer['error']['desc']}", op="bench")
+            else:
+                return
+
+    def add(self, nodes: Nodes) -> None:
+        """Open nodes."""
+        for description in nodes:
+            self.command("blockdev-add", **description)
+
+    def serve(self, node: str, size: int) -> Target:
+        """Export a node, writable."""
+        path = self._folder / "daemon.sock"
+        path.unlink(missing_ok=True)
+        self.command("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}}, max_connections=0)
+        self.command("block-export-add", type="nbd", id="guest", node_name=node, name="disk", writable=True)
+        return Target(str(path), "disk", size)
+
+    def backup(self, device: str, target: str) -> None:
+        """Run a blockdev-backup job to its end."""
+        self.command("blockdev-backup", job_id="b", device=device, target=target, sync="full")
+        while True:
+            event = self._events.pop(0) if self._events else self._next()
+            if event.get("event") == "BLOCK_JOB_COMPLETED":
+                if "error" in event["data"]:
+                    raise BlockGraphError(f"qemu-storage-daemon: {event['data']['error']}", op="bench")
+                return
+
+    def close(self) -> None:
+        """End the daemon."""
+        self._socket.close()
+        _end(self._process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
