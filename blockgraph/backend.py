@@ -197,7 +197,7 @@ class Backend:
         try:
             await self.root.pwrite(offset, view, flags)
             if self.map is not None:
-                await self.map.fill(offset, len(view))
+                await self.map.fill(offset, len(view), written=True)
         finally:
             self.leave()
 

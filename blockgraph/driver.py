@@ -28,7 +28,7 @@ from blockgraph.options import NodeOptions
 from blockgraph.perm import ALL, Perm, Role, cow_child, filtered_child, storage_child
 
 if TYPE_CHECKING:
-    from blockgraph.native import L2Places
+    from blockgraph.native import ExtentMap, L2Places
     from blockgraph.node import Child, Node
 
 
@@ -84,6 +84,29 @@ class Allocation(TypingProtocol):
     async def abort(self) -> None: ...
 
 
+class FirstWrites(TypingProtocol):
+    """First writes to ranges without a place of their own, made natively (blockgraph/native/allocator.h).
+
+    Used by one extent map at a time. What was placed is in the node's tables before anybody looks at them.
+
+    Attributes:
+        storage: the node whose descriptor the data goes to.
+    """
+
+    @property
+    def storage(self) -> Node: ...
+
+    def offered(self) -> bool:
+        """The node still stands by the extents that it marked `allocate`."""
+
+    def attach(self, extents: ExtentMap, slot: int) -> None:
+        """First writes into extents with `allocate` of that map are the node's, at offset 0; the storage is at `slot`.
+        Offered just now."""
+
+    async def withdraw(self) -> None:
+        """No map does them any more, and what maps know of the node is gone."""
+
+
 class Driver:
     """Base of all drivers. See the module's text; derive from Protocol, Format or Filter."""
 
@@ -111,6 +134,8 @@ class Driver:
     zero_flags: Flag = Flag.NONE
     #: a write past the end makes the node larger, if the edge has RESIZE
     growable: bool = False
+    #: see FirstWrites; None: the driver has none
+    first_writes: FirstWrites | None = None
 
     def __init__(self, node: Node, options: NodeOptions) -> None:
         self.node = node
@@ -514,6 +539,7 @@ __all__ = [
     "ChildSpec",
     "Driver",
     "Filter",
+    "FirstWrites",
     "Format",
     "ImpliedChild",
     "Info",

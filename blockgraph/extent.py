@@ -36,6 +36,7 @@ class Extent(NamedTuple):
             node has preallocated room.
         writable: the range may be overwritten in place there, without asking the node again.
         copier: where the range is not `writable`, native writes may still overwrite it once this has copied it.
+        allocate: of what is not DATA: a first write may be left to the node's `Driver.first_writes`.
     """
 
     offset: int
@@ -45,6 +46,7 @@ class Extent(NamedTuple):
     child_offset: int = 0
     writable: bool = False
     copier: Copier | None = None
+    allocate: bool = False
 
     def clip(self, offset: int, length: int) -> Extent:
         """The part of this extent inside [offset, offset + length), which must overlap it."""

@@ -28,6 +28,7 @@ from blockgraph.extent import Status
 from blockgraph.native import CopierLink, ExtentMap, MapExtent
 
 if TYPE_CHECKING:
+    from blockgraph.driver import FirstWrites
     from blockgraph.native import Bitmap, Copier
     from blockgraph.node import Node
 
@@ -96,16 +97,25 @@ class RootMap:
         self._copier: CopierLink | None = None
         #: faults, by node, offset in it, and offset of the range of the disk that shows it
         self._tables: dict[tuple[Node, int, int], int] = {}
+        #: does the first writes of this map
+        self._first_writes: FirstWrites | None = None
+        #: a node on the way has some
+        self._offered = False
 
     # Filling.
 
-    async def fill(self, offset: int, length: int) -> None:
-        """Enter what is known around `offset`. The caller is inside the backend's gate."""
+    async def fill(self, offset: int, length: int, *, written: bool = False) -> None:
+        """Enter what is known around `offset`. The caller is inside the backend's gate.
+
+        Args:
+            written: the range was just written: what lies beside it is entered too, for first writes there.
+        """
         if self.extents.size != self._backend.size():  # another node took the place of the one below
             await self.settle(self.resized())
         extent = await self._fill_around(offset, max(length, _LOOK))
-        if extent is not None and self._copier is not None:
-            # A request that comes from here has had its clusters copied. What is beside them need not come here.
+        if extent is not None and (self._copier is not None or (written and self._offered)):
+            # A request that comes from here has had its clusters copied, or found room. What is beside them need not
+            # come here.
             for beside in (extent.offset + extent.length, extent.offset - 1):
                 if 0 <= beside < self.extents.size and self.extents.find(beside) is None:
                     await self._fill_around(beside, _LOOK)
@@ -129,13 +139,20 @@ class RootMap:
         copy = False
         path = []
         step = None
+        placing: Node | None = None
+        zero = False
         while True:
             path.append(node)
-            self._register(node, shift)
+            new = self._register(node, shift)
+            if node.driver.first_writes is not None:
+                self._offered = True
+                if new and len(node.maps) > 1:
+                    await node.driver.first_writes.withdraw()
             size = node.size()
             position = offset - shift
             if position >= size:
-                return self._entered(path, MapExtent(max(low, size + shift), high - max(low, size + shift)))
+                low, zero = max(low, size + shift), True
+                break
             high = min(high, size + shift)
             above = low, high
             extent = await node.map(position, min(length, size - position))
@@ -143,22 +160,23 @@ class RootMap:
             high = min(high, extent.offset + extent.length + shift)
             asked = extent.copier is not None and writable and self._link(extent.copier, shift)
             copy = copy or (asked and not extent.writable)
-            writable = (
-                writable and (extent.writable or asked) and not node.read_only and node.options.detect_zeroes == "off"
-            )
+            writable = writable and not node.read_only and node.options.detect_zeroes == "off"
             enabled = {bitmap.bits for bitmap in node.bitmaps.values() if bitmap.enabled}
             if shift and enabled:
                 writable = False
-            bitmaps |= enabled
+            if placing is None:
+                bitmaps |= enabled
+            if extent.allocate and writable and self._nodes[node] == 0:
+                placing = node
+            writable = writable and (extent.writable or asked)
             if extent.status is Status.SPECIAL:
                 return None
-            if extent.status is Status.ZERO:
-                return self._entered(path, MapExtent(low, high - low))
-            if extent.status is Status.UNALLOCATED:
-                cow = node.driver.cow() if isinstance(node.driver, Format) else None
-                if cow is None:
-                    return self._entered(path, MapExtent(low, high - low))
+            cow = node.driver.cow() if extent.status is Status.UNALLOCATED and isinstance(node.driver, Format) else None
+            if cow is not None:
                 node, writable = cow.node, False
+            elif extent.status is not Status.DATA:
+                zero = True
+                break
             elif extent.child is not None:
                 child_shift = extent.child_offset - extent.offset - shift
                 step = _Step(node, position, *above, shift, child_shift)
@@ -166,14 +184,21 @@ class RootMap:
                 shift += extent.offset - extent.child_offset
             else:
                 break
-        slot = self._slot(node)
-        if slot is None or any(node.serialising for node in path):
+        slot = None if zero else self._slot(node)
+        if (slot is None and not zero) or low >= high or any(node.serialising for node in path):
             return None
-        if writable and not bitmaps <= self._bitmaps:
+        if (writable or placing is not None) and not bitmaps <= self._bitmaps:
             self._bitmaps |= bitmaps
             await self.extents.set_bitmaps(list(self._bitmaps))
-        found = self._entered(path, MapExtent(low, high - low, slot, low - shift, writable, copy and writable))
-        if found is not None and step is not None:
+        # From here to the insert nothing is awaited.
+        if any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
+            return None
+        allocate = placing is not None and self._attach(placing)
+        copy = copy and (writable or allocate)
+        if slot is None:
+            return MapExtent(low, high - low, copy=copy, allocate=allocate)
+        found = MapExtent(low, high - low, slot, low - shift, writable, copy, allocate)
+        if step is not None and not allocate:
             self._enter_table(step, found, generation)
         return found
 
@@ -192,12 +217,6 @@ class RootMap:
             within = found._replace(offset=step.low, length=step.high - step.low)
             self.extents.insert_places(generation, places, step.shift, storage_shift, within)
 
-    def _entered(self, path: list[Node], extent: MapExtent) -> MapExtent | None:
-        """Not while somebody on the way has asked for exclusion; `begin` revokes, so later is soon enough."""
-        if extent.length <= 0 or any(node.serialising for node in path):
-            return None
-        return extent
-
     def _link(self, copier: Copier, shift: int) -> bool:
         """Let the map ask `copier`. False: it has another one, and can not have two."""
         if self._copier is None:
@@ -205,13 +224,29 @@ class RootMap:
             self.extents.start_set_copier(self._copier)
         return self._copier.copier is copier and self._copier.shift == shift
 
-    def _register(self, node: Node, shift: int) -> None:
+    def _attach(self, node: Node) -> bool:
+        """Native first writes are the node's, if they still can be."""
+        first_writes = node.driver.first_writes
+        if first_writes is None or self._first_writes not in (None, first_writes) or not first_writes.offered():
+            return False
+        storage = first_writes.storage
+        self._register(storage, None)
+        slot = self._slot(storage)
+        if slot is None or storage.serialising:
+            return False
+        first_writes.attach(self.extents, slot)
+        self._first_writes = first_writes
+        return True
+
+    def _register(self, node: Node, shift: int | None) -> bool:
+        """Whether the node is a new one."""
         if node in self._nodes:
             if self._nodes[node] != shift:
                 self._nodes[node] = None
-        else:
-            self._nodes[node] = shift
-            node.maps.append(self)
+            return False
+        self._nodes[node] = shift
+        node.maps.append(self)
+        return True
 
     def _slot(self, node: Node) -> int | None:
         slot = self._slots.get(node)
@@ -250,6 +285,8 @@ class RootMap:
         """Forget everything, and wait for every native request; the gate is closed."""
         if not self._nodes:
             return
+        if self._first_writes is not None:
+            await self._first_writes.withdraw()
         if self._bitmaps:
             await self.forget_bitmaps()
         if self._copier is not None:
@@ -264,6 +301,8 @@ class RootMap:
         self._nodes.clear()
         self._slots.clear()
         self._tables.clear()
+        self._first_writes = None
+        self._offered = False
 
     async def forget_bitmaps(self) -> None:
         """No native write marks a bitmap any more: bitmaps are about to be resized, behind a serialising request."""

@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
 """The C of native/ with Python types: dirty bitmaps, zero detection, I/O on worker threads, copying, qcow2 tables,
-extent maps, copy before write.
+extent maps, copy before write, first writes.
 
 Everything here runs without the GIL and knows nothing about nodes or graphs. Offsets and lengths are bytes. Arguments
 out of range raise ValueError; failed system calls raise OSError with `errno`.
 """
 
+from blockgraph.native.allocator import Allocator, Link
 from blockgraph.native.bitmap import Bitmap
 from blockgraph.native.copier import ClaimedRun, Copier, CopierLink, CopierMode, CopierStats
 from blockgraph.native.copy import CopyCancelled, CopyError, CopyExtent, CopyFlag, CopyProgress, CopyResult, CopySide
@@ -16,6 +17,7 @@ from blockgraph.native.pool import Pool, close_pool, get_pool
 from blockgraph.native.zero import ZeroRun, allocate_aligned, is_zero, zero_runs
 
 __all__ = [
+    "Allocator",
     "Bitmap",
     "ClaimedRun",
     "Copier",
@@ -33,6 +35,7 @@ __all__ = [
     "L2Kind",
     "L2Places",
     "L2Run",
+    "Link",
     "MapExtent",
     "MapStats",
     "Pool",

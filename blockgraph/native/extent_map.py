@@ -30,6 +30,7 @@ from blockgraph.native.check import check
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from blockgraph.native.allocator import Allocator
     from blockgraph.native.bitmap import Bitmap
     from blockgraph.native.copier import CopierLink
     from blockgraph.native.l2 import L2Places
@@ -135,6 +136,7 @@ class ExtentMap:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bitmaps: tuple[Bitmap, ...] = ()
         self._copier: CopierLink | None = None
+        self._allocator: Allocator | None = None
         # What native requests may still use, with the ticket after which they no longer do.
         self._former: list[tuple[int, object]] = []
 
@@ -430,6 +432,16 @@ class ExtentMap:
         """
         if _call(lib.bg_map_copied, self._native, offset, length) < 0:
             raise ValueError(f"range {offset}+{length} is not inside the disk of {self.size} bytes")
+
+    def start_set_allocator(self, allocator: Allocator | None) -> int:
+        """What first writes into extents with `allocate` use; None: they miss. Returns a ticket.
+
+        Until it settles, writes under way may use the former one. To be called from one thread at a time.
+        """
+        ticket = int(lib.bg_map_set_allocator(self._native, ffi.NULL if allocator is None else allocator.hook))
+        self._keep(ticket, self._allocator)
+        self._allocator = allocator
+        return ticket
 
     def _keep(self, ticket: int, former: object) -> None:
         self._former = [item for item in self._former if not self.is_settled(item[0])]

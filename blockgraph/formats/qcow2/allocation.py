@@ -15,7 +15,7 @@ under way, others for the same guest clusters (also zeroing and discard) wait fo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -27,16 +27,21 @@ from blockgraph.native import L2Kind, L2Run, is_zero
 if TYPE_CHECKING:
     from blockgraph.formats.qcow2.driver import Qcow2
     from blockgraph.formats.qcow2.mapping import L2Table
+    from blockgraph.native import Allocator
 
 
 class Busy:
     """Guest clusters [first, end) that somebody is changing."""
 
-    __slots__ = ("_free", "end", "first")
+    __slots__ = ("_free", "end", "first", "held", "racing")
 
     def __init__(self, first: int, end: int) -> None:
         self.first = first
         self.end = end
+        #: end of the clusters that native writes are kept from; None: they are not
+        self.held: int | None = None
+        #: a native write to one of them may be under way
+        self.racing = False
         self._free: asyncio.Event | None = None
 
     async def wait(self) -> None:
@@ -52,10 +57,27 @@ class Busy:
 
 
 class BusyClusters:
-    """Which guest clusters are being changed. A holder takes no second range, so nobody waits in a circle."""
+    """Which guest clusters are being changed. A holder takes no second range, so nobody waits in a circle.
+
+    Native first writes (`FirstWrites`) are kept from them too: who takes clusters waits for `settled`, and looks at the
+    entries after that.
+    """
 
     def __init__(self) -> None:
         self._held: list[Busy] = []
+        self._native: Allocator | None = None
+        self._settle: Callable[[], Awaitable[None]]
+
+    def share(self, native: Allocator, settle: Callable[[], Awaitable[None]]) -> None:
+        """From now on native writes take part; `settle` waits for those that have begun."""
+        self._native = native
+        self._settle = settle
+        for busy in self._held:
+            self._keep(busy, native)
+
+    def _keep(self, busy: Busy, native: Allocator) -> None:
+        busy.racing = native.hold(busy.first, busy.end)
+        busy.held = busy.end
 
     def overlapping(self, first: int, end: int) -> Busy | None:
         """Somebody who holds one of the clusters [first, end)."""
@@ -67,12 +89,22 @@ class BusyClusters:
     def take(self, first: int, end: int) -> Busy:
         """Hold clusters that nobody holds."""
         busy = Busy(first, end)
+        if self._native is not None:
+            self._keep(busy, self._native)
         self._held.append(busy)
         return busy
+
+    async def settled(self, busy: Busy) -> None:
+        """Until no native write to the clusters is under way; does not suspend when there is none."""
+        if busy.racing:
+            await self._settle()
+            busy.racing = False
 
     def give(self, busy: Busy) -> None:
         """End `take`."""
         self._held.remove(busy)
+        if busy.held is not None and self._native is not None:
+            self._native.release(busy.first, busy.held)
         busy.wake()
 
     @asynccontextmanager
@@ -82,6 +114,7 @@ class BusyClusters:
             await other.wait()
         busy = self.take(first, end)
         try:
+            await self.settled(busy)
             yield
         finally:
             self.give(busy)
@@ -249,18 +282,30 @@ async def allocate(driver: Qcow2, offset: int, length: int) -> Allocation:
             end = other.first
     run = mapping.run(table, start, end - first)
     if run.kind == L2Kind.DATA and run.copied:
-        extent = _extent(
-            driver, offset, length, run.host_offset + (start - run.first << bits), run.first + run.clusters
-        )
-        driver.check_overlap(extent.child_offset, extent.length)
-        return InPlace(extent)
+        return _in_place(driver, run, start, offset, length)
     # Held from here on, so that the entries stay as they are while clusters are looked for.
     busy = driver.busy.take(first, end)
     try:
-        return await _take(driver, table, run, busy, offset, length)
+        if busy.held is not None:
+            # A native write may have been faster.
+            await driver.busy.settled(busy)
+            table = await mapping.table_for_write(first >> image.l2_bits)
+            run = mapping.run(table, start, end - first)
+        if run.kind != L2Kind.DATA or not run.copied:
+            return await _take(driver, table, run, busy, offset, length)
     except BaseException:
         driver.busy.give(busy)
         raise
+    driver.busy.give(busy)
+    return _in_place(driver, run, start, offset, length)
+
+
+def _in_place(driver: Qcow2, run: L2Run, start: int, offset: int, length: int) -> InPlace:
+    """Room in the DATA run that L2 entry `start` belongs to."""
+    host = run.host_offset + (start - run.first << driver.image.cluster_bits)
+    extent = _extent(driver, offset, length, host, run.first + run.clusters)
+    driver.check_overlap(extent.child_offset, extent.length)
+    return InPlace(extent)
 
 
 async def _take(driver: Qcow2, table: L2Table, run: L2Run, busy: Busy, offset: int, length: int) -> NewClusters:

@@ -54,6 +54,7 @@ from blockgraph.extent import BlockStatus, Extent, Status
 from blockgraph.flags import Flag
 from blockgraph.formats.qcow2.allocation import BusyClusters, NewClusters, allocate
 from blockgraph.formats.qcow2.compressed import CompressedClusters
+from blockgraph.formats.qcow2.first_writes import FirstWrites
 from blockgraph.formats.qcow2.header import AUTOCLEAR, MAX_CLUSTER_BITS, Autoclear, Incompatible, parse_header
 from blockgraph.formats.qcow2.image import Image
 from blockgraph.formats.qcow2.mapping import Mapping
@@ -120,6 +121,7 @@ class Qcow2(Format):
     refcounts: Refcounts
     mapping: Mapping
     writeback: WriteBack
+    first_writes: FirstWrites | None = None
 
     # Control path.
 
@@ -262,6 +264,8 @@ class Qcow2(Format):
                 header.autoclear = 0
                 await image.write(AUTOCLEAR, bytes(8))
                 await self.file.flush()
+            if self.first_writes is None:
+                self.first_writes = self.mapping.first_writes = FirstWrites(self)
             self._writing = True
 
     # Facts.
@@ -304,7 +308,9 @@ class Qcow2(Format):
             return Extent(start, length, Status.DATA, self.file, run.host_offset, writable)
         if kind == L2Kind.ZERO_ALLOCATED:
             return Extent(start, length, Status.ZERO, self.file, run.host_offset)
-        return Extent(start, length, _STATUS[kind])
+        first = self.first_writes if self._writing and kind != L2Kind.COMPRESSED else None
+        allocate = first is not None and self.mapping.is_own(index) and first.offered()
+        return Extent(start, length, _STATUS[kind], allocate=allocate)
 
     def places(self, offset: int) -> L2Places | None:
         index = offset >> self._span_bits

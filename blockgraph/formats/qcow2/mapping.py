@@ -16,7 +16,7 @@ subclusters and a data file (host offset = guest offset, refcount 1) change `run
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from blockgraph.errors import CorruptImage
 from blockgraph.formats.qcow2.header import COPIED, MAX_L1_BYTES, OFFSET_MASK
@@ -26,12 +26,17 @@ from blockgraph.formats.qcow2.runs import RunList, cut
 from blockgraph.formats.qcow2.tables import WRITE_BLOCK, Table, TableCache
 from blockgraph.native import L2Kind, L2Run, decode_l2, next_nonzero_u64
 
+if TYPE_CHECKING:
+    from blockgraph.formats.qcow2.first_writes import FirstWrites
+
 _ENTRY = struct.Struct(">Q")
 _ZERO_FLAG = 1
 #: A table with more runs than this part of its entries is decoded anew around each request: its runs are short.
 _RUNS_PART = 32
 #: Entries looked at in such a table, at least.
 _WINDOW = 16
+#: With more new links at once a table is decoded anew when it is next looked at.
+_FEW_LINKS = 8
 
 
 class L2Table(Table):
@@ -76,6 +81,8 @@ class Mapping:
         self._dirty_l1: set[int] = set()
         self._left: tuple[int, int] | None = None
         self._moved = False
+        #: clusters that native writes have placed come from there
+        self.first_writes: FirstWrites | None = None
 
     async def open(self) -> None:
         """Read the L1 table."""
@@ -89,6 +96,10 @@ class Mapping:
     def l1_size(self) -> int:
         """Entries of the L1 table."""
         return len(self._l1) // 8
+
+    def is_own(self, index: int) -> bool:
+        """An L1 entry refers to an L2 table that may be changed in place."""
+        return index < self.l1_size and bool(self._l1[index * 8] & 0x80)
 
     def has_table(self, index: int) -> bool:
         """An L1 entry refers to an L2 table."""
@@ -149,6 +160,8 @@ class Mapping:
         Raises:
             CorruptImage: the entry breaks the specification.
         """
+        if self.first_writes is not None:
+            self.catch_up(table)
         if table.runs is None and not table.fragmented:
             most = self._image.l2_entries // _RUNS_PART + _WINDOW
             runs = decode_l2(table.buf, self._bits, self._version, most=most)
@@ -279,9 +292,31 @@ class Mapping:
         self._image.node.revoke(guest, run.clusters << self._bits)
         if table.runs is not None:
             table.runs.replace(run)
-            if len(table.runs) > self._image.l2_entries // _RUNS_PART + _WINDOW:
-                table.runs = None
-                table.fragmented = True
+            self._bound_runs(table)
+
+    def catch_up(self, table: L2Table) -> None:
+        """Put in what native writes have placed. The maps know already."""
+        links = None if self.first_writes is None else self.first_writes.apply(table.key)
+        if not links:
+            return
+        low, high, step = self._image.l2_entries, 0, self._image.cluster_size
+        for guest, host, clusters in links:
+            first = (guest >> self._bits) & (self._image.l2_entries - 1)
+            entries = range(host | COPIED, (host | COPIED) + clusters * step, step)
+            assert _ENTRY.unpack_from(table.buf, first * 8)[0] & OFFSET_MASK == 0
+            struct.pack_into(f">{clusters}Q", table.buf, first * 8, *entries)
+            low, high = min(low, first), max(high, first + clusters)
+            if table.runs is not None and len(links) <= _FEW_LINKS:
+                table.runs.replace(L2Run(first, clusters, L2Kind.DATA, host, True, 0))
+        if len(links) > _FEW_LINKS:
+            table.runs = None
+        self.tables.touch(table, low * 8, high * 8)
+        self._bound_runs(table)
+
+    def _bound_runs(self, table: L2Table) -> None:
+        if table.runs is not None and len(table.runs) > self._image.l2_entries // _RUNS_PART + _WINDOW:
+            table.runs = None
+            table.fragmented = True
 
     async def drop_tables(self, first: int) -> None:
         """Unlink the L2 tables from L1 index `first` on; their clusters have been unlinked before."""

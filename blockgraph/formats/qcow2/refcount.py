@@ -167,6 +167,17 @@ class Refcounts:
                 self._hint_many = first + count
             return await self._claim(first, count)
 
+    async def allocate_any(self, want: int) -> Room:
+        """Take the first free clusters there are, up to `want` in a row, however few that are.
+
+        Raises: as `allocate`.
+        """
+        await self.reclaim.release()
+        async with self._lock:
+            first, count = await self._find(self._hint_one, want, 1)
+            self._hint_one = first + count
+            return await self._claim(first, count)
+
     async def allocate_all(self, want: int) -> int:
         """Take `want` free clusters in a row, neither more nor fewer, for a table; returns their host offset.
 
@@ -207,9 +218,14 @@ class Refcounts:
         self._fresh = max(self._fresh, host + (count << self._bits))
         return room
 
-    async def _find(self, first: int, want: int) -> tuple[int, int]:
-        """Free clusters from cluster `first` on: the first run that is long enough, inside one block."""
-        enough = min(want, max(1, _GOOD_RUN >> self._bits))
+    async def _find(self, first: int, want: int, enough: int | None = None) -> tuple[int, int]:
+        """Free clusters from cluster `first` on: the first run that is long enough, inside one block.
+
+        Args:
+            enough: clusters that are; default: `want`, or a good run's.
+        """
+        if enough is None:
+            enough = min(want, max(1, _GOOD_RUN >> self._bits))
         index, at = divmod(first, self._per_block)
         while True:
             block = await self._block(index)

@@ -70,6 +70,8 @@ class WriteBack:
 
     async def _run(self) -> None:
         refcounts, mapping, reclaim = self._refcounts, self._mapping, self._refcounts.reclaim
+        if mapping.first_writes is not None:
+            await mapping.first_writes.complete()
         blocks = refcounts.blocks.save()
         table = refcounts.save_table()
         l2 = mapping.tables.save()

@@ -1,0 +1,182 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""FirstWrites: writes to clusters without a place, made by native code; Python follows with the tables.
+
+```
+    refcounts ──refill──► reserve ──native write──► links ──collect──► L2 tables (memory) ──writeback──► disk
+               (raised)              (answered)             (here)
+```
+
+The order on disk is that of every other change: the refcounts of the reserve are raised before it is given away and
+written back before any entry; an entry comes into memory after its data was written, so the flush that a write-back
+makes before it writes entries has the data. What a crash leaves of reserve and links is clusters counted and not used.
+
+Nobody looks at an entry before the links of its table are in it (`Mapping.run`), and who changes entries holds the
+guest clusters (`BusyClusters`), which keeps native writes away.
+
+Offered only while one extent map leads here (another one would not learn what native writes have placed), and
+while the file below is a plain one that grows when written: storage of a fixed size can not afford a reserve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from blockgraph import debug
+from blockgraph.errors import BlockGraphError
+from blockgraph.native import Allocator, Link
+
+if TYPE_CHECKING:
+    from blockgraph.formats.qcow2.driver import Qcow2
+    from blockgraph.native import ExtentMap
+    from blockgraph.node import Node
+
+log = logging.getLogger(__name__)
+
+#: Clusters in the reserve at first; it doubles with each refill.
+_LEAST = 16
+_MOST = 1024
+_MOST_BYTES = 64 << 20
+
+
+class FirstWrites:
+    """See the module's text, and driver.FirstWrites."""
+
+    def __init__(self, driver: Qcow2) -> None:
+        self._driver = driver
+        bits = driver.image.cluster_bits
+        self._bits = bits
+        self._l2_bits = driver.image.l2_bits
+        self._most = max(_LEAST, min(_MOST, _MOST_BYTES >> bits))
+        self._want = _LEAST
+        self._native = Allocator(bits)
+        self._extents: ExtentMap | None = None
+        self._refilling: asyncio.Task[None] | None = None
+        #: links by L2 index, in order, that are not in the table yet
+        self._links: dict[int, list[Link]] = {}
+        driver.busy.share(self._native, self.settle)
+
+    @property
+    def storage(self) -> Node:
+        return self._driver.file.node
+
+    # Beginning and ending.
+
+    def offered(self) -> bool:
+        driver, below = self._driver, self._driver.file.node
+        return (
+            len(driver.node.maps) <= 1
+            and driver.image.damaged is None
+            and not debug.enabled
+            and below.driver.growable
+            and below.driver.fd() is not None
+            and below.driver.request_alignment == 1
+            and not below.read_only
+            and below.options.detect_zeroes == "off"
+            and not any(bitmap.enabled for bitmap in below.bitmaps.values())
+        )
+
+    def attach(self, extents: ExtentMap, slot: int) -> None:
+        if self._extents is extents:
+            return
+        assert self._extents is None
+        fd = self.storage.driver.fd()
+        assert fd is not None
+        self._extents = extents
+        self._want = _LEAST // 2
+        self._native.bind(fd, slot)
+        extents.start_set_allocator(self._native)
+        asyncio.get_running_loop().add_reader(self._native.fileno(), self._low)
+        self._refill_soon()
+
+    async def withdraw(self) -> None:
+        extents = self._extents
+        if extents is None:
+            return
+        extents.start_set_allocator(None)
+        await extents.settle(extents.start_invalidate(0, extents.size))
+        if self._extents is extents:  # nobody was faster
+            self._extents = None
+            asyncio.get_running_loop().remove_reader(self._native.fileno())
+            self._give_back()
+            self._collect()
+
+    def _give_back(self) -> None:
+        for room in self._native.take_rooms():
+            self._driver.refcounts.reclaim.unused(room.host, room.clusters)
+            self._driver.node.not_flushed()
+
+    async def settle(self) -> None:
+        """Until the first writes that have begun are over."""
+        if self._extents is not None:
+            await self._extents.settle(self._extents.start_protect(0, 0))
+
+    # The reserve.
+
+    def _low(self) -> None:
+        self._native.acknowledge()
+        self._refill_soon()
+
+    def _refill_soon(self) -> None:
+        if self._refilling is None:
+            # Counted here: a drain waits for it, whether it has begun or not.
+            self._driver.node.begin_background()
+            self._refilling = asyncio.ensure_future(self._refill())
+
+    async def _refill(self) -> None:
+        self._want = min(self._most, 2 * self._want)
+        try:
+            await self._driver.writeback.relieve()
+            self._collect()
+            while self._extents is not None and (missing := self._want - self._native.reserve) > 0:
+                room = await self._driver.refcounts.allocate_any(missing)
+                self._native.give([room], self._want // 2)
+        except BlockGraphError as error:
+            # A write will meet it again, and say so. Until the next attach Python does the first writes.
+            log.debug("node '%s': no reserve for first writes: %s", self._driver.node.name, error)
+            self._native.give([], 0)
+        finally:
+            self._refilling = None
+            if self._extents is None:
+                self._give_back()
+            self._driver.node.end_background()
+
+    # The tables.
+
+    def apply(self, index: int) -> list[Link] | None:
+        """Links for the table of an L1 index, which the caller puts in."""
+        if self._native.has_links:
+            self._collect()
+        return self._links.pop(index, None) if self._links else None
+
+    def _collect(self) -> None:
+        end = 0
+        for link in self._native.take_links():
+            end = max(end, link.host + (link.clusters << self._bits))
+            while True:
+                index = link.guest >> self._bits + self._l2_bits
+                inside = ((index + 1) << self._l2_bits) - (link.guest >> self._bits)
+                links = self._links.setdefault(index, [])
+                links.append(link._replace(clusters=min(link.clusters, inside)))
+                if link.clusters <= inside:
+                    break
+                more = inside << self._bits
+                link = Link(link.guest + more, link.host + more, link.clusters - inside)
+        if end:
+            self.storage.driver.stored(0, end)
+
+    async def complete(self) -> None:
+        """Every first write that is over is in the tables.
+
+        Raises:
+            IOFailure, CorruptImage: a table can not be read; what was to be put into it waits.
+        """
+        mapping = self._driver.mapping
+        if self._native.has_links:
+            self._collect()
+        for index in list(self._links):
+            table = await mapping.table(index)
+            assert table is not None
+            mapping.catch_up(table)
