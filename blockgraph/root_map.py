@@ -14,6 +14,8 @@ Fills register the map with every node they pass. A node that changes where its 
 end before the native requests that may still use the old place have ended. A fill that began before is refused by its
 generation. A drain empties the map behind the closed gate: whatever arrives then misses, and waits there.
 
+Ranges without a place are entered with `allocate` where a node offers native first writes (`driver.FirstWrites`).
+
 What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes under a dirty bitmap of
 a node whose offsets differ from the root's, anything while a serialising request is in flight on the way, and storage
 with O_DIRECT, whose last block takes turns with the page cache.
@@ -198,7 +200,7 @@ class RootMap:
         if slot is None:
             return MapExtent(low, high - low, copy=copy, allocate=allocate)
         found = MapExtent(low, high - low, slot, low - shift, writable, copy, allocate)
-        if step is not None and not allocate:
+        if step is not None:
             self._enter_table(step, found, generation)
         return found
 

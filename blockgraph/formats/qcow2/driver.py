@@ -34,6 +34,8 @@ image consistent through a crash at any point (see `writeback`). The dirty bit o
 not closed makes the refcounts be rebuilt before the first write; with the corrupt bit it opens read-only only.
 Persistent bitmaps are marked stale (autoclear bit) before the first write.
 
+First writes to clusters are native where one extent map leads here and the file is a plain one (see `first_writes`).
+
 Limits: internal snapshots make an image read-only here. Extended L2 entries, external data files, refcounts of other
 than 16 bits and encryption are refused by name.
 """

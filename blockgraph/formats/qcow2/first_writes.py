@@ -62,6 +62,11 @@ class FirstWrites:
     def storage(self) -> Node:
         return self._driver.file.node
 
+    @property
+    def reserve(self) -> int:
+        """Clusters that are counted and used by nobody."""
+        return self._native.reserve
+
     # Beginning and ending.
 
     def offered(self) -> bool:

@@ -1,0 +1,379 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""First writes by native threads: compared with a bytearray, with writes in Python, and judged by QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import require_tool
+from helpers.harness import EVERYTHING, edge, opened
+from helpers.loop import in_loop
+from helpers.qcow2 import QEMU, check, create, described, over, qemu_img
+from helpers.qcow2 import disk as disk_over
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+import blockgraph
+from blockgraph.api import SyncBackend, SyncGraph
+from blockgraph.backend import Backend
+from blockgraph.create import create_file
+from blockgraph.flags import Flag
+from blockgraph.formats.qcow2 import Qcow2
+from blockgraph.protocols.file import File
+
+CLUSTER = 64 << 10
+SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def make(path: Path, size: int, **options: Any) -> Path:
+    """A new image."""
+    asyncio.run(create_file(str(path), size, "qcow2", replace=True, **options))
+    return path
+
+
+def backing(path: Path) -> dict[str, Any]:
+    """A read-only raw file."""
+    return {
+        "driver": "raw",
+        "node-name": "base",
+        "read-only": True,
+        "file": {"driver": "file", "filename": str(path), "read-only": True},
+    }
+
+
+def qcow2_of(graph: SyncGraph, node: str = "disk") -> Qcow2:
+    """The driver of a node."""
+    driver = graph.graph.node(node).driver
+    assert isinstance(driver, Qcow2)
+    return driver
+
+
+def base_bytes(length: int) -> bytes:
+    """No byte is zero, and no two clusters are alike."""
+    return bytes((i * 7 + i // 512) % 255 + 1 for i in range(length))
+
+
+@pytest.fixture(params=[0, 700 << 10, 2 << 20], ids=["alone", "short-backing", "backing"])
+def base(request: pytest.FixtureRequest, tmpfs: Path) -> tuple[bytes, dict[str, Any]]:
+    """Bytes of a backing file, and options of the node for it."""
+    data = base_bytes(request.param)
+    if data:
+        (tmpfs / "base").write_bytes(data)
+    return data, {"backing": backing(tmpfs / "base")} if data else {"backing": None}
+
+
+@QEMU
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+def test_first_writes_are_native_and_keep_the_rest_of_their_clusters(
+    tmpfs: Path, base: tuple[bytes, dict[str, Any]], cluster_size: int
+) -> None:
+    size = (1 << 20) + 1536  # the last cluster is cut off
+    data, options = base
+    names = {"backing_file": str(tmpfs / "base"), "backing_fmt": "raw"} if data else {}
+    image = make(tmpfs / "disk", size, cluster_size=cluster_size, **names)
+    model = bytearray(data[:size].ljust(size, b"\0"))
+    rng = random.Random(cluster_size)
+    with blockgraph.open({"nodes": [described(image, **options)]}) as graph:
+        with graph.backend("disk", writable=True) as disk:
+            for number in range(100):
+                offset = rng.randrange(size - 1)
+                length = min(rng.choice([1, 512, 4096, 70_000]), size - offset)
+                block = bytes([number + 1]) * length
+                disk.pwrite(offset, block)
+                model[offset : offset + length] = block
+            assert disk.stats().first_writes > 10
+            assert b"".join(disk.pread(at, min(CLUSTER, size - at)) for at in range(0, size, CLUSTER)) == model
+        driver = qcow2_of(graph)
+        assert driver.node.maps == []
+        assert driver.first_writes is not None
+        assert driver.first_writes.reserve == 0
+    check(image)
+    (tmpfs / "raw").write_bytes(model)
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", image, tmpfs / "raw")
+
+
+def test_first_write_is_seen_by_block_status_and_by_another_root(tmpfs: Path) -> None:
+    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 4 << 20))]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"a" * CLUSTER)
+        disk.pwrite(5 * CLUSTER, b"b" * 10)
+        assert disk.stats().first_writes == 1
+        assert disk.block_status(5 * CLUSTER, CLUSTER).data
+        assert disk.block_status(6 * CLUSTER, CLUSTER).zero
+        other = graph.backend("disk", writable=True)
+        assert other.pread(5 * CLUSTER, 12) == b"b" * 10 + b"\0\0"
+        # Two maps lead here now: neither would learn of the other's first writes.
+        for root, cluster in ((disk, 7), (other, 8), (disk, 9)):
+            root.pwrite(cluster * CLUSTER, bytes([cluster]))
+        assert disk.stats().first_writes == 1
+        assert other.stats().first_writes == 0
+        for cluster in (7, 8, 9):
+            assert disk.pread(cluster * CLUSTER, 2) == other.pread(cluster * CLUSTER, 2) == bytes([cluster, 0])
+
+
+def test_discard_takes_a_first_write_back(tmpfs: Path) -> None:
+    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 4 << 20), discard="unmap")]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        for cluster in range(8):
+            disk.pwrite(cluster * CLUSTER, b"x" * CLUSTER)
+        disk.discard(2 * CLUSTER, 4 * CLUSTER)
+        assert disk.pread(0, 8 * CLUSTER) == b"x" * 2 * CLUSTER + bytes(4 * CLUSTER) + b"x" * 2 * CLUSTER
+    check(tmpfs / "disk")
+
+
+class LoggedFile(File):
+    """A file that knows what a crash could leave: Python's writes and flushes come past here, native ones are found by
+    comparing."""
+
+    name = "logged-file"
+
+    def begin(self, path: Path) -> None:
+        self.path = path
+        self.before = path.read_bytes()
+        self.shadow = bytearray(self.before)
+        self.entries: list[tuple[int, bytes] | None] = []  # None: a flush
+        self.native = 0
+
+    def note_native(self) -> None:
+        """Native writes since the last look: each differing sector is one, for a crash loses sectors."""
+        now = self.path.read_bytes()
+        self.shadow.extend(bytes(len(now) - len(self.shadow)))
+        for at in range(0, len(now), 512):
+            sector = now[at : at + 512]
+            if sector != self.shadow[at : at + 512]:
+                self.entries.append((at, sector))
+                self.shadow[at : at + 512] = sector
+                self.native += 1
+
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        if hasattr(self, "path"):
+            self.note_native()
+        await super().pwrite(offset, buf, flags)
+        if hasattr(self, "path"):
+            data = bytes(buf)
+            self.entries.append((offset, data))
+            self.shadow.extend(bytes(max(0, offset + len(data) - len(self.shadow))))
+            self.shadow[offset : offset + len(data)] = data
+
+    async def flush(self) -> None:
+        if hasattr(self, "path"):
+            self.note_native()
+        await super().flush()
+        if hasattr(self, "path"):
+            self.entries.append(None)
+
+    def crash(self, rng: random.Random) -> tuple[bytes, int]:
+        """A disk as a power failure could leave it, and how many entries it was after."""
+        end = rng.randrange(len(self.entries) + 1)
+        flushed = max((i + 1 for i in range(end) if self.entries[i] is None), default=0)
+        keep = rng.random()
+        image = bytearray(self.before)
+        for number, entry in enumerate(self.entries[:end]):
+            if entry is not None and (number < flushed or rng.random() < keep):
+                offset, data = entry
+                image.extend(bytes(max(0, offset + len(data) - len(image))))
+                image[offset : offset + len(data)] = data
+        return bytes(image), end
+
+
+@QEMU
+@pytest.mark.parametrize("seed", range(4))
+@in_loop
+async def test_crash_between_first_writes_leaves_leaks_and_what_was_flushed(tmpfs: Path, seed: int) -> None:
+    size, rng = 96 << 10, random.Random(seed)
+    image = tmpfs / "disk"
+    await create(image, size, cluster_size=[512, 1024, 4096][seed % 3])
+    async with opened(LoggedFile, "file", filename=str(image)) as file, over(file.node) as driver:
+        logged = file.node.driver
+        assert isinstance(logged, LoggedFile)
+        logged.begin(image)
+        backend = Backend("root", need=EVERYTHING)
+        backend.set_child("root", edge(driver.node))
+        extents = backend.use_map().extents
+        model = bytearray(size)
+        history = [(0, bytes(model), True)]
+        for number in range(1, 60):
+            sector = rng.randrange(size // 512)
+            offset, length = sector * 512, min(rng.choice([512, 512, 2048]), size - sector * 512)
+            if rng.random() < 0.2:
+                await backend.flush()
+                history.append((len(logged.entries), bytes(model), True))
+                continue
+            if rng.random() < 0.1:
+                await backend.write_zeroes(offset, length)
+                model[offset : offset + length] = bytes(length)
+            else:
+                data = bytes([number]) * length
+                if not extents.pwrite(offset, data):
+                    await backend.pwrite(offset, data)
+                logged.note_native()
+                model[offset : offset + length] = data
+            history.append((len(logged.entries), bytes(model), False))
+            await asyncio.sleep(0)
+        assert extents.stats().first_writes > 5
+        assert logged.native > 5
+        assert backend.map is not None
+        await backend.map.clear()
+        await driver.node.wait_idle()
+    for _ in range(40):
+        crashed, end = logged.crash(rng)
+        image.write_bytes(crashed)
+        check(image, leaks=True)
+        since = max(i for i, (at, _, flushed) in enumerate(history) if flushed and at <= end)
+        # What came later, and what was under way, may be there.
+        last = next((i + 1 for i, (at, _, _) in enumerate(history) if at > end), len(history))
+        allowed = [contents for _, contents, _ in history[since : last + 1]]
+        async with disk_over(image) as backend_after:
+            found = await backend_after.pread(0, size)
+        for at in range(0, size, 512):
+            assert any(found[at : at + 512] == contents[at : at + 512] for contents in allowed), f"sector {at // 512}"
+
+
+class Disk(RuleBasedStateMachine):
+    """An image written through its extent map, by several threads at once, beside one that Python writes."""
+
+    size = (384 << 10) + 512
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.directory = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="blockgraph-", dir=SHM)))
+        self.threads = self.stack.enter_context(ThreadPoolExecutor(4))
+
+    @initialize(cluster_size=st.sampled_from([512, 4096, 65536]), base=st.sampled_from([0, 250 << 10, 500 << 10]))
+    def create(self, cluster_size: int, base: int) -> None:
+        data = base_bytes(base)
+        (self.directory / "base").write_bytes(data)
+        self.options: dict[str, Any] = {"backing": backing(self.directory / "base") if base else None}
+        names = {"backing_file": str(self.directory / "base"), "backing_fmt": "raw"} if base else {}
+        for name in ("native", "python"):
+            make(self.directory / name, self.size, cluster_size=cluster_size, **names)
+        self.model = bytearray(data[: self.size].ljust(self.size, b"\0"))
+        self.open()
+
+    def open(self) -> None:
+        """Both images."""
+        self.graphs = [
+            blockgraph.open({"nodes": [described(self.directory / name, discard="unmap", **self.options)]})
+            for name in ("native", "python")
+        ]
+        self.disk: SyncBackend = self.graphs[0].backend("disk", writable=True)
+        self.python = self.graphs[1].call(self.graphs[1].graph.backend("disk", writable=True))
+
+    def close(self) -> None:
+        """Both images."""
+        for graph in self.graphs:
+            graph.close()
+
+    def clip(self, offset: int, length: int) -> tuple[int, int]:
+        offset %= self.size
+        return offset, min(length, self.size - offset)
+
+    def _write(self, offset: int, data: bytes) -> None:
+        self.graphs[1].call(self.python.pwrite(offset, data))
+        self.model[offset : offset + len(data)] = data
+
+    offsets = st.integers(0, 2 * size)
+
+    @rule(offset=offsets, length=st.one_of(st.integers(1, 600), st.integers(1, 9000), st.integers(1, 200_000)))
+    def write(self, offset: int, length: int) -> None:
+        offset, length = self.clip(offset, length)
+        data = bytes((offset + i // 100) % 255 + 1 for i in range(length))
+        self.disk.pwrite(offset, data)
+        self._write(offset, data)
+
+    @rule(requests=st.lists(st.tuples(offsets, st.integers(1, 9000)), min_size=2, max_size=16), flush=st.booleans())
+    def write_at_once(self, requests: list[tuple[int, int]], flush: bool) -> None:
+        """Ranges that do not overlap, but share clusters."""
+        taken: list[tuple[int, int]] = []
+        work = []
+        for number, (offset, length) in enumerate(requests, 1):
+            offset, length = self.clip(offset, length)
+            if all(offset + length <= low or high <= offset for low, high in taken):
+                taken.append((offset, offset + length))
+                data = bytes([number]) * length
+                work.append(self.threads.submit(self.disk.pwrite, offset, data))
+                self._write(offset, data)
+        if flush:
+            work.append(self.threads.submit(self.disk.flush))
+        for done in work:
+            done.result()
+
+    @rule(offset=offsets, length=st.integers(1, 200_000), unmap=st.booleans(), number=st.integers(1, 255))
+    def zero_beside_writes(self, offset: int, length: int, unmap: bool, number: int) -> None:
+        offset, length = self.clip(offset, length)
+        work = [
+            self.threads.submit(self.disk.write_zeroes, offset, length, flags=Flag.MAY_UNMAP if unmap else Flag.NONE)
+        ]
+        for at, end in ((max(0, offset - 3000), offset), (offset + length, min(self.size, offset + length + 3000))):
+            if at < end:
+                data = bytes([number]) * (end - at)
+                work.append(self.threads.submit(self.disk.pwrite, at, data))
+                self._write(at, data)
+        self._write(offset, bytes(length))
+        for done in work:
+            done.result()
+
+    @rule(offset=offsets, length=st.integers(1, 200_000))
+    def discard(self, offset: int, length: int) -> None:
+        offset, length = self.clip(offset, length)
+        self.disk.discard(offset, length)
+        after = self.disk.pread(offset, length)
+        for old, new in zip(self.model[offset : offset + length], after, strict=True):
+            assert new in (old, 0)
+        self._write(offset, after)
+
+    @rule()
+    def drain(self) -> None:
+        """The reserve is given back."""
+
+        async def drained(graph: Any) -> None:
+            async with graph.drained():
+                pass
+
+        self.graphs[0].call(drained(self.graphs[0].graph))
+        first_writes = qcow2_of(self.graphs[0]).first_writes
+        assert first_writes is None or first_writes.reserve == 0
+
+    @rule()
+    def look_from_another_root(self) -> None:
+        with self.graphs[0].backend("disk") as other:
+            assert other.pread(0, self.size) == self.model
+
+    @rule()
+    def reopen(self) -> None:
+        self.close()
+        self.open()
+
+    @rule(offset=offsets, length=st.integers(1, 200_000))
+    def read(self, offset: int, length: int) -> None:
+        offset, length = self.clip(offset, length)
+        assert self.disk.pread(offset, length) == self.model[offset : offset + length]
+
+    def teardown(self) -> None:
+        with self.stack:
+            if hasattr(self, "disk"):
+                self.close()
+                check(self.directory / "native")
+                (self.directory / "raw").write_bytes(self.model)
+                qemu_img("compare", "-f", "qcow2", "-F", "raw", self.directory / "native", self.directory / "raw")
+                qemu_img("compare", "-f", "qcow2", self.directory / "native", self.directory / "python")
+
+
+TestDisk = pytest.mark.timeout(300)(Disk.TestCase)
+TestDisk.settings = settings(
+    max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def setup_module() -> None:
+    require_tool("qemu-img")
