@@ -4,6 +4,7 @@
 
     disks      what is measured: a raw and a qcow2 image made for it, or a graph of the user's
     servers    NBD servers in processes of their own: ours, nbdkit, qemu-nbd, qemu-storage-daemon
+    programs   how these and others are run: none is left behind
     load       a pattern of requests against one of them: fio where it is installed, else `client`
     inprocess  reads through the Python API, beside preadv
     copying    copies, beside dd, qemu-img and qemu-storage-daemon

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import blockgraph
 from blockgraph.bench.disks import Disk, image_node
 from blockgraph.bench.figures import Sample
+from blockgraph.bench.programs import run_program
 from blockgraph.bench.servers import StorageDaemon
 from blockgraph.create import create_file
 from blockgraph.errors import IOFailure
@@ -104,9 +104,9 @@ def by_daemon(folder: Path, disk: Disk, target: Path, driver: str) -> Sample:
 
 def _by_process(disk: Disk, target: Path, argv: list[str]) -> Sample:
     def run() -> None:
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, start_new_session=True)
-        if done.returncode:
-            raise IOFailure(f"{argv[0]} failed: {done.stderr.strip()}", node=disk.label, op="copy")
+        done = run_program(argv)
+        if done.status:
+            raise IOFailure(f"{argv[0]} failed: {done.reason()}", node=disk.label, op="copy")
         _sync(target)
 
     return _sample(disk, _seconds(run))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from blockgraph.bench.client import run_client
 from blockgraph.bench.figures import PERCENTILES, Sample, series
 from blockgraph.bench.pattern import Pattern
+from blockgraph.bench.programs import run_program
 from blockgraph.errors import IOFailure
 
 
@@ -43,7 +43,7 @@ def find_fio() -> str | None:
     path = shutil.which("fio")
     if path is None:
         return None
-    engines = subprocess.run([path, "--enghelp"], capture_output=True, text=True, check=False).stdout.split()
+    engines = run_program([path, "--enghelp"]).output.split()
     return path if "nbd" in engines else None
 
 
@@ -83,13 +83,10 @@ def _fio(fio: str, folder: Path, target: Target, pattern: Pattern, seconds: floa
     if interval:
         # An entry for every request. Averages that fio makes itself leave out the first 100 ms, which matter most.
         argv.append(f"--write_bw_log={log}")
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=folder, start_new_session=True)
-    sample = _parse(done.stdout, pattern)
-    if done.returncode or sample is None:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise IOFailure(
-            f"fio failed: {said[-1] if said else f'status {done.returncode}'}", node=target.export, op="fio"
-        )
+    done = run_program(argv, folder)
+    sample = _parse(done.output, pattern)
+    if done.status or sample is None:
+        raise IOFailure(f"fio failed: {done.reason()}", node=target.export, op="fio")
     if not interval:
         return sample
     with Path(f"{log}_bw.1.log").open() as entries:

@@ -1,48 +1,28 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""NBD servers on unix sockets, each in a process of its own, as context managers that give a `load.Target`.
-
-Ended when the context ends, however that is. They are in sessions of their own, so that Ctrl-C reaches us alone.
-"""
+"""NBD servers on unix sockets, each in a process of its own, as context managers that give a `load.Target`."""
 
 from __future__ import annotations
 
 import json
 import select
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from blockgraph.bench.load import Target
+from blockgraph.bench.programs import running
 from blockgraph.errors import BlockGraphError
 
 _PATIENCE = 30.0
 
 Nodes = Sequence[dict[str, Any]]
-
-
-def _start(argv: Sequence[str], **more: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, text=True, **more)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for stream in (process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()
 
 
 def _failed(name: str, process: subprocess.Popen[str]) -> BlockGraphError:
@@ -61,15 +41,12 @@ def ours(folder: Path, nodes: Nodes, node: str, size: int, *, writable: bool) ->
     server = {"addr": {"type": "unix", "path": str(address)}}
     path.write_text(json.dumps({"nodes": list(nodes), "exports": [export], "nbd-server": server}))
     argv = [sys.executable, "-P", "-m", "blockgraph", "run", str(path)]
-    process = _start(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
+    with running(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         while (line := process.stdout.readline()) != "ready\n":
             if not line:
                 raise _failed("blockgraph run", process)
         yield Target(str(address), "disk", size)
-    finally:
-        _end(process)
 
 
 @contextmanager
@@ -79,16 +56,14 @@ def _daemon(folder: Path, size: int, argv: Sequence[str]) -> Iterator[Target]:
     address.unlink(missing_ok=True)
     pidfile.unlink(missing_ok=True)
     words = {"SOCKET": str(address), "PIDFILE": str(pidfile)}
-    process = _start([words.get(word, word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
+    argv = [words.get(word, word) for word in argv]
+    with running(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + _PATIENCE
         while not (pidfile.exists() and pidfile.stat().st_size):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise _failed(argv[0], process)
             time.sleep(0.005)
         yield Target(str(address), "", size)
-    finally:
-        _end(process)
 
 
 @contextmanager
@@ -122,17 +97,16 @@ class StorageDaemon:
         path.unlink(missing_ok=True)
         chardev = f"socket,id=qmp,path={path},server=on,wait=off"
         argv = ["qemu-storage-daemon", "--chardev", chardev, "--monitor", "chardev=qmp"]
-        self._process = _start(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        self._socket = socket.socket(socket.AF_UNIX)
         self._input = b""
         self._events: list[dict[str, Any]] = []
-        try:
+        with ExitStack() as stack:
+            daemon = running(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            self._process = stack.enter_context(daemon)
+            self._socket = stack.enter_context(socket.socket(socket.AF_UNIX))
             self._connect(str(path))
             self._next()
             self.command("qmp_capabilities")
-        except BaseException:
-            self.close()
-            raise
+            self._stack = stack.pop_all()
 
     def _connect(self, path: str) -> None:
         deadline = time.monotonic() + _PATIENCE
@@ -190,15 +164,10 @@ class StorageDaemon:
                     raise BlockGraphError(f"qemu-storage-daemon: {event['data']['error']}", op="bench")
                 return
 
-    def close(self) -> None:
-        """End the daemon."""
-        self._socket.close()
-        _end(self._process)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self._stack.close()

@@ -8,6 +8,7 @@ import io
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,12 +17,18 @@ import pytest
 from helpers.command import command, disk, graph_file
 from rich.console import Console
 
+from blockgraph.bench.disks import Disk
 from blockgraph.bench.figures import OURS, WITHOUT_FILTER, Figure, Result, Sample, percentiles, series
-from blockgraph.bench.pattern import RANDOM_READ, SEQUENTIAL_WRITE
+from blockgraph.bench.load import run_load
+from blockgraph.bench.pattern import RANDOM_READ, RANDOM_WRITE, SEQUENTIAL_READ, SEQUENTIAL_WRITE, Pattern
+from blockgraph.bench.plan import Plan
 from blockgraph.bench.report import show
 from blockgraph.bench.scale import Log, format_latency, format_number, format_rate, round_up
+from blockgraph.bench.servers import nbdkit
 from blockgraph.bench.svg import draw
+from blockgraph.bench.tools import Tools
 from blockgraph.cli import main
+from blockgraph.errors import BlockGraphError, IOFailure
 
 _MIB = 1 << 20
 TINY = ["--quick", "--size", "1M", "--seconds", "0.01"]
@@ -88,11 +95,19 @@ def test_bench_without_peers_measures_us_and_names_what_is_missing(
 
 
 def test_bench_beside_every_peer_has_their_rows(
-    capsys: pytest.CaptureFixture[str], require_tool: Callable[[str], str], temporary: Path
+    capsys: pytest.CaptureFixture[str],
+    require_tool: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    temporary: Path,
 ) -> None:
-    for name in ("dd", "nbdkit", "qemu-nbd", "qemu-img", "qemu-storage-daemon", "fio"):
-        require_tool(name)
-    picture = temporary.parent / "bench.svg"
+    # Our client measures, as fio takes long to start: it has a test of its own.
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in PEERS:
+        (programs / name).symlink_to(require_tool(name))
+    monkeypatch.setenv("PATH", str(programs))
+    picture = tmp_path / "bench.svg"
     assert main(["bench", *TINY, "--svg", str(picture)]) == 0
     text = capsys.readouterr().out
     for part in ("nbdkit", "qemu-nbd", "dd", "qemu-img convert", "qemu-storage-daemon", "preadv", WITHOUT_FILTER):
@@ -133,10 +148,9 @@ def test_bench_of_graph_only_reads_it(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_bench_of_graph_told_to_write_overwrites_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     content = disk(tmp_path, 2 * _MIB)
     graph = graph_file(tmp_path)
-    assert main(["bench", str(graph), "--node", "disk", "--write", *TINY, "--rounds", "2", "--json"]) == 0
+    assert main(["bench", str(graph), "--node", "disk", "--write", *TINY, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    top = figures(found)["backup-top, disk (first 1 MiB)", "4 KiB random write, depth 16"]
-    assert [len(side["rounds"]) for side in top["sides"]] == [2, 2]
+    assert ("backup-top, disk (first 1 MiB)", "4 KiB random write, depth 16") in figures(found)
     written = (tmp_path / "disk.img").read_bytes()
     assert len(written) == len(content)
     assert written != content
@@ -193,6 +207,57 @@ def test_bench_with_numbers_out_of_range_shows_usage(capsys: pytest.CaptureFixtu
         main(["bench", *arguments])
     assert error.value.code == 2
     assert f"'{arguments[1]}' is not" in capsys.readouterr().err
+
+
+# Its parts.
+
+
+@pytest.mark.parametrize("program", ["fio", None], ids=["fio", "our-client"])
+@pytest.mark.parametrize("pattern", [RANDOM_WRITE, SEQUENTIAL_READ], ids=["write", "read"])
+def test_load_counts_what_the_server_did(
+    require_tool: Callable[[str], str], tmpfs: Path, pattern: Pattern, program: str | None
+) -> None:
+    path = tmpfs / "disk"
+    content = disk(tmpfs, _MIB, "disk")
+    require_tool("nbdkit")
+    with nbdkit(tmpfs, path, _MIB, writable=True) as target:
+        sample = run_load(program and require_tool(program), tmpfs, target, pattern, 0.05, 0.01)
+    assert sample.rate > 0
+    assert list(sample.latency) == ["p50", "p95", "p99", "p99.9"]
+    assert len(sample.series) == 5
+    # Both count the same requests; fio's clock of the log ticks in milliseconds, and its run takes a little longer.
+    assert pattern.rate(sum(sample.series) / 5) == pytest.approx(sample.rate, rel=0.5)
+    assert (path.read_bytes() != content) == pattern.writes
+
+
+def test_load_on_a_server_that_refuses_fails(require_tool: Callable[[str], str], tmpfs: Path) -> None:
+    require_tool("nbdkit")
+    disk(tmpfs, _MIB, "disk")
+    with nbdkit(tmpfs, tmpfs / "disk", _MIB, writable=False) as target:
+        for program in (None, require_tool("fio")):
+            with pytest.raises(IOFailure):
+                run_load(program, tmpfs, target, RANDOM_WRITE, 0.05, 0)
+
+
+def test_server_that_can_not_start_says_why(require_tool: Callable[[str], str], tmp_path: Path) -> None:
+    require_tool("nbdkit")
+    with (
+        pytest.raises(BlockGraphError, match=r"nbdkit did not start: .*nothing"),
+        nbdkit(tmp_path, tmp_path / "nothing", _MIB, writable=False),
+    ):
+        raise AssertionError("it started")
+
+
+def test_sides_take_turns_in_the_other_order_every_second_round(tmp_path: Path) -> None:
+    made = Disk("raw", (), "disk", 64 * _MIB, (tmp_path / "disk", "raw"), True)
+    tools = Tools(None, frozenset(PEERS))
+    plan = Plan(Result({}), [made, replace(made, label="qcow2")], tmp_path, tmp_path, tools, 1.0, 64 * _MIB)
+    titles = [title for title, _ in plan.steps(2)]
+    first, second = titles[: len(titles) // 2], titles[len(titles) // 2 :]
+    assert first[:3] == ["NBD, raw: blockgraph", "NBD, raw: nbdkit", "NBD, raw: qemu-nbd"]
+    assert second[:3] == first[2::-1]
+    assert sorted(first) == sorted(second)
+    assert len(set(first)) == len(first)
 
 
 # What is shown, of figures that are known.
