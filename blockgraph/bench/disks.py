@@ -54,7 +54,8 @@ class Disk:
         return image if self.whole else {"driver": "raw", "size": self.size, "file": image}
 
     def beginning(self, most: int) -> Disk:
-        """Its first bytes: the disk itself when it has no more than `most`."""
+        """Its first bytes, in whole sectors: the disk itself when it has no more than `most`."""
+        most = min(most, self.size - self.size % 512)
         if self.size <= most:
             return self
         window = {"driver": "raw", "node-name": "bench-window", "size": most, "file": self.node}

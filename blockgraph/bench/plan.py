@@ -66,10 +66,11 @@ class Plan:
         sides: list[list[Step]] = []
         for disk in self.disks:
             sides += [self._served(disk), self._in_process(disk)]
-        for disk in self.disks:
-            sides += self._copied(disk.beginning(self.most))
-        first = self.disks[0].beginning(self.most)
-        if first.writable:
+        parts = [disk.beginning(self.most) for disk in self.disks]
+        for part in parts:
+            sides += self._copied(part) if part.size else []
+        first = parts[0]
+        if first.writable and RANDOM_WRITE.block <= first.size:
             sides.append(self._under_filter(first))
         return [step for number in range(rounds) for each in sides for step in each[:: 1 if number % 2 == 0 else -1]]
 

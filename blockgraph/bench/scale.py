@@ -37,11 +37,11 @@ def format_latency(microseconds: float) -> str:
 
 
 def round_up(number: float) -> float:
-    """The next 1, 2, 3, 4, 5, 6 or 8 times a power of ten: where an axis ends. Positive for everything else."""
+    """The next round number, where an axis ends; never zero."""
     if number <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(number))
-    return next(step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if number <= step * power * 1.000001)
+    return next(step * power for step in (1, 1.2, 1.6, 2, 3, 4, 5, 6, 8, 10) if number <= step * power * 1.000001)
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def _measure(args: Namespace) -> Result:
             {
                 **describe(args.directory),
                 "disks": ", ".join(f"{disk.label} ({format_size(disk.size)})" for disk in disks),
-                "runs": f"{args.rounds} rounds of {args.seconds:g} s",
+                "runs": f"{args.rounds} {'rounds' if args.rounds > 1 else 'round'} of {args.seconds:g} s",
                 "load": "fio" if tools.fio else "our own client in Python",
             },
             notes=tools.notes(),

@@ -156,6 +156,18 @@ def test_bench_of_graph_told_to_write_overwrites_it(capsys: pytest.CaptureFixtur
     assert written != content
 
 
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("size, groups", [(0, 0), (4095, 1), (4097, 3)], ids=["empty", "small", "odd"])
+def test_bench_of_disk_of_any_size_measures_what_fits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, size: int, groups: int
+) -> None:
+    disk(tmp_path, size)
+    assert main(["bench", str(graph_file(tmp_path)), *TINY, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len({figure["group"] for figure in found["figures"]}) == groups
+    assert (tmp_path / "disk.img").stat().st_size == size
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
 def test_bench_interrupted_leaves_nothing(temporary: Path, number: signal.Signals, status: int) -> None:
     with command(temporary, "bench", *TINY, "--rounds", "1000") as running:
@@ -326,7 +338,7 @@ def test_axes_and_numbers() -> None:
         *("1.84 µs", "250 µs", "1 ms", "12 ms", "1.5 s"),
     ]
     assert [format_rate(1043.4, unit) for unit in ("MiB/s", "IOPS")] == ["1043 MiB/s", "1.04k IOPS"]
-    assert [round_up(n) for n in (0, 1, 61, 7001)] == [1, 1, 80, 8000]
+    assert [round_up(n) for n in (0, 1, 61, 10_200)] == [1, 1, 80, 12_000]
     assert Log.around([15, 900]).ticks() == pytest.approx([10, 100, 1000])
     assert Log.around([10]).ticks() == pytest.approx([10, 100])
 
