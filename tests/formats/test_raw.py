@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from blockgraph import trace
 from blockgraph.driver import Info
 from blockgraph.errors import GraphError, OutOfRange, ReadOnly, Unsupported
-from blockgraph.extent import Status
+from blockgraph.extent import Extent, Status
 from blockgraph.flags import Flag
 from blockgraph.formats.raw import Raw, RawOptions
 from blockgraph.node import Child
@@ -163,7 +163,7 @@ def test_raw_maps_to_its_child_at_the_offset() -> None:
         async with raw_over_memory(10_000, offset=512, size=4096) as disk:
             extent = await disk.node.map(100, 100)
             child = disk.node.children["file"]
-            assert extent == (0, 4096, Status.DATA, child, 512, True)
+            assert extent == Extent(0, 4096, Status.DATA, child, 512, writable=True)
             disk.node.read_only = True
             assert not (await disk.node.map(0, 1)).writable
             await write(child, 0, b"x")
