@@ -60,7 +60,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """Facts about this machine, and about the storage that a folder lies on."""
     return {
         "blockgraph": __version__,
-        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} CPUs, Linux {platform.release()}",
+        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} CPUs, Linux {platform.release().partition('-')[0]}",
         "directory": str(folder),
         "storage": _file_system(folder),
     }
