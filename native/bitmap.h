@@ -95,6 +95,14 @@ int bg_bitmap_take(bg_bitmap *bitmap, int64_t offset, int64_t end, int64_t max_l
 int64_t bg_bitmap_extents(bg_bitmap *bitmap, int64_t offset, int64_t end, bg_bitmap_extent *out, size_t max, int64_t *next);
 
 /*
+ * The ways to do so that this processor can run: the name of each, best first, or NULL past the last. Number 0 is the one that
+ * bg_bitmap_extents takes; the others are for tests and benchmarks. -EINVAL: there is no such number.
+ */
+const char *bg_bitmap_decoder(size_t number);
+int64_t bg_bitmap_extents_by(size_t decoder, bg_bitmap *bitmap, int64_t offset, int64_t end, bg_bitmap_extent *out, size_t max,
+                             int64_t *next);
+
+/*
  * Set in `into` whatever is set in `from`; sizes must be equal (-EINVAL), granularities need not be: bits round out.
  */
 int bg_bitmap_merge(bg_bitmap *into, bg_bitmap *from);

@@ -19,7 +19,8 @@ typedef struct {
     uint64_t set; /* bits set on level 0 */
     unsigned nlevels; /* at least 2, the last of one word */
     uint64_t words[LEVELS_MAX];  /* words of each level */
-    uint64_t *level[LEVELS_MAX]; /* into `map`; bits past the end of a level are always 0. Level 0: see word_store */
+    uint64_t *level[LEVELS_MAX]; /* into `map`; bits past the end of a level are always 0. Level 0: see word_store;
+                                    * on a line of the cache, and the word before it is readable and 0 */
     void *map;
     size_t map_bytes;
 } bg_levels;

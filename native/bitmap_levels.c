@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #define FULL (~(uint64_t)0)
+#define GUARD 8 /* words before level 0, always 0: what finds edges looks at the bit before each */
 /* Below this much memory zeroing it is cheaper than giving the pages back. */
 #define DROP_PAGES_FROM (256u << 10)
 
@@ -23,7 +24,7 @@ static inline uint64_t to_bit(uint64_t bit)
 int levels_init(bg_levels *levels, uint64_t nbits)
 {
     *levels = (bg_levels){.nbits = nbits};
-    uint64_t bits = nbits ? nbits : 1, total = 0;
+    uint64_t bits = nbits ? nbits : 1, total = GUARD;
     do {
         bits = (bits + 63) / 64;
         levels->words[levels->nlevels++] = bits;
@@ -33,7 +34,7 @@ int levels_init(bg_levels *levels, uint64_t nbits)
     levels->map = mmap(NULL, levels->map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (levels->map == MAP_FAILED)
         return -errno;
-    uint64_t *at = levels->map;
+    uint64_t *at = (uint64_t *)levels->map + GUARD;
     for (unsigned i = 0; i < levels->nlevels; i++) {
         levels->level[i] = at;
         at += levels->words[i];

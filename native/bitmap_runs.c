@@ -1,146 +1,98 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
 /*
- * Many runs in one pass: each place where the bits change, an edge, becomes one output value, so that starts and ends come
- * out in turn. For random bits this is several times faster than asking for run after run.
+ * Many runs in one pass. Each place where the bits change, an edge, becomes one output value, so that starts and ends come
+ * out in turn. Areas in use are decoded block by block, clean ones are passed over by their summaries.
  */
+#include "bitmap_edges.h"
 #include "bitmap_internal.h"
 
 #include <errno.h>
-#include <string.h>
-#if defined(__x86_64__) && !defined(BG_PORTABLE)
-#include <immintrin.h>
-#endif
 
-#define GROUP 64                 /* words under one summary word */
-#define GROUP_EDGES (GROUP * 64) /* most changes in a group */
-#define SLACK 4                  /* values that may be written past the last one in use */
-#define AHEAD 16                 /* groups: each misprediction ends what the processor reads ahead by itself */
+#define GROUP 64 /* words under one summary word */
+#define GROUP_BITS (GROUP * 64)
+#define BLOCK_GROUPS (EDGES_WORDS / GROUP) /* a power of two, so that one word of level 2 tells of a block */
+#define BLOCK_BITS (EDGES_WORDS * 64)
 
-/* Where the bits of a word differ from the bit before each. word[-1] is readable. */
-static inline uint64_t edges_of(const uint64_t *word)
+/* Bit i: the group i after that of `bit` is in use; as far as the block reaches. */
+static uint64_t groups_in_use(const bg_levels *levels, uint64_t bit)
 {
-    return word[0] ^ (word[0] << 1 | word[-1] >> 63);
+    uint64_t group = bit / GROUP_BITS;
+    if (levels->nlevels == 2)
+        return 1;
+    return levels->level[2][group / 64] >> group % 64 & (((uint64_t)1 << (BLOCK_GROUPS - group % BLOCK_GROUPS)) - 1);
+}
+
+/* The edges of bits [from, stop) of the word they are in, where the bits outside are clean but for an open run before. */
+static size_t word_edges(const bg_bitmap *b, uint64_t from, uint64_t stop, bool open, uint64_t *out)
+{
+    uint64_t mask = ~(uint64_t)0 << from % 64;
+    if (stop % 64)
+        mask &= ~(uint64_t)0 >> (64 - stop % 64);
+    uint64_t bits = b->levels.level[0][from / 64] & mask;
+    size_t n = 0;
+    for (uint64_t edges = (bits ^ (bits << 1 | (uint64_t)open << from % 64)) & mask; edges; edges &= edges - 1)
+        out[n++] = (from / 64 * 64 + (uint64_t)__builtin_ctzll(edges)) << b->shift;
+    return n;
 }
 
 /*
- * Write the position of each edge in words[0..count), in bytes of the disk, and return how many. count <= GROUP; words[-1] is
- * readable; `base`: the number of the first bit.
+ * Collect edges of bits [from, limit) until there might be no room for those of another word; returns the bit reached. Bits
+ * outside are clean. room >= 3 * EDGES_SLACK.
  */
-typedef size_t edges_fn(const uint64_t *words, size_t count, uint64_t base, unsigned shift, uint64_t *out);
-
-static size_t edges_baseline(const uint64_t *words, size_t count, uint64_t base, unsigned shift, uint64_t *out)
-{
-    uint64_t *at = out;
-    for (size_t i = 0; i < count; i++)
-        for (uint64_t edges = edges_of(words + i); edges; edges &= edges - 1)
-            *at++ = (base + 64 * i + (uint64_t)__builtin_ctzll(edges)) << shift;
-    return (size_t)(at - out);
-}
-
-#if defined(__x86_64__) && !defined(BG_PORTABLE)
-/*
- * Branches on random bits are mispredicted: the words that have edges are found first, without a branch, and each of them writes
- * four values always and counts those that are real.
- */
-__attribute__((target("avx2,bmi,popcnt"))) static size_t edges_avx2(const uint64_t *words, size_t count, uint64_t base,
-                                                                    unsigned shift, uint64_t *out)
-{
-    uint64_t marked = 0, *at = out;
-    size_t done = 0;
-    for (; done + 4 <= count; done += 4) {
-        __m256i here = _mm256_loadu_si256((const __m256i *)(words + done));
-        __m256i before = _mm256_loadu_si256((const __m256i *)(words + done - 1));
-        __m256i shifted = _mm256_or_si256(_mm256_slli_epi64(here, 1), _mm256_srli_epi64(before, 63));
-        __m256i same = _mm256_cmpeq_epi64(here, shifted);
-        marked |= (uint64_t)(_mm256_movemask_pd(_mm256_castsi256_pd(same)) ^ 15) << done;
-    }
-    for (; done < count; done++)
-        marked |= (uint64_t)(edges_of(words + done) != 0) << done;
-    for (; marked; marked &= marked - 1) {
-        size_t i = _tzcnt_u64(marked);
-        uint64_t edges = edges_of(words + i), start = base + 64 * i;
-        uint64_t *next = at + __builtin_popcountll(edges);
-        for (int k = 0; k < 4; k++, edges &= edges - 1)
-            *at++ = (start + _tzcnt_u64(edges)) << shift;
-        for (; edges; edges &= edges - 1)
-            *at++ = (start + _tzcnt_u64(edges)) << shift;
-        at = next;
-    }
-    return (size_t)(at - out);
-}
-#endif
-
-static edges_fn *choose_edges(void)
-{
-#if defined(__x86_64__) && !defined(BG_PORTABLE)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt"))
-        return edges_avx2;
-#endif
-    return edges_baseline;
-}
-
-/* The first bit of the next group in use after the clean group of `bit`. */
-static uint64_t skip_clean(const bg_levels *levels, uint64_t bit)
-{
-    uint64_t group = bit / GROUP_EDGES;
-    if (levels->nlevels > 2) {
-        /* Mostly one is close by. */
-        uint64_t in_use = levels->level[2][group / 64] >> group % 64;
-        if (in_use)
-            return (group + (uint64_t)__builtin_ctzll(in_use)) * GROUP_EDGES;
-    }
-    bit = levels_next_set(levels, bit);
-    return bit < levels->nbits ? bit / GROUP_EDGES * GROUP_EDGES : bit;
-}
-
-/* Collect edges of bits [from, limit) into `out` until it might not hold another group; returns the bit reached. */
-static uint64_t collect(const bg_bitmap *b, uint64_t from, uint64_t limit, uint64_t *out, size_t room, size_t *edges)
+static uint64_t collect(const edge_decoder *by, const bg_bitmap *b, uint64_t from, uint64_t limit, uint64_t *out, size_t room,
+                        size_t *edges)
 {
     const bg_levels *levels = &b->levels;
-    edges_fn *scan = choose_edges();
+    uint64_t bit = from, whole = limit / 64 * 64, stop;
     size_t n = 0;
-    uint64_t bit = from, fetched = from / GROUP_EDGES;
-    while (bit < limit && room - n >= GROUP_EDGES + SLACK) {
-        if (n % 2 == 0 && levels->level[1][bit / GROUP_EDGES] == 0) {
-            bit = skip_clean(levels, bit);
-            if (bit >= limit) {
-                bit = limit;
-                break;
-            }
-        }
-        uint64_t group = bit / GROUP_EDGES, stop = (group + 1) * GROUP_EDGES;
-        if (stop > limit)
-            stop = limit;
-        /* All lines, also of clean groups: anything less regular is slower. */
-        if (fetched < group)
-            fetched = group;
-        for (; fetched < group + AHEAD; fetched++)
-            for (unsigned line = 0; line < GROUP; line += 8)
-                __builtin_prefetch(levels->level[0] + fetched * GROUP + line);
-        uint64_t first = bit / 64;
-        size_t count = (size_t)((stop + 63) / 64 - first);
-        const uint64_t *words = levels->level[0] + first;
-        uint64_t cut[1 + GROUP];
-        if (bit == from || first == 0 || stop % 64) {
-            /* Bits outside the range count as clean; before the first word there is nothing to read. */
-            memcpy(cut + 1, words, count * sizeof(uint64_t));
-            cut[0] = n % 2 ? ~(uint64_t)0 : 0;
-            cut[1] &= ~(uint64_t)0 << bit % 64;
-            if (stop % 64)
-                cut[count] &= ~(uint64_t)0 >> (64 - stop % 64);
-            words = cut + 1;
-        }
-        n += scan(words, count, first * 64, b->shift, out + n);
+    if (bit < limit) {
+        stop = bit / 64 == limit / 64 ? limit : (bit / 64 + 1) * 64;
+        n = word_edges(b, bit, stop, false, out);
         bit = stop;
     }
+    for (; bit < whole; bit = stop) {
+        stop = (bit / BLOCK_BITS + 1) * BLOCK_BITS;
+        if (stop > whole)
+            stop = whole;
+        uint64_t start = bit;
+        /* Where a run is open its end is looked for, be it at the first bit of what is clean. */
+        if (n % 2 == 0) {
+            uint64_t used = groups_in_use(levels, bit);
+            if (used == 0) {
+                uint64_t set = levels_next_set(levels, bit);
+                stop = set < whole ? set / GROUP_BITS * GROUP_BITS : whole;
+                continue;
+            }
+            /* What is clean between groups in use is not passed over: memory is read fastest in one go. */
+            if ((used & 1) == 0)
+                start = (bit / GROUP_BITS + (uint64_t)__builtin_ctzll(used)) * GROUP_BITS;
+            if (start >= stop)
+                continue;
+        }
+        n += by->decode(levels->level[0] + start / 64, (stop - start) / 64, start, b->shift, out + n, room - n);
+        if (n > room - 2 * EDGES_SLACK) {
+            *edges = n & ~(size_t)1;
+            return out[n - 1] >> b->shift;
+        }
+    }
+    if (bit < limit)
+        n += word_edges(b, bit, limit, n % 2, out + n);
     *edges = n;
-    return bit;
+    return limit;
 }
 
-int64_t bg_bitmap_extents(bg_bitmap *b, int64_t offset, int64_t end, bg_bitmap_extent *out, size_t max, int64_t *next)
+const char *bg_bitmap_decoder(size_t number)
 {
-    if (max < BG_BITMAP_EXTENTS_MIN)
+    const edge_decoder *by[EDGE_DECODERS];
+    return number < edge_decoders(by) ? by[number]->name : NULL;
+}
+
+int64_t bg_bitmap_extents_by(size_t decoder, bg_bitmap *b, int64_t offset, int64_t end, bg_bitmap_extent *out, size_t max,
+                             int64_t *next)
+{
+    const edge_decoder *by[EDGE_DECODERS];
+    if (max < BG_BITMAP_EXTENTS_MIN || decoder >= edge_decoders(by))
         return -EINVAL;
     pthread_mutex_lock(&b->lock);
     if (!end_ok(b, offset, &end)) {
@@ -150,12 +102,9 @@ int64_t bg_bitmap_extents(bg_bitmap *b, int64_t offset, int64_t end, bg_bitmap_e
     /* An empty range has no extents, even inside a dirty granule. */
     uint64_t limit = offset < end ? granules(b, (uint64_t)end) : (uint64_t)offset >> b->shift, *edge = (uint64_t *)out;
     size_t edges;
-    uint64_t reached = collect(b, (uint64_t)offset >> b->shift, limit, edge, max * 2, &edges);
-    if (edges % 2) {
-        /* The last run goes on: to the end of what was asked for, or past the last group looked at. */
-        reached = levels_next_clear(&b->levels, reached, limit);
-        edge[edges++] = reached << b->shift;
-    }
+    uint64_t reached = collect(by[decoder], b, (uint64_t)offset >> b->shift, limit, edge, max * 2, &edges);
+    if (edges % 2)
+        edge[edges++] = limit << b->shift;
     pthread_mutex_unlock(&b->lock);
     *next = reached == limit ? end : (int64_t)(reached << b->shift);
     if (edges && edge[0] < (uint64_t)offset)
@@ -163,4 +112,9 @@ int64_t bg_bitmap_extents(bg_bitmap *b, int64_t offset, int64_t end, bg_bitmap_e
     if (edges && edge[edges - 1] > (uint64_t)end)
         edge[edges - 1] = (uint64_t)end;
     return (int64_t)(edges / 2);
+}
+
+int64_t bg_bitmap_extents(bg_bitmap *b, int64_t offset, int64_t end, bg_bitmap_extent *out, size_t max, int64_t *next)
+{
+    return bg_bitmap_extents_by(0, b, offset, end, out, max, next);
 }

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _NO_LIMIT: int = lib.BG_BITMAP_NO_LIMIT
-_BATCH: int = lib.BG_BITMAP_EXTENTS_MIN
 _EXTENT = ffi.typeof("bg_bitmap_extent *")
-_EXTENTS = ffi.typeof("bg_bitmap_extent[]")
 _EINVAL = -errno.EINVAL
+
+RUNS_MIN: int = lib.BG_BITMAP_EXTENTS_MIN
+"""Room that `Bitmap.read_dirty` needs at least, in runs."""
 
 
 class Bitmap:
@@ -170,19 +172,48 @@ class Bitmap:
         Raises:
             ValueError: an argument is out of range, or the disk shrank below `end` meanwhile.
         """
-        out = ffi.new(_EXTENTS, _BATCH)
-        flat = ffi.cast("int64_t *", out)
-        reached = ffi.new("int64_t *", offset)
+        runs = array("q", bytes(16 * RUNS_MIN))
         stop = self.size if end is None else end
         while True:
-            count = _call(lib.bg_bitmap_extents, self._bitmap, reached[0], stop, out, _BATCH, reached)
-            if count < 0:
-                self._refuse_bounds(reached[0], end)
-            values = iter(ffi.unpack(flat, 2 * count)) if count else iter(())
+            count, offset = self.read_dirty(runs, offset, stop)
+            values = iter(runs[: 2 * count].tolist())
             for start in values:
                 yield start, next(values) - start
-            if reached[0] == stop:
+            if offset == stop:
                 return
+
+    def read_dirty(self, out: Buffer, offset: int = 0, end: int | None = None) -> tuple[int, int]:
+        """Many dirty runs of [offset, end) in one call, for those who go through millions.
+
+        Args:
+            out: writable int64[2 * n], n >= RUNS_MIN: gets the start of the first run, its end (the first byte after
+                it), the start of the second and so on; values after those of the last run are undefined.
+        Returns:
+            (runs, next): how many runs there are in `out`, and where to go on: `end` once all has been seen. There may
+            be no runs in `out` before that.
+        Raises:
+            ValueError: an argument is out of range, or `out` is too small or does not hold int64.
+        """
+        reached = ffi.new("int64_t *")
+        with ffi.from_buffer(out, require_writable=True) as view, memoryview(out) as form:
+            if form.format not in ("q", "l") or form.itemsize != 8 or len(view) < 16 * RUNS_MIN:
+                raise ValueError(
+                    f"out must hold {2 * RUNS_MIN} int64 or more, not {len(view)} bytes of {form.format!r}"
+                )
+            room = len(view) // 16
+            runs = _call(
+                lib.bg_bitmap_extents,
+                self._bitmap,
+                offset,
+                _NO_LIMIT if end is None else end,
+                ffi.cast(_EXTENT, view),
+                room,
+                reached,
+            )
+        if runs < 0:
+            self._refuse_bounds(offset, end)
+            return 0, offset  # the disk's size changed meanwhile, and fits again
+        return runs, reached[0]
 
     def merge(self, other: Bitmap) -> None:
         """Mark whatever is marked in `other`, whose granularity may differ: granules are rounded out.

@@ -14,17 +14,15 @@
 static unsigned char model[MOST_BITS];
 static bg_bitmap_extent extents[BG_BITMAP_EXTENTS_MIN];
 
-static void compare(bg_bitmap *b, int64_t bits)
+static void compare_runs(bg_bitmap *b, int64_t bits, size_t decoder, int64_t set)
 {
-    int64_t set = 0, at = 0, size = bits * GRANULE;
-    for (int64_t i = 0; i < bits; i++)
-        set += model[i];
-    CHECK(bg_bitmap_count(b) == set * GRANULE);
+    int64_t at = 0, size = bits * GRANULE;
     while (at < size) {
         int64_t next;
-        int64_t n = bg_bitmap_extents(b, at, size, extents, BG_BITMAP_EXTENTS_MIN, &next);
+        int64_t n = bg_bitmap_extents_by(decoder, b, at, size, extents, BG_BITMAP_EXTENTS_MIN, &next);
         CHECK(n >= 0 && next > at);
         for (int64_t i = 0; i < n; i++) {
+            CHECK(extents[i].end > extents[i].start);
             set -= (extents[i].end - extents[i].start) / GRANULE;
             for (int64_t bit = extents[i].start / GRANULE; bit < extents[i].end / GRANULE; bit++)
                 CHECK(model[bit]);
@@ -32,6 +30,16 @@ static void compare(bg_bitmap *b, int64_t bits)
         at = next;
     }
     CHECK(set == 0);
+}
+
+static void compare(bg_bitmap *b, int64_t bits)
+{
+    int64_t set = 0;
+    for (int64_t i = 0; i < bits; i++)
+        set += model[i];
+    CHECK(bg_bitmap_count(b) == set * GRANULE);
+    for (size_t decoder = 0; bg_bitmap_decoder(decoder); decoder++)
+        compare_runs(b, bits, decoder, set);
 }
 
 static void random_steps(int64_t bits, uint64_t seed)

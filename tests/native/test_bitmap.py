@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import threading
+from array import array
 from itertools import pairwise
 
 import pytest
@@ -13,9 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from blockgraph._native import ffi, lib
 from blockgraph.native import Bitmap
+from blockgraph.native.bitmap import RUNS_MIN
 
 TIB = 1 << 40
+
+
+def decoders() -> list[str]:
+    names: list[str] = []
+    while (name := lib.bg_bitmap_decoder(len(names))) != ffi.NULL:
+        names.append(ffi.string(name).decode())
+    return names
+
+
+DECODERS = decoders()
+"""The ways to find runs that this processor has."""
 
 
 class Model:
@@ -202,6 +216,118 @@ def test_dirty_extents_over_many_words_equal_next_dirty_in_turn(
         expected.append(run)
         at = sum(run)
     assert list(bitmap.dirty_extents(offset)) == expected
+
+
+def runs_by(decoder: str, bitmap: Bitmap, offset: int, end: int) -> list[tuple[int, int]]:
+    """(start, end) of each run, by the decoder of that name."""
+    out, at = ffi.new("bg_bitmap_extent[]", RUNS_MIN), ffi.new("int64_t *", offset)
+    runs: list[tuple[int, int]] = []
+    while True:
+        before = at[0]
+        count = lib.bg_bitmap_extents_by(DECODERS.index(decoder), bitmap._bitmap, before, end, out, RUNS_MIN, at)
+        assert count >= 0
+        runs += [(out[i].start, out[i].end) for i in range(count)]
+        if at[0] == end:
+            return runs
+        assert before < at[0] < end
+
+
+def model_runs(marks: bytes, granularity: int, offset: int, end: int) -> list[tuple[int, int]]:
+    """The same, from one byte per granule."""
+    runs, at = [], marks.find(1, offset // granularity)
+    while at != -1 and offset < end and at * granularity < end:
+        stop = marks.find(0, at)
+        stop = len(marks) if stop == -1 else stop
+        runs.append((max(at * granularity, offset), min(stop * granularity, end)))
+        at = marks.find(1, stop)
+    return runs
+
+
+PARTS = st.tuples(
+    # Around words, blocks of words, and areas that have a summary of their own.
+    st.sampled_from([1, 7, 63, 64, 65, 512, 4096, 32_768, 40_000, 262_144]),
+    st.sampled_from([b"\0", b"\1", b"\0\1"]),
+    # How many of a million granules are turned.
+    st.sampled_from([0, 30, 10_000, 300_000, 700_000]),
+)
+
+
+def pattern(parts: list[tuple[int, bytes, int]], seed: int) -> bytes:
+    """A byte per granule."""
+    rng, marks = random.Random(seed), bytearray()
+    for length, cycle, turned in parts:
+        part = bytearray((cycle * length)[:length])
+        for _ in range(length * turned // 1_000_000):
+            part[rng.randrange(length)] ^= 1
+        marks += part
+    return bytes(marks)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@given(
+    parts=st.lists(PARTS, min_size=1, max_size=8),
+    seed=st.integers(0, 2**32),
+    cut=st.integers(0, 511),
+    shift=st.sampled_from([9, 16]),
+    data=st.data(),
+)
+@settings(max_examples=80, deadline=None)
+def test_runs_by_each_decoder_equal_those_of_model(
+    decoder: str, parts: list[tuple[int, bytes, int]], seed: int, cut: int, shift: int, data: st.DataObject
+) -> None:
+    granularity, marks = 1 << shift, pattern(parts, seed)
+    size = len(marks) * granularity - cut
+    bitmap = Bitmap(size, granularity)
+    packed = int(marks[::-1].translate(bytes.maketrans(b"\0\1", b"01")), 2).to_bytes(-(-len(marks) // 8), "little")
+    bitmap.deserialise(0, packed)
+    offset = data.draw(st.integers(0, size) | st.just(0))
+    end = data.draw(st.integers(offset, size) | st.just(size))
+    assert runs_by(decoder, bitmap, offset, end) == model_runs(marks, granularity, offset, end)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_runs_by_each_decoder_of_largest_disk_keep_exact_end(decoder: str) -> None:
+    bitmap = Bitmap(2**63 - 1, 1 << 31)
+    bitmap.set(2**62, 1)
+    bitmap.set(2**63 - 2, 1)
+    assert runs_by(decoder, bitmap, 0, bitmap.size) == [(2**62, 2**62 + 2**31), (2**63 - 2**31, 2**63 - 1)]
+
+
+def test_portable_decoder_is_always_there() -> None:
+    assert DECODERS[-1] == "portable"
+    assert lib.bg_bitmap_extents_by(len(DECODERS), ffi.NULL, 0, 0, ffi.NULL, RUNS_MIN, ffi.NULL) < 0
+
+
+def test_read_dirty_in_turn_gives_all_runs() -> None:
+    bitmap = Bitmap(TIB, 65536)
+    for i in range(3 * RUNS_MIN):
+        bitmap.set(i * 2**22 + 2**20, 2**17)
+    out, at, found = array("q", bytes(16 * RUNS_MIN)), 0, list[int]()
+    while at != TIB:
+        runs, at = bitmap.read_dirty(out, at)
+        found += out[: 2 * runs]
+    assert found == [i * 2**22 + 2**20 + edge for i in range(3 * RUNS_MIN) for edge in (0, 2**17)]
+
+
+@pytest.mark.parametrize(
+    "out, problem",
+    [
+        (array("q", bytes(16 * RUNS_MIN - 8)), "8192 int64 or more, not 65528 bytes"),
+        (bytearray(16 * RUNS_MIN), "not 65536 bytes of 'B'"),
+        (array("d", bytes(16 * RUNS_MIN)), "not 65536 bytes of 'd'"),
+    ],
+    ids=["short", "bytes", "double"],
+)
+def test_read_dirty_into_what_does_not_fit_is_refused(out: bytearray, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Bitmap(TIB, 65536).read_dirty(out)
+
+
+def test_read_dirty_out_of_range_is_refused() -> None:
+    out = array("q", bytes(16 * RUNS_MIN))
+    for offset, end in [(0, 1001), (-1, 1000), (2**70, None), (500, 400)]:
+        with pytest.raises(ValueError, match="not inside the disk"):
+            Bitmap(1000, 512).read_dirty(out, offset, end)
 
 
 @pytest.mark.parametrize("step", [2, 3, 64, 65, 4096], ids=["two", "three", "word", "word-and-one", "group"])
