@@ -27,7 +27,7 @@ from blockgraph.perm import NONE, Perm, Role
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from blockgraph.bitmaps import DirtyBitmap
+    from blockgraph.bitmaps import BitmapStore, DirtyBitmap, WriteGuard
     from blockgraph.driver import Driver
     from blockgraph.native import Bitmap
     from blockgraph.options import NodeOptions
@@ -83,6 +83,8 @@ class Node:
         next_request: seq that the next request will get.
         write_gen: grows with every write; a flush is skipped when nothing was written since the last.
         bitmaps: dirty bitmaps by name.
+        bitmap_store: keeps the persistent ones; None: the node has no place for them.
+        guard: asked before the node changes; None: nobody has to be.
     """
 
     def __init__(self, name: str, driver: type[Driver], options: NodeOptions) -> None:
@@ -93,6 +95,8 @@ class Node:
         self.in_flight: dict[int, Request] = {}
         self.write_gen = 0
         self.bitmaps: dict[str, DirtyBitmap] = {}
+        self.bitmap_store: BitmapStore | None = None
+        self.guard: WriteGuard | None = None
         #: bitmap of any node of the graph by node and bitmap name; set by the graph
         self.find_bitmap: Callable[[str, str], Bitmap] = _no_graph
         self._flushed_gen = 0
@@ -314,6 +318,8 @@ class Node:
         start, end = self._tracked_range(offset, length, flags, align if unaligned else 1)
         request = await self.begin(start, end - start, serialising=unaligned or bool(flags & Flag.SERIALISING))
         try:
+            if self.guard is not None:
+                await self.guard.before(offset, length)
             if unaligned:
                 await self._pwrite_unaligned(offset, buf, flags)
             else:
@@ -387,6 +393,8 @@ class Node:
         low, high = self._tracked_range(offset, length, flags, align)
         request = await self.begin(low, high - low, serialising=unaligned or bool(flags & Flag.SERIALISING))
         try:
+            if self.guard is not None:
+                await self.guard.before(offset, length)
             if start < end:
                 await self._zero_aligned(start, end - start, flags)
             elif flags & Flag.NO_FALLBACK:
@@ -423,6 +431,8 @@ class Node:
             return
         request = await self.begin(start, end - start)
         try:
+            if self.guard is not None:
+                await self.guard.before(start, end - start)
             await self.driver.discard(start, end - start)
         except Unsupported:
             pass
@@ -454,11 +464,13 @@ class Node:
         low, high = sorted((old, size))
         request = await self.begin(low, high - low, serialising=True)
         try:
+            if self.guard is not None:
+                await self.guard.before(low, high - low)
             for extents in list(self.maps if self.bitmaps else ()):
                 await extents.forget_bitmaps()
             await self.driver.truncate(size)
             for bitmap in self.bitmaps.values():
-                bitmap.bits.truncate(size)
+                bitmap.truncate(size)
         finally:
             self.write_gen += 1
             for extents in self.maps:

@@ -16,9 +16,10 @@ generation. A drain empties the map behind the closed gate: whatever arrives the
 
 Ranges without a place are entered with `allocate` where a node offers native first writes (`driver.FirstWrites`).
 
-What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes under a dirty bitmap of
-a node whose offsets differ from the root's, anything while a serialising request is in flight on the way, and storage
-with O_DIRECT, whose last block takes turns with the page cache.
+What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes that a node's guard has to be
+asked about first, writes under a dirty bitmap of a node whose offsets differ from the root's, anything while a
+serialising request is in flight on the way, and storage with O_DIRECT, whose last block takes turns with the page
+cache.
 """
 
 from __future__ import annotations
@@ -156,6 +157,10 @@ class RootMap:
                 low, zero = max(low, size + shift), True
                 break
             high = min(high, size + shift)
+            if node.guard is not None and writable:
+                guarded = node.guard.run(position)
+                low, high = max(low, guarded.start + shift), min(high, guarded.end + shift)
+                writable = guarded.open
             above = low, high
             extent = await node.map(position, min(length, size - position))
             low = max(low, extent.offset + shift)
@@ -163,7 +168,7 @@ class RootMap:
             asked = extent.copier is not None and writable and self._link(extent.copier, shift)
             copy = copy or (asked and not extent.writable)
             writable = writable and not node.read_only and node.options.detect_zeroes == "off"
-            enabled = {bitmap.bits for bitmap in node.bitmaps.values() if bitmap.enabled}
+            enabled = {bitmap.recorder for bitmap in node.bitmaps.values() if bitmap.recording}
             if shift and enabled:
                 writable = False
             if placing is None:

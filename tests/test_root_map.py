@@ -117,10 +117,10 @@ def test_native_write_sets_bits_of_a_bitmap_added_later(tmp_path: Path, driver: 
         for _ in range(3):
             disk.pwrite(3 * CLUSTER, b"b" * 4096)
         hits = disk.stats().hits
-        bitmap.bits.clear()
+        bitmap.recorder.clear()
         disk.pwrite(3 * CLUSTER, b"c" * 4096)
         assert disk.stats().hits == hits + 1
-        assert list(bitmap.bits.dirty_extents()) == [(3 * CLUSTER, CLUSTER)]
+        assert list(bitmap.recorder.dirty_extents()) == [(3 * CLUSTER, CLUSTER)]
 
 
 def test_mapped_backing_bytes_are_not_read_after_an_allocation_by_another_root(tmp_path: Path) -> None:
@@ -185,12 +185,12 @@ def test_mapped_resize_under_a_bitmap_keeps_recording(tmp_path: Path, driver: st
         graph.call(disk._backend.truncate(2 * SIZE))
         for _ in range(2):
             disk.pwrite(2 * SIZE - CLUSTER, b"b" * 4096)
-        assert list(bitmap.bits.dirty_extents()) == [(0, CLUSTER), (2 * SIZE - CLUSTER, CLUSTER)]
-        bitmap.bits.clear()
+        assert list(bitmap.recorder.dirty_extents()) == [(0, CLUSTER), (2 * SIZE - CLUSTER, CLUSTER)]
+        bitmap.recorder.clear()
         hits = disk.stats().hits
         disk.pwrite(2 * SIZE - CLUSTER, b"c" * 4096)
         assert disk.stats().hits == hits + 1
-        assert list(bitmap.bits.dirty_extents()) == [(2 * SIZE - CLUSTER, CLUSTER)]
+        assert list(bitmap.recorder.dirty_extents()) == [(2 * SIZE - CLUSTER, CLUSTER)]
 
 
 class Guests:

@@ -21,8 +21,18 @@ from typing import TYPE_CHECKING, Any
 
 from blockgraph.backend import Backend
 from blockgraph.bitmaps import DirtyBitmap
-from blockgraph.errors import BlockGraphError, GraphError
+from blockgraph.bitmaps.actions import (
+    AddBitmap,
+    BitmapName,
+    ClearBitmap,
+    EnableBitmap,
+    MergeBitmaps,
+    RemoveBitmap,
+    find_on,
+)
+from blockgraph.errors import BlockGraphError
 from blockgraph.finish import finish
+from blockgraph.graph.action import Action
 from blockgraph.graph.drain import Drain
 from blockgraph.graph.model import Model, NodeVertex
 from blockgraph.graph.opening import close_node
@@ -258,27 +268,72 @@ class Graph:
 
         return await dry_run(description, policy)
 
-    # Bitmaps.
+    # Bitmaps. Each of these is a transaction; for several at one instant see blockgraph.bitmaps.actions.
 
     async def add_bitmap(
-        self, node: str, name: str, *, granularity: int = 64 << 10, enabled: bool = True
+        self,
+        node: str,
+        name: str,
+        *,
+        granularity: int | None = None,
+        enabled: bool = True,
+        persistent: bool = False,
     ) -> DirtyBitmap:
-        """A new, empty dirty bitmap on a node, kept in memory. It has every write that is not over when this begins."""
-        owner = self.node(node)
-        if name in owner.bitmaps:
-            raise GraphError(f"there already is a bitmap '{name}'", node=node)
-        bitmap = owner.bitmaps[name] = DirtyBitmap(name, owner.size(), granularity, enabled=enabled)
-        owner.revoke(0, owner.size())
-        await owner.settle()
-        return bitmap
+        """A new, empty dirty bitmap on a node. It has every write that is not over when this returns.
 
-    def find_bitmap(self, node: str, name: str) -> Bitmap:
-        """The bits of a named bitmap.
+        Args:
+            granularity: bytes per bit, a power of two; None: the node's cluster size within 4 to 64 KiB, or 64 KiB.
+            enabled: it records writes.
+            persistent: the node's image keeps it.
+        Raises:
+            GraphError: the name is taken or too long, the granularity is none, or there is no place for it.
+        """
+        bitmap = BitmapName(node, name)
+        await self._act(AddBitmap(bitmap, granularity=granularity, enabled=enabled, persistent=persistent))
+        return self.bitmap(node, name)
+
+    async def remove_bitmap(self, node: str, name: str) -> None:
+        """Remove a bitmap, also from the image that keeps it.
+
+        Raises:
+            NodeInUse: somebody reads it.
+        """
+        await self._act(RemoveBitmap(BitmapName(node, name)))
+
+    async def clear_bitmap(self, node: str, name: str) -> None:
+        """Nothing is marked any more."""
+        await self._act(ClearBitmap(BitmapName(node, name)))
+
+    async def enable_bitmap(self, node: str, name: str, *, enabled: bool = True) -> None:
+        """Record writes from now on, or no longer."""
+        await self._act(EnableBitmap(BitmapName(node, name), enabled=enabled))
+
+    async def merge_bitmaps(self, node: str, name: str, sources: Iterable[tuple[str, str]]) -> None:
+        """Mark in a bitmap whatever is marked in one of the `sources` (node and name), of any granularity.
+
+        Raises:
+            GraphError: a source is not there, inconsistent, or of a disk of another size; the bitmap is unchanged.
+        """
+        await self._act(MergeBitmaps(BitmapName(node, name), [BitmapName(*source) for source in sources]))
+
+    async def _act(self, action: Action) -> None:
+        async with self.transaction() as change:
+            change.act(action)
+
+    def bitmap(self, node: str, name: str) -> DirtyBitmap:
+        """A bitmap of a node.
 
         Raises:
             GraphError: there is no such node or bitmap.
         """
-        bitmaps = self.node(node).bitmaps
-        if name not in bitmaps:
-            raise GraphError(f"there is no bitmap '{name}'", node=node)
-        return bitmaps[name].bits
+        return find_on(self.node(node), name)
+
+    def find_bitmap(self, node: str, name: str) -> Bitmap:
+        """What a named bitmap holds; not to be changed.
+
+        Raises:
+            GraphError: there is no such node or bitmap, or it is inconsistent.
+        """
+        bitmap = self.bitmap(node, name)
+        bitmap.check_usable("read")
+        return bitmap.contents()

@@ -117,6 +117,16 @@ class Opening:
         node.driver.commit_perm()
         self._add_implied(node)
 
+    async def load_bitmaps(self) -> None:
+        """Take over what the stores of the new nodes keep; all of them are attached.
+
+        Raises: what a store's `load` raised; call `undo`.
+        """
+        for name in self.opened:
+            node = self._candidate.node(name).node
+            if node is not None and node.bitmap_store is not None:
+                node.bitmaps = {bitmap.name: bitmap for bitmap in await node.bitmap_store.load()}
+
     def _add_implied(self, node: Node) -> None:
         for key, wish in node.driver.implied().items():
             if (node.name, key) in self._no_implied or self._candidate.edge(node.name, key) is not None:
@@ -141,6 +151,8 @@ async def close_node(node: Node) -> BlockGraphError | None:
     failure: BlockGraphError | None = None
     try:
         await node.flush()
+        if node.bitmap_store is not None and not node.read_only:
+            await node.bitmap_store.save()
     except BlockGraphError as error:
         log.error("closing node '%s': %s", node.name, error)
         failure = error

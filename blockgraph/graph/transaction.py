@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from blockgraph.backend import Backend
 from blockgraph.errors import BlockGraphError, GraphError, NodeInUse
 from blockgraph.finish import finish
+from blockgraph.graph.action import Action
 from blockgraph.graph.description import add_nodes
 from blockgraph.graph.model import ROOT_EDGE, Edge, Model, NodeVertex, RootVertex, root_key
 from blockgraph.graph.opening import Opening, close_node
@@ -57,6 +58,7 @@ class Transaction:
         self._owned: set[str] = set()
         self._reopened: dict[str, NodeOptions] = {}
         self._undo: list[Callable[[], None]] = []
+        self._actions: list[Action] = []
 
     # Edits.
 
@@ -191,6 +193,18 @@ class Transaction:
         self.candidate.remove(key)
         self._sweep(edge.child)
 
+    def act(self, action: Action) -> None:
+        """Let something that is no edit of the graph take part; actions are prepared in the order of these calls."""
+        self._actions.append(action)
+
+    def node(self, name: str) -> Node:
+        """For actions: the running node of that name, as it will be.
+
+        Raises:
+            GraphError: there is none.
+        """
+        return self._node(name)
+
     # Commit.
 
     async def commit(self) -> None:
@@ -222,6 +236,8 @@ class Transaction:
         """Running nodes whose edges move, or that are removed or reopened."""
         old, new = _edges(self.graph.model), _edges(self.candidate)
         names = set(self._reopened)
+        for action in self._actions:
+            names.update(action.nodes())
         for key in old.keys() | new.keys():
             if old.get(key) != new.get(key):
                 names |= {key[0], *(edges[key].name for edges in (old, new) if key in edges)}
@@ -231,16 +247,24 @@ class Transaction:
         """With what changes held still: move edges, check, take permissions, commit."""
         changed = self._changed_perms()
         await self._flush(affected, changed)
+        await self._save_bitmaps()
         prepared: list[Node] = []
+        acting: list[Action] = []
         touched: list[str] = []
         try:
             self._move_edges(touched)
             for node in self._in_order(touched):
                 await node.driver.attached()
+            await self._opening.load_bitmaps()
             for node, need, share in changed:
                 prepared.append(node)
                 await node.driver.prepare_perm(need, share)
+            for action in self._actions:
+                acting.append(action)
+                await action.prepare(self)
         except BaseException:
+            for action in reversed(acting):
+                await action.abort()
             for node in prepared:
                 node.driver.abort_perm()
             for undo in reversed(self._undo):
@@ -254,6 +278,8 @@ class Transaction:
             await close_node(node)
         for node, _, _ in changed:
             node.driver.commit_perm()
+        for action in self._actions:
+            action.commit()
 
     async def _flush(self, affected: set[str], changed: list[tuple[Node, Perm, Perm]]) -> None:
         """Whoever moves away from a node, or loses the right to write it, leaves nothing behind."""
@@ -269,6 +295,13 @@ class Transaction:
                     raise
                 if self.candidate.has(node.name):  # else it is told when the node is closed
                     log.error("node '%s' could not be flushed: %s", node.name, error)
+
+    async def _save_bitmaps(self) -> None:
+        """A node that becomes read-only leaves its bitmaps right behind."""
+        for name, options in self._reopened.items():
+            node = self.graph.node(name)
+            if node.bitmap_store is not None and options.read_only and not node.read_only:
+                await node.bitmap_store.save()
 
     async def _attach_again(self, touched: list[str]) -> None:
         """The edges are as they were: so are the facts that nodes took from their children."""

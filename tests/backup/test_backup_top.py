@@ -577,9 +577,9 @@ async def test_bitmap_keeps_only_what_is_set_when_the_filter_is_made() -> None:
         old = pattern(8 * CLUSTER)
         await fill(graph, "disk-bytes", old)
         bitmap = await graph.add_bitmap("disk", "b0", granularity=4096)
-        bitmap.bits.set(CLUSTER + 4096, 10)
+        bitmap.recorder.set(CLUSTER + 4096, 10)
         await graph.insert_filter(top_over(bitmap={"node": "disk", "name": "b0"}), above="disk")
-        bitmap.bits.set(5 * CLUSTER, 10)  # too late
+        bitmap.recorder.set(5 * CLUSTER, 10)  # too late
         guest = await graph.backend("top", writable=True)
         await guest.pwrite(0, b"n" * 8 * CLUSTER)
         kept = await content(graph, "target-bytes")

@@ -163,7 +163,7 @@ def test_clusters_outside_the_bitmap_are_written_in_place(tmpfs: Path) -> None:
             await create_file(str(tmpfs / name), SIZE, "raw", replace=True)
         async with graph_of(image(tmpfs, "disk"), image(tmpfs, "target")) as graph:
             bitmap = await graph.add_bitmap("disk", "b0", granularity=CLUSTER)
-            bitmap.bits.set(4 * CLUSTER, CLUSTER)
+            bitmap.recorder.set(4 * CLUSTER, CLUSTER)
             await graph.insert_filter(top_over(bitmap={"node": "disk", "name": "b0"}), above="disk")
             guest = await graph.backend("top", writable=True)
             extents = guest.use_map().extents
@@ -225,8 +225,8 @@ def test_native_write_sets_dirty_bitmaps(tmpfs: Path) -> None:
         target = await s.graph.add_bitmap("target", "b1", granularity=4096)
         await s.learn(1)
         assert s.extents.pwrite(3 * CLUSTER, b"new")
-        assert list(disk.bits.dirty_extents(2 * CLUSTER)) == [(3 * CLUSTER, 4096)]
-        assert (3 * CLUSTER, CLUSTER) in list(target.bits.dirty_extents())
+        assert list(disk.recorder.dirty_extents(2 * CLUSTER)) == [(3 * CLUSTER, 4096)]
+        assert (3 * CLUSTER, CLUSTER) in list(target.recorder.dirty_extents())
 
     check(body, tmpfs)
 

@@ -104,7 +104,7 @@ async def test_read_outside_the_bitmap_fails_as_a_whole_with_eacces() -> None:
     async with graph_of(*disk_and_target(8 * CLUSTER)) as graph:
         old = pattern(8 * CLUSTER)
         await fill(graph, "disk-bytes", old)
-        (await graph.add_bitmap("disk", "b0")).bits.set(CLUSTER, 2 * CLUSTER)
+        (await graph.add_bitmap("disk", "b0")).recorder.set(CLUSTER, 2 * CLUSTER)
         await graph.insert_filter(top_over(bitmap={"node": "disk", "name": "b0"}), above="disk")
         await graph.add_node(FLEECE)
         reader = await graph.backend("fleece")

@@ -477,11 +477,11 @@ async def test_bitmap_follows_the_disk_when_it_grows() -> None:
         bitmap = await graph.add_bitmap("disk", "b0")
         backend = await graph.backend("disk", writable=True, resize=True)
         await backend.truncate(2 * SIZE)
-        assert bitmap.bits.count() == 0
+        assert bitmap.recorder.count() == 0
         await backend.pwrite(2 * SIZE - 1, b"x")
-        assert bitmap.bits.count() == CLUSTER
+        assert bitmap.recorder.count() == CLUSTER
         await backend.truncate(CLUSTER)
-        assert bitmap.bits.size == CLUSTER
+        assert bitmap.recorder.size == CLUSTER
 
 
 @in_loop

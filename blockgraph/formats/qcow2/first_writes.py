@@ -80,7 +80,7 @@ class FirstWrites:
             and below.driver.request_alignment == 1
             and not below.read_only
             and below.options.detect_zeroes == "off"
-            and not any(bitmap.enabled for bitmap in below.bitmaps.values())
+            and not any(bitmap.recording for bitmap in below.bitmaps.values())
         )
 
     def attach(self, extents: ExtentMap, slot: int) -> None:

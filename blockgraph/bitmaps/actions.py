@@ -1,0 +1,221 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Changes of bitmaps as actions of a transaction: the node is drained, so each happens at one instant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from blockgraph.bitmaps.bitmap import DirtyBitmap, Mode, View, check_granularity, check_name
+from blockgraph.errors import GraphError
+from blockgraph.graph.action import Action
+
+if TYPE_CHECKING:
+    from blockgraph.graph.transaction import Transaction
+    from blockgraph.native import Bitmap
+    from blockgraph.node import Node
+
+#: Bounds of the granularity that is chosen when none is given, bytes.
+_LEAST, _MOST = 4 << 10, 64 << 10
+
+
+class BitmapName(NamedTuple):
+    """A bitmap of a node.
+
+    Attributes:
+        node: name of the node.
+        name: its name.
+    """
+
+    node: str
+    name: str
+
+
+def find(change: Transaction, bitmap: BitmapName) -> DirtyBitmap:
+    """The bitmap, as the transaction's earlier actions have made it.
+
+    Raises:
+        GraphError: there is no such node or bitmap.
+    """
+    return find_on(change.node(bitmap.node), bitmap.name)
+
+
+def find_on(node: Node, name: str) -> DirtyBitmap:
+    """The bitmap of a node.
+
+    Raises:
+        GraphError: it has none of that name; tells those it has.
+    """
+    try:
+        return node.bitmaps[name]
+    except KeyError:
+        known = ", ".join(f"'{known}'" for known in node.bitmaps) or "none"
+        raise GraphError(f"there is no bitmap '{name}' (there are: {known})", node=node.name) from None
+
+
+class BitmapAction(Action):
+    """An action on one bitmap; `undo` collects what takes it back."""
+
+    def __init__(self, bitmap: BitmapName) -> None:
+        self.bitmap = bitmap
+        self._undo: list[Callable[[], None]] = []
+
+    def nodes(self) -> Sequence[str]:
+        return (self.bitmap.node,)
+
+    async def abort(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+    async def _store_changes(self, node: Node, bitmap: DirtyBitmap) -> None:
+        if bitmap.persistent and node.bitmap_store is not None:
+            await node.bitmap_store.begin()
+
+
+class AddBitmap(BitmapAction):
+    """A new, empty bitmap.
+
+    Args:
+        granularity: bytes per bit; None: the node's cluster size within 4 to 64 KiB, 64 KiB where it has none.
+        enabled: it records writes.
+        persistent: the node's store keeps it.
+    """
+
+    def __init__(
+        self, bitmap: BitmapName, *, granularity: int | None = None, enabled: bool = True, persistent: bool = False
+    ) -> None:
+        super().__init__(bitmap)
+        self._granularity = granularity
+        self._enabled = enabled
+        self._persistent = persistent
+
+    async def prepare(self, change: Transaction) -> None:
+        node = change.node(self.bitmap.node)
+        name = self.bitmap.name
+        check_name(name, node=node.name)
+        if name in node.bitmaps:
+            raise GraphError(f"there already is a bitmap '{name}'", node=node.name, op="add")
+        granularity = default_granularity(node) if self._granularity is None else self._granularity
+        check_granularity(granularity, node=node.name)
+        bitmap = DirtyBitmap(
+            name, node.size(), granularity, node=node.name, enabled=self._enabled, persistent=self._persistent
+        )
+        if self._persistent:
+            if node.bitmap_store is None:
+                raise GraphError(
+                    f"driver '{node.driver.name}' has no place for persistent bitmaps",
+                    node=node.name,
+                    op="add",
+                    hint="give the bitmap a sidecar file",
+                )
+            node.bitmap_store.check(bitmap)
+            await node.bitmap_store.begin()
+        node.bitmaps[name] = bitmap
+        self._undo.append(lambda: node.bitmaps.__delitem__(name))
+
+
+class RemoveBitmap(BitmapAction):
+    """The bitmap is gone, also an inconsistent one."""
+
+    async def prepare(self, change: Transaction) -> None:
+        node = change.node(self.bitmap.node)
+        bitmap = find(change, self.bitmap)
+        bitmap.check_free("remove")
+        await self._store_changes(node, bitmap)
+        before = dict(node.bitmaps)
+        del node.bitmaps[bitmap.name]
+
+        def undo() -> None:
+            node.bitmaps.clear()
+            node.bitmaps.update(before)
+
+        self._undo.append(undo)
+
+
+class ClearBitmap(BitmapAction):
+    """Nothing is marked any more."""
+
+    async def prepare(self, change: Transaction) -> None:
+        bitmap = find(change, self.bitmap)
+        bitmap.check_usable("clear")
+        await self._store_changes(change.node(self.bitmap.node), bitmap)
+        self._undo.append(bitmap.clear())
+
+
+class EnableBitmap(BitmapAction):
+    """The bitmap records writes from now on, or (`enabled` False) no longer does."""
+
+    def __init__(self, bitmap: BitmapName, *, enabled: bool) -> None:
+        super().__init__(bitmap)
+        self._enabled = enabled
+
+    async def prepare(self, change: Transaction) -> None:
+        bitmap = find(change, self.bitmap)
+        bitmap.check_usable("enable" if self._enabled else "disable")
+        await self._store_changes(change.node(self.bitmap.node), bitmap)
+        before = bitmap.enabled
+        bitmap.enabled = self._enabled
+        self._undo.append(lambda: setattr(bitmap, "enabled", before))
+
+
+class MergeBitmaps(BitmapAction):
+    """Whatever is marked in one of the sources is marked in the bitmap, too."""
+
+    def __init__(self, bitmap: BitmapName, sources: Sequence[BitmapName]) -> None:
+        super().__init__(bitmap)
+        self._sources = sources
+
+    def nodes(self) -> Sequence[str]:
+        return [self.bitmap.node, *(source.node for source in self._sources)]
+
+    async def prepare(self, change: Transaction) -> None:
+        bitmap = find(change, self.bitmap)
+        bitmap.check_usable("merge")
+        added: list[Bitmap] = []
+        for name in self._sources:
+            source = find(change, name)
+            source.check_usable("merge")
+            if source.size != bitmap.size:
+                raise GraphError(
+                    f"bitmap '{name.name}' covers {source.size} bytes, bitmap '{bitmap.name}' {bitmap.size}",
+                    node=bitmap.node,
+                    op="merge",
+                    hint="only bitmaps of disks of the same size can be merged",
+                )
+            added.append(source.contents())
+        await self._store_changes(change.node(self.bitmap.node), bitmap)
+        self._undo.append(bitmap.merge(added))
+
+
+@dataclass
+class TakeView(Action):
+    """A view of the bitmap, as it is at the instant of the transaction.
+
+    Attributes:
+        view: once the transaction has committed.
+    """
+
+    bitmap: BitmapName
+    holder: str
+    mode: Mode = "never"
+    view: View = field(init=False)
+    _taken: bool = field(default=False, init=False)
+
+    def nodes(self) -> Sequence[str]:
+        return (self.bitmap.node,)
+
+    async def prepare(self, change: Transaction) -> None:
+        self.view = find(change, self.bitmap).take(self.holder, self.mode)
+        self._taken = True
+
+    async def abort(self) -> None:
+        if self._taken:
+            self.view.drop()
+
+
+def default_granularity(node: Node) -> int:
+    """Bytes per bit when nobody says: see AddBitmap."""
+    cluster = node.driver.info().cluster_size
+    return max(_LEAST, min(cluster, _MOST)) if cluster else _MOST
