@@ -118,12 +118,14 @@ def test_qcow2_random_reads(
 
 @pytest.mark.parametrize("driver", ["raw", "qcow2"])
 def test_sequential_read(benchmark: BenchmarkFixture, shm: Path, driver: str) -> None:
-    """1 MiB reads; wanted: 0.9 of a plain file's rate."""
-    image, plain = shm / "disk", shm / "plain"
+    """1 MiB reads; wanted: 0.9 of a plain file's rate.
+
+    The plain file is the image's own: how fast memory is read depends on where it lies, by more than what is measured.
+    """
+    image = shm / "disk"
     make(image, GIB, driver)
-    make(plain, GIB, "raw")
     buffer = memoryview(bytearray(MIB))
-    with blockgraph.open({"nodes": [node("disk", image, driver)]}) as graph, plain.open("rb", buffering=0) as file:
+    with blockgraph.open({"nodes": [node("disk", image, driver)]}) as graph, image.open("rb", buffering=0) as file:
         backend = graph.backend("disk")
 
         def ours() -> None:
@@ -131,7 +133,7 @@ def test_sequential_read(benchmark: BenchmarkFixture, shm: Path, driver: str) ->
                 backend.pread_into(offset, buffer)
 
         def theirs() -> None:
-            file.seek(0)
+            file.seek(image.stat().st_size - GIB)  # its data, behind whatever a format has before it
             for _ in range(0, GIB, MIB):
                 file.readinto(buffer)
 

@@ -35,6 +35,7 @@ from blockgraph.native import (
     CopierMode,
     CopyError,
     CopyExtent,
+    MapExtent,
     allocate_aligned,
     get_pool,
 )
@@ -209,16 +210,13 @@ class BlockCopy:
         """For a guest write in flight: let native ones know the place. True: they can copy there."""
         if not self.native:
             return False
-        for side in (self._source_map, self._target_map):
-            if side.extents.find(offset) is None:
-                with suppress(BlockGraphError):  # whoever copies will tell
-                    await side.fill(offset, end - offset)
-        target = self._target_map.extents.find(offset)
-        return (
-            self._source_map.extents.find(offset) is not None
-            and target is not None
-            and (target.writable or target.allocate)
-        )
+        source, target = self._source_map.extents, self._target_map.extents
+        with suppress(BlockGraphError):  # whoever copies will tell
+            if source.find(offset) is None:
+                await self._source_map.fill(offset, end - offset)
+            if not _takes_writes(target.find(offset)):  # it may since an earlier look, as when a table was made for it
+                await self._target_map.fill(offset, end - offset)
+        return source.find(offset) is not None and _takes_writes(target.find(offset))
 
     async def forget_maps(self) -> None:
         """The edges are about to lead elsewhere, or have just begun to; no guest request is in flight."""
@@ -509,6 +507,10 @@ def has_cow(node: Node) -> bool:
 def reaches(node: Node, wanted: Node) -> bool:
     """`wanted` is `node` or lies below it."""
     return node is wanted or any(reaches(child.node, wanted) for child in node.children.values())
+
+
+def _takes_writes(extent: MapExtent | None) -> bool:
+    return extent is not None and (extent.writable or extent.allocate)
 
 
 def _clip(leaves: list[Leaf], offset: int, end: int) -> list[Leaf]:

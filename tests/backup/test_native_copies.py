@@ -130,6 +130,22 @@ def test_native_write_copies_first_and_only_once(tmpfs: Path) -> None:
     check(body, tmpfs)
 
 
+def test_new_qcow2_target_is_left_to_python_only_until_it_has_a_table(tmpfs: Path) -> None:
+    @in_loop
+    async def run() -> None:
+        await create_file(str(tmpfs / "kept"), SIZE, "qcow2", replace=True)
+        async with files(tmpfs, {**image(tmpfs, "kept", "qcow2"), "node-name": "target"}) as s:
+            for number in range(SIZE // CLUSTER):
+                if not s.extents.pwrite(number * CLUSTER, b"NN"):
+                    await s.guest.pwrite(number * CLUSTER, b"NN")
+            # The very first makes the L2 table, a second one finds it; native ones come after that.
+            assert s.copy.copier.stats().copied >= (SIZE // CLUSTER - 2) * CLUSTER
+            kept = await s.graph.backend("target")
+            assert await kept.pread(0, SIZE // CLUSTER * CLUSTER) == s.old[: SIZE // CLUSTER * CLUSTER]
+
+    run()
+
+
 def test_copied_disk_is_one_extent_again(tmpfs: Path) -> None:
     async def body(s: Setup) -> None:
         offsets = list(range(0, SIZE, CLUSTER))
