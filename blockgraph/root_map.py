@@ -16,9 +16,9 @@ generation. A drain empties the map behind the closed gate: whatever arrives the
 
 Ranges without a place are entered with `allocate` where a node offers native first writes (`driver.FirstWrites`).
 
-Zeroes and discards are native where no node on the way does anything about them (`driver.passes_zeroes`). Flushes are, when
-every node that they reach is as durable as Python can make it, and none wants to see them (`driver.plain_flush`): then
-native writes in place are all that is left to do. Whatever else happens at one of these nodes ends that
+Zeroes and discards are native where no node on the way does anything about them (`driver.passes_zeroes`). Flushes are,
+when every node that they reach is as durable as Python can make it, and none wants to see them (`driver.plain_flush`):
+then native writes in place are all that is left to do. Whatever else happens at one of these nodes ends that
 (`Node.not_flushed`), until the next flush in Python.
 
 What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes under a dirty bitmap of
