@@ -165,6 +165,7 @@ class BlockCopy:
         self._bytes_for_guest = 0
         self._claims: dict[int, Claim] = {}
         self._bytes_shared = 0
+        self._looking = asyncio.Lock()
         self._offload: dict[tuple[int, int], CopyFlag] = {}
         self._set_mode()
 
@@ -303,14 +304,15 @@ class BlockCopy:
         Raises:
             CopyFailed: the bits are set again.
         """
-        area = self.bitmap.next_dirty(offset)
-        if area is None:
-            return None
         async with Pins() as pins:
-            leaves = await self._leaves(pins, area[0], area[0] + area[1], chunk)
-            end = leaves[-1].offset + leaves[-1].length
-            # What guest writes took meanwhile is theirs; what is still set has not changed since we looked.
-            claim = self._take(area[0], end, None)
+            async with self._looking:  # others would ask about the same run
+                area = self.bitmap.next_dirty(offset)
+                if area is None:
+                    return None
+                leaves = await self._leaves(pins, area[0], area[0] + area[1], chunk)
+                end = leaves[-1].offset + leaves[-1].length
+                # What guest writes took meanwhile is theirs; what is still set has not changed since we looked.
+                claim = self._take(area[0], end, None)
             if claim is None:
                 return end, 0
             with self._copying(claim):
