@@ -62,7 +62,7 @@ typedef struct {
 } bg_map_extent;
 
 typedef struct {
-    int64_t hits; /* requests begun */
+    int64_t hits; /* requests done */
     int64_t misses;
     int64_t bytes_read; /* of hits */
     int64_t bytes_written;
@@ -204,14 +204,15 @@ int bg_map_can_zero(bg_map *map, int64_t offset, int64_t length, int how);
  * Make durable all writes that were completed: 0, or a miss. It is a hit only while native writes in place are all there is to be
  * made durable: Python says so (flushed, with what bg_map_dirt was when that flush began) and revokes it (dirty) whenever
  * it changes something itself, in the same step; bg_map_placed revokes it, too. When the system fails, that is a miss,
- * and the slot has the error for Python: asked again, the kernel might report success (fsync(2)).
+ * and the slot has the error for Python: asked again, the kernel might report success (fsync(2)). `counts`: it is a request of
+ * its own, for the statistics.
  */
-int bg_map_flush(bg_map *map);
+int bg_map_flush(bg_map *map, int counts);
 int64_t bg_map_dirt(bg_map *map);
 void bg_map_dirty(bg_map *map);
 void bg_map_flushed(bg_map *map, int64_t dirt);
-/* 1: flush would do it. 2: and has nothing to do, right now. */
-int bg_map_can_flush(bg_map *map);
+/* 1: flush would do it. 2: there was nothing to do, that was it. */
+int bg_map_try_flush(bg_map *map, int counts);
 /* The errno of a flush of the slot that failed since the last call, or 0. */
 int bg_map_take_flush_error(bg_map *map, int slot);
 
@@ -248,7 +249,11 @@ typedef struct {
 int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, int write, bg_map_piece *pieces, int max,
                  bg_map_request *request);
 
-/* `touched`: for a write, whether it was attempted; then bitmaps and the slots' written marks are set. */
+/*
+ * `touched`: 0, nothing was done; 1, done, which counts; BG_MAP_AGAIN, some may have been, and all will be done once more. After
+ * a write that was not 0 the bitmaps and the slots' written marks are set.
+ */
+#define BG_MAP_AGAIN 2
 void bg_map_end(bg_map *map, bg_map_request *request, int touched);
 /* cffi:end */
 

@@ -149,9 +149,6 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
         map_leave(map, r);
         return ret;
     }
-    count(&r->hits, 1);
-    if (write != BG_MAP_ERASE)
-        count(write ? &r->bytes_written : &r->bytes_read, length);
     *request = (bg_map_request){r, pieces, offset, length, n, write};
     return 0;
 }
@@ -172,13 +169,19 @@ void bg_map_wrote(bg_map *map, int slot)
 
 void bg_map_end(bg_map *map, bg_map_request *request, int touched)
 {
+    reader *r = request->reader;
+    if (touched == 1) {
+        count(&r->hits, 1);
+        if (request->write != BG_MAP_ERASE)
+            count(request->write ? &r->bytes_written : &r->bytes_read, request->length);
+    }
     if (request->write && touched) {
         /* After the data, never before: whoever takes the mark flushes then, whoever clears a bit copies then. */
         for (int i = 0; i < request->count; i++)
             bg_map_wrote(map, request->pieces[i].slot);
         mark(map, request->offset, request->length);
     }
-    map_leave(map, request->reader);
+    map_leave(map, r);
 }
 
 int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out)
@@ -302,13 +305,18 @@ static bool is_written(const storage *s)
     return atomic_load(&s->written) || atomic_load(&s->flushing);
 }
 
-int bg_map_can_flush(bg_map *map)
+int bg_map_try_flush(bg_map *map, int counts)
 {
     if (!is_clean(map))
         return 0;
     for (int i = 0; i < atomic_load(&map->slots_used); i++)
         if (is_written(&map->slots[i]))
             return 1;
+    reader *r = counts ? map_enter(map) : NULL;
+    if (r) {
+        count(&r->hits, 1);
+        map_leave(map, r);
+    }
     return 2;
 }
 
@@ -335,7 +343,7 @@ static int flush_slot(bg_map *map, storage *s)
     return ret == 0 ? 0 : BG_MAP_MISS;
 }
 
-int bg_map_flush(bg_map *map)
+int bg_map_flush(bg_map *map, int counts)
 {
     reader *r = is_clean(map) ? map_enter(map) : NULL;
     if (!r)
@@ -345,7 +353,8 @@ int bg_map_flush(bg_map *map)
     for (int i = 0; ret == 0 && i < atomic_load(&map->slots_used); i++)
         if (is_written(&map->slots[i]))
             ret = flush_slot(map, &map->slots[i]);
-    count(ret == 0 ? &r->hits : &r->misses, 1);
+    if (counts)
+        count(ret == 0 ? &r->hits : &r->misses, 1);
     map_leave(map, r);
     return ret;
 }

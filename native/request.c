@@ -130,7 +130,9 @@ static int run(const bg_request *r)
         ret = bg_map_zero(map, (int64_t)r->offset, r->length, r->zero);
     else if (r->kind == BG_REQUEST_CACHE)
         ret = cache(r);
-    return ret == 0 && (r->durable || r->kind == BG_REQUEST_FLUSH) ? bg_map_flush(map) : ret;
+    if (r->kind == BG_REQUEST_FLUSH)
+        return bg_map_flush(map, 1);
+    return ret == 0 && r->durable ? bg_map_flush(map, 0) : ret;
 }
 
 static void run_on_pool(bg_task *task)
@@ -173,7 +175,7 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
     if (!map || request->kind == BG_REQUEST_OTHER)
         return BG_REQUEST_FAULTS;
     if (request->durable || request->kind == BG_REQUEST_FLUSH) {
-        int flush = bg_map_can_flush(map);
+        int flush = bg_map_try_flush(map, request->kind == BG_REQUEST_FLUSH);
         if (!flush)
             return BG_REQUEST_FAULTS;
         if (request->kind == BG_REQUEST_FLUSH)
@@ -194,7 +196,7 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
         return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
     bool blocks = request->kind == BG_REQUEST_CACHE || request->length > longest;
     int64_t done = blocks ? -EAGAIN : transfer_now(&found, request->buf);
-    bg_map_end(map, &found, !blocks);
+    bg_map_end(map, &found, blocks ? 0 : done == -EAGAIN ? BG_MAP_AGAIN : 1);
     if (done == -EAGAIN)
         return BG_REQUEST_BLOCKS;
     return done < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE;

@@ -438,7 +438,7 @@ class ExtentMap:
             False when there may be more to do than to make native writes durable, or the storage failed: see
             `take_flush_error`.
         """
-        return bool(lib.bg_map_flush(self._native) == 0)
+        return bool(lib.bg_map_flush(self._native, 1) == 0)
 
     def dirt(self) -> int:
         """To be read before a flush in Python begins, and given to `flushed` when it was successful."""

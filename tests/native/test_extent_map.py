@@ -629,11 +629,11 @@ def test_flush_is_native_only_while_native_writes_are_all_there_is(extents: Exte
     assert not extents.flush()
     dirt = extents.dirt()
     extents.flushed(dirt)
-    assert lib.bg_map_can_flush(extents.native) == 2
+    assert lib.bg_map_try_flush(extents.native, 0) == 2
     extents.pwrite(0, b"x")
-    assert lib.bg_map_can_flush(extents.native) == 1
+    assert lib.bg_map_try_flush(extents.native, 0) == 1
     assert extents.flush()
-    assert lib.bg_map_can_flush(extents.native) == 2
+    assert lib.bg_map_try_flush(extents.native, 0) == 2
     assert not extents.take_written(slot)
     extents.dirty()
     assert not extents.flush()
@@ -649,7 +649,7 @@ def test_flush_that_fails_leaves_its_error_and_the_mark(extents: ExtentMap) -> N
         pass
     extents.flushed(extents.dirt())
     assert not extents.flush()
-    assert lib.bg_map_can_flush(extents.native) == 0
+    assert lib.bg_map_try_flush(extents.native, 0) == 0
     assert extents.take_flush_error(slot) == errno.EINVAL
     assert extents.take_flush_error(slot) == 0
     assert extents.take_written(slot)
