@@ -113,6 +113,11 @@ class RootMap:
         #: a node on the way has some
         self._offered = False
 
+    @property
+    def writes(self) -> bool:
+        """Native requests may write."""
+        return self._backend.writable
+
     # Filling.
 
     async def fill(self, offset: int, length: int, *, written: bool = False) -> None:
@@ -264,6 +269,9 @@ class RootMap:
             return False
         self._nodes[node] = shift
         node.maps.append(self)
+        if self.writes:
+            for other in node.flushed_by:
+                other.extents.dirty()  # it does not see these writes
         return True
 
     def _slot(self, node: Node) -> int | None:
@@ -309,7 +317,12 @@ class RootMap:
             for node in nodes:
                 node.flushed_by.append(self)
             self._flushing = nodes
-        return all(node.driver.plain_flush and not node.options.cache.no_flush for node in self._flushing)
+        return all(
+            node.driver.plain_flush
+            and not node.options.cache.no_flush
+            and not any(extents.writes for extents in node.maps if extents is not self)
+            for node in self._flushing
+        )
 
     # Revoking.
 

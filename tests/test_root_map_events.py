@@ -378,6 +378,29 @@ def test_first_writes_to_clusters_are_flushed_by_python(tmp_path: Path) -> None:
         assert native_flush(disk)
 
 
+def test_flush_covers_native_writes_of_other_roots(tmp_path: Path) -> None:
+    with warm(tmp_path, "raw") as w:
+        for _ in range(2):
+            w.disk.flush()
+        assert native_flush(w.disk)
+        with w.graph.backend("disk", writable=True) as other:
+            for root in (w.disk, other, w.disk, other):
+                root.pwrite(AT, b"o" * 512)
+                root.flush()
+            assert not native_flush(w.disk)
+            assert not native_flush(other)
+        w.disk.pread(AT, 512)
+        for _ in range(2):
+            w.disk.flush()
+        assert native_flush(w.disk)
+        with w.graph.backend("disk") as reader:
+            reader.pread(AT, 512)
+            w.disk.pread(AT, 512)
+            for _ in range(2):
+                w.disk.flush()
+            assert native_flush(w.disk)
+
+
 def test_native_flush_that_failed_fails_every_later_one(tmp_path: Path) -> None:
     with pytest.raises(errors.IOFailure, match="disk"), warm(tmp_path, "raw") as w:
         break_flush(w)
