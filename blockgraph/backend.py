@@ -223,7 +223,7 @@ class Backend:
         """Make every completed write durable."""
         await self.enter()
         try:
-            await self.root.flush()
+            await (self.root if self.map is None else self.map).flush()
         finally:
             self.leave()
 

@@ -14,6 +14,9 @@ them again when that fails; whoever finds an overlapping copy in flight waits fo
 read once however many want it, and never after it changed: a set bit means the source still holds the old bytes.
 An error is raised only by the call whose own I/O failed.
 
+Where the file system can let two files share blocks, the loop has it do that (btrfs, xfs), and where a server can copy,
+that (NFS, SMB); elsewhere reading and writing is faster (native/copy.h).
+
 Native guest writes copy on their own thread, where the extent maps of both sides know the place; `copier` has
 everybody's claims. A native write that meets a claim of this module, an error or an unknown place comes here instead.
 """
@@ -35,9 +38,12 @@ from blockgraph.native import (
     CopierMode,
     CopyError,
     CopyExtent,
+    CopyFlag,
+    CopyProgress,
     MapExtent,
     allocate_aligned,
     get_pool,
+    offload,
 )
 from blockgraph.native.extent_map import DEFAULT_MEMORY
 from blockgraph.perm import Perm, Role
@@ -128,6 +134,7 @@ class BlockCopy:
         only_top: copy only what the source's top layer has allocated; the rest is dropped from the bitmap.
         bytes_copied: bytes of clusters done so far (copied, zeroed or dropped).
         bytes_moved: bytes that were read and written.
+        bytes_shared: bytes for which the file system was told to let source and target share blocks.
         bytes_for_guest: of bytes_copied, what guest writes had to wait for.
     """
 
@@ -158,6 +165,9 @@ class BlockCopy:
         self._bytes_moved = 0
         self._bytes_for_guest = 0
         self._claims: dict[int, Claim] = {}
+        self._bytes_shared = 0
+        self._looking = asyncio.Lock()
+        self._offload: dict[tuple[int, int], CopyFlag] = {}
         self._set_mode()
 
     @property
@@ -185,6 +195,10 @@ class BlockCopy:
     @property
     def bytes_moved(self) -> int:
         return self._bytes_moved + self.copier.stats().moved
+
+    @property
+    def bytes_shared(self) -> int:
+        return self._bytes_shared
 
     @property
     def bytes_for_guest(self) -> int:
@@ -220,6 +234,7 @@ class BlockCopy:
 
     async def forget_maps(self) -> None:
         """The edges are about to lead elsewhere, or have just begun to; no guest request is in flight."""
+        self._offload.clear()
         await self._source_map.clear()
         await self._target_map.clear()
 
@@ -287,14 +302,15 @@ class BlockCopy:
         Raises:
             CopyFailed: the bits are set again.
         """
-        area = self.bitmap.next_dirty(offset)
-        if area is None:
-            return None
         async with Pins() as pins:
-            leaves = await self._leaves(pins, area[0], area[0] + area[1], chunk)
-            end = leaves[-1].offset + leaves[-1].length
-            # What guest writes took meanwhile is theirs; what is still set has not changed since we looked.
-            claim = self._take(area[0], end, None)
+            async with self._looking:  # others would ask about the same run
+                area = self.bitmap.next_dirty(offset)
+                if area is None:
+                    return None
+                leaves = await self._leaves(pins, area[0], area[0] + area[1], chunk)
+                end = leaves[-1].offset + leaves[-1].length
+                # What guest writes took meanwhile is theirs; what is still set has not changed since we looked.
+                claim = self._take(area[0], end, None)
             if claim is None:
                 return end, 0
             with self._copying(claim):
@@ -445,13 +461,21 @@ class BlockCopy:
                 target_fd = room.storage.driver.fd()
                 assert target_fd is not None
                 source_offset = leaf.storage_offset + pos - leaf.offset
-                extents.append(CopyExtent(source_fd, source_offset, target_fd, room.storage_offset, room.length))
+                how = await self._how(source_fd, target_fd)
+                extents.append(CopyExtent(source_fd, source_offset, target_fd, room.storage_offset, room.length, how))
                 storages.append((leaf.storage, room.storage))
             pos += room.length
 
+    async def _how(self, source_fd: int, target_fd: int) -> CopyFlag:
+        how = self._offload.get((source_fd, target_fd))
+        if how is None:
+            how = self._offload[source_fd, target_fd] = await asyncio.to_thread(offload, source_fd, target_fd)
+        return how
+
     async def _copy_native(self, extents: list[CopyExtent], storages: list[tuple[Node, Node]]) -> None:
+        progress = CopyProgress()  # of its own: cancelled with this call
         try:
-            await get_pool(asyncio.get_running_loop()).copy(extents)
+            await get_pool(asyncio.get_running_loop()).copy(extents, progress=progress)
         except CopyError as error:
             source, target = storages[error.extent]
             node, side = (source, "source") if error.side == "read" else (target, "target")
@@ -459,6 +483,7 @@ class BlockCopy:
             failure = IOFailure.from_oserror(named, node=node.name, op="copy", offset=error.offset)
             raise CopyFailed(failure, "source" if side == "source" else "target") from error
         finally:
+            self._bytes_shared += progress.shared
             for extent, (_, target) in zip(extents, storages, strict=True):
                 target.driver.stored(extent.target_offset, extent.length)
         self._bytes_moved += sum(extent.length for extent in extents)

@@ -24,6 +24,7 @@ from blockgraph import debug
 from blockgraph.errors import OptionError, Unsupported
 from blockgraph.extent import BlockStatus, Extent, Status
 from blockgraph.flags import Flag
+from blockgraph.native import Zeroing
 from blockgraph.options import NodeOptions
 from blockgraph.perm import ALL, Perm, Role, cow_child, filtered_child, storage_child
 
@@ -253,6 +254,24 @@ class Driver:
         """
         return None
 
+    @property
+    def passes_zeroes(self) -> bool:
+        """pwrite_zeroes and discard go to the child unchanged, wherever `map` says that it may be written."""
+        return False
+
+    @property
+    def plain_flush(self) -> bool:
+        """When nothing but native writes in place has happened, making these durable at the storage is all that `flush`
+        would do, and nobody needs to see it."""
+        return type(self).flush is Driver.flush
+
+    def zeroing(self) -> Zeroing:
+        """What native code may do to the storage behind `fd` instead of `pwrite_zeroes` and `discard`."""
+        return Zeroing.NONE
+
+    def flush_failed(self, code: int) -> None:
+        """Native code could not make the storage behind `fd` durable (errno): what was written may be lost."""
+
     def stored(self, offset: int, length: int) -> None:
         """Native code wrote [offset, offset + length) of the storage: the size may have grown, holes may be gone."""
 
@@ -315,9 +334,16 @@ class Driver:
 
     async def flush(self) -> None:
         """Make every completed write durable: the one chokepoint. Default: flush the children that are written."""
-        for child in self.node.children.values():
-            if not child.role & Role.COW and child.need & (Perm.WRITE | Perm.WRITE_UNCHANGED):
-                await child.flush()
+        for child in self.flushed_children():
+            await child.flush()
+
+    def flushed_children(self) -> list[Child]:
+        """Those that may be written, but for COW."""
+        return [
+            child
+            for child in self.node.children.values()
+            if not child.role & Role.COW and child.need & (Perm.WRITE | Perm.WRITE_UNCHANGED)
+        ]
 
     async def truncate(self, size: int) -> None:
         """Change the size, bytes; a grown area reads as zeroes."""
@@ -497,6 +523,11 @@ class Filter(Driver):
     def intercepts_writes(self) -> bool:
         """Writes must come through `pwrite`."""
         return type(self).pwrite is not Filter.pwrite
+
+    @property
+    def passes_zeroes(self) -> bool:
+        """Neither is overridden."""
+        return type(self).pwrite_zeroes is Filter.pwrite_zeroes and type(self).discard is Filter.discard
 
     async def map(self, offset: int, length: int) -> Extent:
         if self.intercepts_reads:

@@ -104,6 +104,8 @@ class Node:
         self.serialising = 0
         #: extent maps that lead through this node
         self.maps: list[RootMap] = []
+        #: extent maps whose flushes come through this node
+        self.flushed_by: list[RootMap] = []
         self._revoked: dict[RootMap, int] = {}
         self._background = 0
         self._idle: asyncio.Event | None = None
@@ -210,7 +212,7 @@ class Node:
 
     def changed(self, offset: int, length: int) -> None:
         """A request that changed the range, or failed in doing so, is over."""
-        self.write_gen += 1
+        self.not_flushed()
         for bitmap in self.bitmaps.values():
             bitmap.record(offset, length)
         if self.maps and not self.driver.revokes:
@@ -219,8 +221,10 @@ class Node:
             self.revoke(start, _round_up(offset + length, unit) - start)
 
     def not_flushed(self) -> None:
-        """What a parent wrote before it moved here may lie below: the next flush goes down."""
+        """There is something that the next flush has to make durable: it goes down."""
         self.write_gen += 1
+        for extents in self.flushed_by:
+            extents.extents.dirty()
 
     @property
     def busy(self) -> bool:
@@ -472,7 +476,7 @@ class Node:
             for bitmap in self.bitmaps.values():
                 bitmap.truncate(size)
         finally:
-            self.write_gen += 1
+            self.not_flushed()
             for extents in self.maps:
                 self._revoked[extents] = extents.resized()
             await self.finish(request)

@@ -16,6 +16,11 @@ generation. A drain empties the map behind the closed gate: whatever arrives the
 
 Ranges without a place are entered with `allocate` where a node offers native first writes (`driver.FirstWrites`).
 
+Zeroes and discards are native where no node on the way does anything about them (`driver.passes_zeroes`). Flushes are,
+when every node that they reach is as durable as Python can make it, and none wants to see them (`driver.plain_flush`):
+then native writes in place are all that is left to do. Whatever else happens at one of these nodes ends that
+(`Node.not_flushed`), until the next flush in Python.
+
 What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes that a node's guard has to be
 asked about first, writes under a dirty bitmap of a node whose offsets differ from the root's, anything while a
 serialising request is in flight on the way, and storage with O_DIRECT, whose last block takes turns with the page
@@ -28,7 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockgraph.driver import Format
 from blockgraph.extent import Status
-from blockgraph.native import CopierLink, ExtentMap, MapExtent
+from blockgraph.native import CopierLink, ExtentMap, MapExtent, Zeroing
 
 if TYPE_CHECKING:
     from blockgraph.driver import FirstWrites
@@ -96,6 +101,10 @@ class RootMap:
         #: node -> what to add to its offsets to get the disk's; None: reached in several ways
         self._nodes: dict[Node, int | None] = {}
         self._slots: dict[Node, int] = {}
+        #: what every way to a slot allows
+        self._zeroing: dict[int, Zeroing] = {}
+        #: through which flushes go
+        self._flushing: list[Node] = []
         self._bitmaps: set[Bitmap] = set()
         self._copier: CopierLink | None = None
         #: faults, by node, offset in it, and offset of the range of the disk that shows it
@@ -104,6 +113,11 @@ class RootMap:
         self._first_writes: FirstWrites | None = None
         #: a node on the way has some
         self._offered = False
+
+    @property
+    def writes(self) -> bool:
+        """Native requests may write."""
+        return self._backend.writable
 
     # Filling.
 
@@ -144,6 +158,7 @@ class RootMap:
         step = None
         placing: Node | None = None
         zero = False
+        zeroing = Zeroing.PUNCH | Zeroing.ZERO_RANGE
         while True:
             path.append(node)
             new = self._register(node, shift)
@@ -176,6 +191,10 @@ class RootMap:
             if extent.allocate and writable and self._nodes[node] == 0:
                 placing = node
             writable = writable and (extent.writable or asked)
+            if extent.child is not None and not node.driver.passes_zeroes:
+                zeroing = Zeroing.NONE
+            if node.options.discard != "unmap":
+                zeroing &= ~Zeroing.PUNCH
             if extent.status is Status.SPECIAL:
                 return None
             cow = node.driver.cow() if extent.status is Status.UNALLOCATED and isinstance(node.driver, Format) else None
@@ -200,6 +219,8 @@ class RootMap:
         # From here to the insert nothing is awaited.
         if any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
             return None
+        if slot is not None and writable:
+            self._allow_zeroing(slot, zeroing & node.driver.zeroing())
         allocate = placing is not None and self._attach(placing)
         copy = copy and (writable or allocate)
         if slot is None:
@@ -253,6 +274,9 @@ class RootMap:
             return False
         self._nodes[node] = shift
         node.maps.append(self)
+        if self.writes:
+            for other in node.flushed_by:
+                other.extents.dirty()  # it does not see these writes
         return True
 
     def _slot(self, node: Node) -> int | None:
@@ -263,6 +287,47 @@ class RootMap:
                 return None
             slot = self._slots[node] = self.extents.add_slot(fd)
         return slot
+
+    def _allow_zeroing(self, slot: int, how: Zeroing) -> None:
+        before = self._zeroing.get(slot)
+        how &= how if before is None else before
+        if how != before:
+            self._zeroing[slot] = how
+            self.extents.set_zeroing(slot, how)
+
+    # Flushing.
+
+    async def flush(self) -> None:
+        """Make every completed write durable. The caller is inside the backend's gate.
+
+        Afterwards native code does the flushes, until something else than a native write in place has happened.
+
+        Raises:
+            IOFailure: could not be made durable.
+        """
+        root = self._backend.node
+        plain = self._watch_flushes(root)
+        self.sync_written()
+        dirt = self.extents.dirt()
+        await root.flush()
+        if plain:
+            self.extents.flushed(dirt)
+
+    def _watch_flushes(self, root: Node) -> bool:
+        """Hear of everything that a flush would have to make durable. False: some node has to see all flushes."""
+        if not self._flushing:
+            nodes = [root]
+            for node in nodes:
+                nodes.extend(child.node for child in node.driver.flushed_children() if child.node not in nodes)
+            for node in nodes:
+                node.flushed_by.append(self)
+            self._flushing = nodes
+        return all(
+            node.driver.plain_flush
+            and not node.options.cache.no_flush
+            and not any(extents.writes for extents in node.maps if extents is not self)
+            for node in self._flushing
+        )
 
     # Revoking.
 
@@ -290,6 +355,10 @@ class RootMap:
 
     async def clear(self) -> None:
         """Forget everything, and wait for every native request; the gate is closed."""
+        for node in self._flushing:
+            node.flushed_by.remove(self)
+        self._flushing = []
+        self.extents.dirty()
         if not self._nodes:
             return
         if self._first_writes is not None:
@@ -307,6 +376,7 @@ class RootMap:
             node.maps.remove(self)
         self._nodes.clear()
         self._slots.clear()
+        self._zeroing.clear()
         self._tables.clear()
         self._first_writes = None
         self._offered = False
@@ -319,7 +389,10 @@ class RootMap:
 
     def sync_written(self) -> None:
         """What native requests have written counts as written by every node on the way: a flush goes down to it."""
-        written = [slot for slot in self._slots.values() if self.extents.take_written(slot)]
+        written = [node for node, slot in self._slots.items() if self.extents.take_written(slot)]
         if written:
             for node in self._nodes:
-                node.write_gen += 1
+                node.not_flushed()
+        for node in written:
+            if code := self.extents.take_flush_error(self._slots[node]):
+                node.driver.flush_failed(code)

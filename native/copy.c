@@ -7,9 +7,13 @@
 #include "zero.h"
 
 #include <errno.h>
+#include <linux/fs.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #define BUFFER (256 << 10)    /* fits a core's own cache: what was read is still there when it is written */
@@ -17,7 +21,7 @@
 #define ZERO_CHUNK (64 << 20) /* the same for ranges made zero, mostly one system call */
 #define ALIGNMENT 4096
 #define BLOCK 4096 /* unit of zero detection: smaller holes save nothing on common file systems */
-#define FLAGS (BG_COPY_RANGE | BG_COPY_DETECT_ZEROES | BG_COPY_PUNCH_HOLES | BG_COPY_SKIP_ZEROES | BG_COPY_ZERO)
+#define FLAGS (BG_COPY_RANGE | BG_COPY_CLONE | BG_COPY_DETECT_ZEROES | BG_COPY_PUNCH_HOLES | BG_COPY_SKIP_ZEROES | BG_COPY_ZERO)
 
 typedef struct {
     bg_task task; /* first: a task of ours is its runner */
@@ -36,6 +40,7 @@ struct bg_copy {
     pthread_cond_t ended;
     /* Under the lock: */
     int64_t at, at_offset; /* the next chunk */
+    atomic_bool no_clones; /* the file systems have refused */
     int active;            /* runners that have not ended */
     bg_copy_failure failure;
     int threads;
@@ -208,12 +213,41 @@ static int read_and_write(const chunk *c, int64_t done)
     return 0;
 }
 
+/* Let the target have the source's own blocks. What is refused is read and written, which tells errors apart. */
+static bool clone_chunk(const chunk *c)
+{
+    const bg_copy_extent *e = c->extent;
+    struct file_clone_range range = {.src_fd = e->source_fd,
+                                     .src_offset = (uint64_t)(e->source_offset + c->offset),
+                                     .src_length = (uint64_t)c->length,
+                                     .dest_offset = (uint64_t)(e->target_offset + c->offset)};
+    if ((range.src_offset | range.dest_offset | range.src_length) % BLOCK || c->job->no_clones)
+        return false;
+    if (ioctl(e->target_fd, FICLONERANGE, &range) < 0) {
+        /* EINVAL: larger blocks, or the source's end. The rest says that these files never will. */
+        if (errno == EOPNOTSUPP || errno == EXDEV || errno == ENOTTY || errno == ENOSYS)
+            c->job->no_clones = true;
+        return false;
+    }
+    account(c, c->length, false);
+    __atomic_add_fetch(&c->job->progress->shared, c->length, __ATOMIC_RELAXED);
+    return true;
+}
+
+int64_t bg_copy_file_system(int fd)
+{
+    struct statfs st;
+    return fstatfs(fd, &st) < 0 ? -errno : (int64_t)st.f_type;
+}
+
 static int copy_chunk(const chunk *c)
 {
     const bg_copy_extent *e = c->extent;
     if (e->flags & BG_COPY_ZERO)
         return make_zero(c, 0, c->length);
     int64_t done = 0;
+    if ((e->flags & BG_COPY_CLONE) && !(e->flags & BG_COPY_DETECT_ZEROES) && clone_chunk(c))
+        return 0;
     if ((e->flags & BG_COPY_RANGE) && !(e->flags & BG_COPY_DETECT_ZEROES)) {
         off_t from = e->source_offset + c->offset, to = e->target_offset + c->offset;
         while (done < c->length) {

@@ -24,7 +24,8 @@
  *
  * Without shared blocks the kernel copies page by page, and read and write through a buffer that stays in a core's cache
  * is faster by a fifth; from 64 KiB to 1 MiB the buffer's size made no difference beyond the noise. So BG_COPY_RANGE is worth
- * asking for where blocks can be shared (btrfs, xfs with reflink) or a server copies (NFS 4.2).
+ * asking for where a server copies (NFS 4.2). BG_COPY_CLONE costs one refused system call a job where blocks can not be
+ * shared, and never copies.
  */
 #ifndef BG_COPY_H
 #define BG_COPY_H
@@ -36,11 +37,15 @@
 
 /* cffi:begin */
 #define BG_COPY_RANGE 1         /* try copy_file_range; read and write when it is refused. Not with DETECT_ZEROES */
+#define BG_COPY_CLONE 32        /* try to share blocks (FICLONERANGE); whole blocks of 4096. Not with DETECT_ZEROES */
 #define BG_COPY_DETECT_ZEROES 2 /* whole blocks of 4096 zero bytes (counted from a chunk's start) are not copied but: */
 #define BG_COPY_PUNCH_HOLES 4   /* what is zero is punched out of the target, which never grows by that */
 #define BG_COPY_SKIP_ZEROES 8   /* what is zero is left alone: the target is known to be zero there */
 #define BG_COPY_ZERO 16         /* no source: the range becomes zero, by the two flags above or as a write would */
 /* Without PUNCH_HOLES and SKIP_ZEROES zeroes are made by fallocate's zero range, or written. */
+
+/* The file system of a descriptor, as statfs(2) names it, or -errno. */
+int64_t bg_copy_file_system(int fd);
 
 #define BG_COPY_READ 0
 #define BG_COPY_WRITE 1
@@ -58,6 +63,7 @@ typedef struct {
 typedef struct {
     int64_t bytes;  /* done, zeroes included */
     int64_t zeroes; /* found zero: punched, skipped, or made zero */
+    int64_t shared; /* blocks that source and target now share */
     int32_t cancel; /* not 0: no further chunk is begun */
 } bg_copy_progress;
 

@@ -33,6 +33,7 @@ int bg_map_new(int64_t size, int64_t memory, bg_map **out)
     atomic_init(&map->space, sp);
     /* 0 is a record's sign of being free, and no ticket. */
     atomic_init(&map->epoch, 1);
+    atomic_init(&map->dirt, 1);
     for (int i = 0; i < BG_MAP_SLOTS; i++)
         atomic_init(&map->slots[i].fd, -1);
     map->looked.last = &map->looked.first;
@@ -204,6 +205,7 @@ int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t
         }
         map_finish(map);
         stamp(map, offset, length, map->placed);
+        bg_map_dirty(map);
         ret = 0;
     }
     pthread_mutex_unlock(&map->lock);
@@ -339,7 +341,11 @@ int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment)
         s->alignment = (uint32_t)alignment;
         s->memory_alignment = (uint32_t)memory_alignment;
         atomic_store(&s->written, false);
+        atomic_store(&s->flush_error, 0);
+        atomic_store(&s->zeroing, 0);
         atomic_store(&s->fd, fd);
+        if (atomic_load(&map->slots_used) <= slot)
+            atomic_store(&map->slots_used, slot + 1);
     }
     pthread_mutex_unlock(&map->lock);
     return slot;
@@ -362,7 +368,36 @@ int bg_map_take_written(bg_map *map, int slot)
 {
     if (slot < 0 || slot >= BG_MAP_SLOTS)
         return -EINVAL;
-    return atomic_exchange(&map->slots[slot].written, false);
+    storage *s = &map->slots[slot];
+    return atomic_exchange(&s->written, false) || atomic_load(&s->flushing) > 0;
+}
+
+int bg_map_take_flush_error(bg_map *map, int slot)
+{
+    return slot < 0 || slot >= BG_MAP_SLOTS ? -EINVAL : atomic_exchange(&map->slots[slot].flush_error, 0);
+}
+
+int bg_map_set_zeroing(bg_map *map, int slot, int how)
+{
+    if (slot < 0 || slot >= BG_MAP_SLOTS || (how & ~(BG_MAP_PUNCH | BG_MAP_ZERO_RANGE)))
+        return -EINVAL;
+    atomic_store(&map->slots[slot].zeroing, (unsigned)how);
+    return 0;
+}
+
+int64_t bg_map_dirt(bg_map *map)
+{
+    return atomic_load(&map->dirt);
+}
+
+void bg_map_dirty(bg_map *map)
+{
+    atomic_fetch_add(&map->dirt, 1);
+}
+
+void bg_map_flushed(bg_map *map, int64_t dirt)
+{
+    atomic_store(&map->clean_at, dirt);
 }
 
 int64_t bg_map_set_bitmaps(bg_map *map, bg_bitmap **bitmaps, int64_t count)

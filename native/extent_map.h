@@ -62,7 +62,7 @@ typedef struct {
 } bg_map_extent;
 
 typedef struct {
-    int64_t hits; /* requests begun */
+    int64_t hits; /* requests done */
     int64_t misses;
     int64_t bytes_read; /* of hits */
     int64_t bytes_written;
@@ -101,8 +101,13 @@ int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment);
  */
 int64_t bg_map_remove_slot(bg_map *map, int slot);
 
-/* 1 when native writes to the slot were completed since the last call, else 0. */
+/* 1 when native writes to the slot were completed since the last call, or are being made durable right now; else 0. */
 int bg_map_take_written(bg_map *map, int slot);
+
+/* What fallocate(2) may do to the bytes of a slot; nothing until this is called. */
+#define BG_MAP_PUNCH 1      /* make holes: for what is discarded, and for zeroes */
+#define BG_MAP_ZERO_RANGE 2 /* make zero what stays allocated */
+int bg_map_set_zeroing(bg_map *map, int slot, int how);
 
 /*
  * Replace the dirty bitmaps whose bits a native write sets when it is over, also when it failed. Returns a ticket; until it has
@@ -187,6 +192,30 @@ void bg_map_acknowledge(bg_map *map);
 int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length);
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length);
 
+/*
+ * Make zero, or give up, what pwrite might overwrite in place: by the first of BG_MAP_PUNCH and BG_MAP_ZERO_RANGE that `how`
+ * has and all slots concerned allow. A file system that can not is a miss.
+ */
+int bg_map_zero(bg_map *map, int64_t offset, int64_t length, int how);
+/* 1 when bg_map_zero would try. */
+int bg_map_can_zero(bg_map *map, int64_t offset, int64_t length, int how);
+
+/*
+ * Make durable all writes that were completed: 0, or a miss. It is a hit only while native writes in place are all there is to be
+ * made durable: Python says so (flushed, with what bg_map_dirt was when that flush began) and revokes it (dirty) whenever
+ * it changes something itself, in the same step; bg_map_placed revokes it, too. When the system fails, that is a miss,
+ * and the slot has the error for Python: asked again, the kernel might report success (fsync(2)). `counts`: it is a request of
+ * its own, for the statistics.
+ */
+int bg_map_flush(bg_map *map, int counts);
+int64_t bg_map_dirt(bg_map *map);
+void bg_map_dirty(bg_map *map);
+void bg_map_flushed(bg_map *map, int64_t dirt);
+/* 1: flush would do it. 2: there was nothing to do, that was it. */
+int bg_map_try_flush(bg_map *map, int counts);
+/* The errno of a flush of the slot that failed since the last call, or 0. */
+int bg_map_take_flush_error(bg_map *map, int slot);
+
 void bg_map_get_stats(bg_map *map, bg_map_stats *out);
 
 /*
@@ -206,8 +235,10 @@ typedef struct {
     int64_t offset;
     int64_t length;
     int32_t count;
-    int32_t write;
+    int32_t write; /* BG_MAP_ERASE: a write without data */
 } bg_map_request;
+
+#define BG_MAP_ERASE 2
 
 /*
  * Look up all of [offset, offset + length) and write its pieces, in order, to pieces[0..max). A write hits only what is DATA
@@ -218,7 +249,11 @@ typedef struct {
 int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, int write, bg_map_piece *pieces, int max,
                  bg_map_request *request);
 
-/* `touched`: for a write, whether it was attempted; then bitmaps and the slots' written marks are set. */
+/*
+ * `touched`: 0, nothing was done; 1, done, which counts; BG_MAP_AGAIN, some may have been, and all will be done once more. After
+ * a write that was not 0 the bitmaps and the slots' written marks are set.
+ */
+#define BG_MAP_AGAIN 2
 void bg_map_end(bg_map *map, bg_map_request *request, int touched);
 /* cffi:end */
 

@@ -107,6 +107,9 @@ typedef struct {
     atomic_int fd; /* -1 unless live */
     uint32_t alignment, memory_alignment;
     atomic_bool written;
+    atomic_uint flushing;    /* how many flushes are at it, after having taken `written` */
+    atomic_int flush_error;  /* errno */
+    atomic_uint zeroing;
     enum slot_state state; /* UNMAPPED: removed, and no extent names it any more once `ticket` has settled */
     uint64_t ticket;
 } storage;
@@ -131,6 +134,9 @@ struct bg_map {
     _Atomic(bg_map_allocator *) allocator;
     _Atomic uint64_t epoch;   /* of the next ticket */
     _Atomic uint64_t waiting; /* the latest ticket that somebody waits for, 0: nobody */
+    atomic_int_fast64_t dirt;     /* how often something was changed that only Python can make durable */
+    atomic_int_fast64_t clean_at; /* the dirt that was made durable */
+    atomic_int slots_used;        /* no slot from here on was ever live */
     storage slots[BG_MAP_SLOTS];
     readers readers;
 

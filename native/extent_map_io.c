@@ -1,13 +1,16 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
 /* Requests: looking up, reading, writing. Takes no lock. */
+#define _GNU_SOURCE
 #include "extent_map_internal.h"
 
 #include "io.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define FEW_PIECES 16
 #define FIRST_WRITE_TRIES 8 /* others may change the extents meanwhile */
@@ -146,8 +149,6 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
         map_leave(map, r);
         return ret;
     }
-    count(&r->hits, 1);
-    count(write ? &r->bytes_written : &r->bytes_read, length);
     *request = (bg_map_request){r, pieces, offset, length, n, write};
     return 0;
 }
@@ -168,13 +169,19 @@ void bg_map_wrote(bg_map *map, int slot)
 
 void bg_map_end(bg_map *map, bg_map_request *request, int touched)
 {
+    reader *r = request->reader;
+    if (touched == 1) {
+        count(&r->hits, 1);
+        if (request->write != BG_MAP_ERASE)
+            count(request->write ? &r->bytes_written : &r->bytes_read, request->length);
+    }
     if (request->write && touched) {
         /* After the data, never before: whoever takes the mark flushes then, whoever clears a bit copies then. */
         for (int i = 0; i < request->count; i++)
             bg_map_wrote(map, request->pieces[i].slot);
         mark(map, request->offset, request->length);
     }
-    map_leave(map, request->reader);
+    map_leave(map, r);
 }
 
 int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out)
@@ -221,8 +228,31 @@ static int do_write(const bg_map_request *request, const char *buf)
     return 0;
 }
 
-/* Exactly one of `into` and `from` is used. */
-static int transfer(bg_map *map, int64_t offset, int64_t length, char *into, const char *from, bool write)
+/* What all slots of the request allow, of `how`. */
+static int zeroing(const bg_map *map, const bg_map_request *request, int how)
+{
+    for (int i = 0; i < request->count; i++)
+        how &= (int)atomic_load_explicit(&map->slots[request->pieces[i].slot].zeroing, memory_order_relaxed);
+    return how;
+}
+
+static int do_zero(const bg_map_request *request, int how)
+{
+    int mode = how & BG_MAP_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
+    for (int i = 0; i < request->count; i++) {
+        const bg_map_piece *p = &request->pieces[i];
+        int ret;
+        do
+            ret = fallocate(p->fd, mode | FALLOC_FL_KEEP_SIZE, p->storage_offset, p->length);
+        while (ret < 0 && errno == EINTR);
+        if (ret < 0)
+            return errno == EOPNOTSUPP || errno == ENOSYS ? BG_MAP_MISS : -errno;
+    }
+    return 0;
+}
+
+/* Of `into`, `from` and `how` exactly one is used. */
+static int transfer(bg_map *map, int64_t offset, int64_t length, char *into, const char *from, int write, int how)
 {
     bg_map_piece few[FEW_PIECES], *pieces = few, *many = NULL;
     bg_map_request request;
@@ -237,17 +267,101 @@ static int transfer(bg_map *map, int64_t offset, int64_t length, char *into, con
         }
         pieces = many;
     }
-    if (ret == 0) {
-        ret = write ? do_write(&request, from) : do_read(&request, into);
+    if (ret == 0 && write == BG_MAP_ERASE && !(how = zeroing(map, &request, how))) {
+        bg_map_end(map, &request, 0);
+        ret = BG_MAP_MISS;
+    } else if (ret == 0) {
+        ret = write == BG_MAP_ERASE ? do_zero(&request, how) : write ? do_write(&request, from) : do_read(&request, into);
         bg_map_end(map, &request, 1);
     }
     free(many);
     return ret;
 }
 
+int bg_map_zero(bg_map *map, int64_t offset, int64_t length, int how)
+{
+    return transfer(map, offset, length, NULL, NULL, BG_MAP_ERASE, how);
+}
+
+int bg_map_can_zero(bg_map *map, int64_t offset, int64_t length, int how)
+{
+    bg_map_piece pieces[FEW_PIECES];
+    bg_map_request request;
+    int ret = bg_map_begin(map, offset, length, NULL, BG_MAP_ERASE, pieces, FEW_PIECES, &request);
+    if (ret != 0)
+        return ret == -E2BIG;
+    how = zeroing(map, &request, how);
+    bg_map_end(map, &request, 0);
+    return how != 0;
+}
+
+static bool is_clean(bg_map *map)
+{
+    return atomic_load(&map->clean_at) == atomic_load(&map->dirt);
+}
+
+static bool is_written(const storage *s)
+{
+    return atomic_load(&s->written) || atomic_load(&s->flushing);
+}
+
+int bg_map_try_flush(bg_map *map, int counts)
+{
+    if (!is_clean(map))
+        return 0;
+    for (int i = 0; i < atomic_load(&map->slots_used); i++)
+        if (is_written(&map->slots[i]))
+            return 1;
+    reader *r = counts ? map_enter(map) : NULL;
+    if (r) {
+        count(&r->hits, 1);
+        map_leave(map, r);
+    }
+    return 2;
+}
+
+/*
+ * The mark is taken before, so that writes during the flush leave another, and `flushing` is raised before that: who looks
+ * meanwhile finds one or the other, and flushes, too.
+ */
+static int flush_slot(bg_map *map, storage *s)
+{
+    int ret = BG_MAP_MISS, fd;
+    atomic_fetch_add(&s->flushing, 1);
+    atomic_store(&s->written, false);
+    if ((fd = atomic_load(&s->fd)) >= 0)
+        do
+            ret = fdatasync(fd) < 0 ? errno : 0;
+        while (ret == EINTR);
+    if (ret != 0) {
+        if (fd >= 0)
+            atomic_store(&s->flush_error, ret);
+        bg_map_dirty(map);
+        atomic_store(&s->written, true);
+    }
+    atomic_fetch_sub(&s->flushing, 1);
+    return ret == 0 ? 0 : BG_MAP_MISS;
+}
+
+int bg_map_flush(bg_map *map, int counts)
+{
+    reader *r = is_clean(map) ? map_enter(map) : NULL;
+    if (!r)
+        return BG_MAP_MISS;
+    map_looked(r);
+    int ret = 0;
+    for (int i = 0; ret == 0 && i < atomic_load(&map->slots_used); i++)
+        if (is_written(&map->slots[i]))
+            ret = flush_slot(map, &map->slots[i]);
+    if (counts)
+        count(ret == 0 ? &r->hits : &r->misses, 1);
+    map_leave(map, r);
+    return ret;
+}
+
 int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length)
 {
-    return transfer(map, offset, length, buf, NULL, false);
+    return transfer(map, offset, length, buf, NULL, false, 0);
 }
 
 /*
@@ -272,7 +386,7 @@ static int first_write(bg_map *map, int64_t offset, const char *buf, int64_t len
         }
         int64_t written = 0;
         if (e.flags & BG_MAP_WRITABLE) {
-            int ret = transfer(map, at, part, NULL, buf + done, true);
+            int ret = transfer(map, at, part, NULL, buf + done, true, 0);
             written = ret == 0 ? part : ret == BG_MAP_MISS ? -EAGAIN : ret;
         } else if (e.flags & BG_MAP_ALLOCATE && allocator) {
             written = allocator->write(allocator, map, at, buf + done, part);
@@ -306,7 +420,7 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length)
 
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)
 {
-    int ret = transfer(map, offset, length, NULL, buf, true);
+    int ret = transfer(map, offset, length, NULL, buf, true, 0);
     if (ret != BG_MAP_MISS || !bg_map_has_first_write(map, offset, length))
         return ret;
     /* Whoever takes something away, the copier or the allocator too, waits for all of it. */

@@ -44,7 +44,8 @@ static nbd_request *new_request(bg_nbd_conn *conn, const bg_nbd_header *header)
                  .length = header->length,
                  .command = header->command,
                  .flags = header->flags,
-                 .kind = BG_REQUEST_OTHER},
+                 .kind = BG_REQUEST_OTHER,
+                 .durable = header->flags & BG_NBD_FUA && header->command != BG_NBD_READ && header->command != BG_NBD_CACHE},
         .conn = conn,
         .head = r->small,
     };
@@ -121,7 +122,7 @@ static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
     if (!r)
         return false;
     r->base.buf = conn->input + conn->start + BG_NBD_HEADER;
-    r->base.kind = header->flags & BG_NBD_FUA ? BG_REQUEST_OTHER : BG_REQUEST_WRITE;
+    r->base.kind = BG_REQUEST_WRITE;
     enum bg_request_outcome outcome = bg_request_try(&r->base, conn->longest);
     if (outcome != BG_REQUEST_DONE) {
         const void *payload = r->base.buf;
@@ -167,14 +168,33 @@ static bool take_irregular(bg_nbd_conn *conn, const bg_nbd_header *header)
     return true;
 }
 
+/* A request without memory. */
+static bool take_bare(bg_nbd_conn *conn, const bg_nbd_header *header)
+{
+    nbd_request *r = new_request(conn, header);
+    if (!r)
+        return false;
+    conn->start += BG_NBD_HEADER;
+    r->base.kind = header->command == BG_NBD_FLUSH ? BG_REQUEST_FLUSH : BG_REQUEST_ZERO;
+    if (header->command == BG_NBD_TRIM)
+        r->base.zero = BG_MAP_PUNCH;
+    else if (header->flags & BG_NBD_NO_HOLE)
+        r->base.zero = BG_MAP_ZERO_RANGE;
+    else
+        r->base.zero = BG_MAP_PUNCH | BG_MAP_ZERO_RANGE;
+    go_on(r, bg_request_try(&r->base, conn->longest));
+    return true;
+}
+
 /* Take the request at the head of the input; false: it stays there, or the connection is closed. */
 static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
 {
     bool regular = !conn->shutdown && bg_nbd_regular(&conn->settings, header);
+    bool bare = header->command == BG_NBD_FLUSH || header->command == BG_NBD_TRIM || header->command == BG_NBD_WRITE_ZEROES;
     uint32_t payload = header->length;
     if (header->command == BG_NBD_CACHE && payload > BG_NBD_CACHE_STEP)
         payload = BG_NBD_CACHE_STEP;
-    uint32_t cost = regular ? bg_buffer_size(payload) : 0;
+    uint32_t cost = regular && !bare ? bg_buffer_size(payload) : 0;
     bool here = regular && header->command == BG_NBD_WRITE &&
                 conn->end - conn->start - BG_NBD_HEADER >= header->length;
     if (!admitted(conn, here ? 0 : cost))
@@ -182,6 +202,8 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
     conn->limit = regular && header->command == BG_NBD_WRITE && payload >= LONG_WRITE ? BG_NBD_HEADER : INPUT;
     if (!regular)
         return take_irregular(conn, header);
+    if (bare)
+        return take_bare(conn, header);
     if (here)
         return write_in_place(conn, header);
     nbd_request *r = new_request(conn, header);
@@ -211,7 +233,7 @@ static bool take_payload(bg_nbd_conn *conn)
     if (conn->have < r->base.length)
         return false;
     conn->writing = NULL;
-    r->base.kind = r->base.flags & BG_NBD_FUA ? BG_REQUEST_OTHER : BG_REQUEST_WRITE;
+    r->base.kind = BG_REQUEST_WRITE;
     bool overlaps = r->base.length >= OVERLAP_WRITE && conn->end > conn->start;
     go_on(r, bg_request_try(&r->base, overlaps ? OVERLAP_WRITE - 1 : conn->longest));
     return true;

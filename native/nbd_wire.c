@@ -64,12 +64,31 @@ bool bg_nbd_parse(const unsigned char bytes[BG_NBD_HEADER], bg_nbd_header *out)
 bool bg_nbd_regular(const bg_nbd_settings *settings, const bg_nbd_header *header)
 {
     unsigned flags = BG_NBD_FUA;
-    if (header->command == BG_NBD_READ)
+    bool changes = false, payload = true;
+    switch (header->command) {
+    case BG_NBD_READ:
         flags |= settings->structured ? BG_NBD_DF : 0;
-    else if (header->command == BG_NBD_WRITE ? !settings->writable : header->command != BG_NBD_CACHE)
+        break;
+    case BG_NBD_WRITE:
+        changes = true;
+        break;
+    case BG_NBD_CACHE:
+        break;
+    case BG_NBD_FLUSH:
+        return !(header->flags & ~flags) && !header->offset && !header->length;
+    case BG_NBD_WRITE_ZEROES:
+        flags |= BG_NBD_NO_HOLE | BG_NBD_FAST_ZERO;
+        /* fall through */
+    case BG_NBD_TRIM:
+        changes = true;
+        payload = false;
+        break;
+    default:
         return false;
-    return !(header->flags & ~flags) && header->length > 0 && header->length <= BG_NBD_MAX_PAYLOAD &&
-           header->offset <= settings->size && header->length <= settings->size - header->offset;
+    }
+    return !(header->flags & ~flags) && (!changes || settings->writable) && header->length > 0 &&
+           (!payload || header->length <= BG_NBD_MAX_PAYLOAD) && header->offset <= settings->size &&
+           header->length <= settings->size - header->offset;
 }
 
 size_t bg_nbd_pack_simple(unsigned char *out, uint64_t cookie)

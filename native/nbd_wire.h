@@ -19,8 +19,16 @@
 #define BG_NBD_HEADER 28   /* of a request */
 #define BG_NBD_MAX_HEAD 32 /* the longest that the functions below pack */
 
-enum bg_nbd_command { BG_NBD_READ = 0, BG_NBD_WRITE = 1, BG_NBD_DISC = 2, BG_NBD_CACHE = 5 };
-enum bg_nbd_flag { BG_NBD_FUA = 1 << 0, BG_NBD_DF = 1 << 2 };
+enum bg_nbd_command {
+    BG_NBD_READ = 0,
+    BG_NBD_WRITE = 1,
+    BG_NBD_DISC = 2,
+    BG_NBD_FLUSH = 3,
+    BG_NBD_TRIM = 4,
+    BG_NBD_CACHE = 5,
+    BG_NBD_WRITE_ZEROES = 6
+};
+enum bg_nbd_flag { BG_NBD_FUA = 1 << 0, BG_NBD_NO_HOLE = 1 << 1, BG_NBD_DF = 1 << 2, BG_NBD_FAST_ZERO = 1 << 4 };
 
 /* cffi:begin */
 #define BG_NBD_MAX_PAYLOAD 33554432
@@ -44,8 +52,8 @@ typedef struct {
 bool bg_nbd_parse(const unsigned char bytes[BG_NBD_HEADER], bg_nbd_header *out);
 
 /*
- * Whether it is a READ, WRITE or CACHE of at least one byte that may be done. Anything else is for Python, which knows
- * the other commands, and what is wrong with this one.
+ * Whether it is a request that may be done here: of at least one byte, but for FLUSH. Anything else is for Python, which
+ * knows the other commands, and what is wrong with this one.
  */
 bool bg_nbd_regular(const bg_nbd_settings *settings, const bg_nbd_header *header);
 

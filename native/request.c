@@ -120,11 +120,19 @@ static int cache(const bg_request *r)
 
 static int run(const bg_request *r)
 {
+    bg_map *map = r->source->map;
+    int ret = 0;
     if (r->kind == BG_REQUEST_READ)
-        return bg_map_pread(r->source->map, (int64_t)r->offset, r->buf, r->length);
-    if (r->kind == BG_REQUEST_WRITE)
-        return bg_map_pwrite(r->source->map, (int64_t)r->offset, r->buf, r->length);
-    return cache(r);
+        ret = bg_map_pread(map, (int64_t)r->offset, r->buf, r->length);
+    else if (r->kind == BG_REQUEST_WRITE)
+        ret = bg_map_pwrite(map, (int64_t)r->offset, r->buf, r->length);
+    else if (r->kind == BG_REQUEST_ZERO)
+        ret = bg_map_zero(map, (int64_t)r->offset, r->length, r->zero);
+    else if (r->kind == BG_REQUEST_CACHE)
+        ret = cache(r);
+    if (r->kind == BG_REQUEST_FLUSH)
+        return bg_map_flush(map, 1);
+    return ret == 0 && r->durable ? bg_map_flush(map, 0) : ret;
 }
 
 static void run_on_pool(bg_task *task)
@@ -166,6 +174,17 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
     bg_map *map = request->source->map;
     if (!map || request->kind == BG_REQUEST_OTHER)
         return BG_REQUEST_FAULTS;
+    if (request->durable || request->kind == BG_REQUEST_FLUSH) {
+        int flush = bg_map_try_flush(map, request->kind == BG_REQUEST_FLUSH);
+        if (!flush)
+            return BG_REQUEST_FAULTS;
+        if (request->kind == BG_REQUEST_FLUSH)
+            return flush == 2 ? BG_REQUEST_DONE : BG_REQUEST_BLOCKS;
+        longest = 0;
+    }
+    if (request->kind == BG_REQUEST_ZERO)
+        return bg_map_can_zero(map, (int64_t)request->offset, request->length, request->zero) ? BG_REQUEST_BLOCKS
+                                                                                              : BG_REQUEST_FAULTS;
     bg_map_piece pieces[FEW_PIECES];
     bg_map_request found;
     int ret = bg_map_begin(map, (int64_t)request->offset, request->length, request->buf,
@@ -177,7 +196,7 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
         return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
     bool blocks = request->kind == BG_REQUEST_CACHE || request->length > longest;
     int64_t done = blocks ? -EAGAIN : transfer_now(&found, request->buf);
-    bg_map_end(map, &found, !blocks);
+    bg_map_end(map, &found, blocks ? 0 : done == -EAGAIN ? BG_MAP_AGAIN : 1);
     if (done == -EAGAIN)
         return BG_REQUEST_BLOCKS;
     return done < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE;

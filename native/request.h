@@ -47,6 +47,8 @@ enum bg_request_kind {
     BG_REQUEST_READ,
     BG_REQUEST_WRITE,
     BG_REQUEST_CACHE, /* reads the range through its buffer, in steps of `step` bytes, and forgets it */
+    BG_REQUEST_ZERO,  /* bg_map_zero, with `zero` */
+    BG_REQUEST_FLUSH,
     BG_REQUEST_OTHER, /* always faults */
     BG_REQUEST_ENDED  /* no request: the source has ended */
 };
@@ -70,6 +72,8 @@ struct bg_request {
     uint16_t command, flags;
     int64_t error; /* of BG_REQUEST_ENDED */
     uint8_t kind;
+    uint8_t zero; /* of BG_REQUEST_ZERO: BG_MAP_PUNCH, BG_MAP_ZERO_RANGE or both */
+    bool durable; /* with a flush, before it counts as done */
 };
 
 enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS };

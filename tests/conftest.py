@@ -95,3 +95,19 @@ def loop_device(tmp_path: Path) -> Iterator[Callable[[int], str]]:
     finally:
         for device in made:
             subprocess.run([losetup, "--detach", device], check=True)
+
+
+@pytest.fixture(params=["btrfs", "xfs"])
+def reflinks(request: pytest.FixtureRequest, tmp_path: Path, loop_device: Callable[[int], str]) -> Iterator[Path]:
+    """A directory on a file system whose files can share blocks. Mounting needs root: skips without it, in CI too."""
+    make = require_tool(f"mkfs.{request.param}")
+    device, directory = loop_device(512 << 20), tmp_path / "reflinks"
+    directory.mkdir()
+    subprocess.run([make, "-q", device], check=True)
+    done = subprocess.run(["mount", device, directory], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no {request.param} here: {done.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", directory], check=True)

@@ -263,6 +263,17 @@ class BackupTop(Filter):
         start = max(0, start)
         return start if self.copy.done.next_dirty(start, offset) is None else offset
 
+    @property
+    def passes_zeroes(self) -> bool:
+        return True
+
+    @property
+    def plain_flush(self) -> bool:
+        return True
+
+    def flushed_children(self) -> list[Child]:
+        return [self.file]
+
     async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
         if not flags & Flag.WRITE_UNCHANGED:
             await self._before_write(offset, len(buf))

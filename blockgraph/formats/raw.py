@@ -124,6 +124,10 @@ class Raw(Format):
                 hint="correct 'offset' or 'size', or use the right image",
             )
 
+    @property
+    def passes_zeroes(self) -> bool:
+        return True
+
     def size(self) -> int:
         size = self.options.size
         return self.file.node.size() - self._start if size is None else size

@@ -10,8 +10,17 @@ out of range raise ValueError; failed system calls raise OSError with `errno`.
 from blockgraph.native.allocator import Allocator, Link
 from blockgraph.native.bitmap import Bitmap
 from blockgraph.native.copier import ClaimedRun, Copier, CopierLink, CopierMode, CopierStats
-from blockgraph.native.copy import CopyCancelled, CopyError, CopyExtent, CopyFlag, CopyProgress, CopyResult, CopySide
-from blockgraph.native.extent_map import ExtentMap, MapExtent, MapStats
+from blockgraph.native.copy import (
+    CopyCancelled,
+    CopyError,
+    CopyExtent,
+    CopyFlag,
+    CopyProgress,
+    CopyResult,
+    CopySide,
+    offload,
+)
+from blockgraph.native.extent_map import ExtentMap, MapExtent, MapStats, Zeroing
 from blockgraph.native.l2 import L2Kind, L2Places, L2Run, decode_l2, free_run_refcount16, next_nonzero_u64
 from blockgraph.native.pool import Pool, close_pool, get_pool
 from blockgraph.native.zero import ZeroRun, allocate_aligned, is_zero, zero_runs
@@ -40,6 +49,7 @@ __all__ = [
     "MapStats",
     "Pool",
     "ZeroRun",
+    "Zeroing",
     "allocate_aligned",
     "close_pool",
     "decode_l2",
@@ -47,5 +57,6 @@ __all__ = [
     "get_pool",
     "is_zero",
     "next_nonzero_u64",
+    "offload",
     "zero_runs",
 ]

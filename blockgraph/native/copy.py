@@ -21,6 +21,7 @@ class CopyFlag(IntFlag):
     """How one extent is copied. Without a flag all bytes are read and written.
 
     COPY_RANGE: try copy_file_range, which shares blocks on file systems that can; reads and writes where it is refused.
+    CLONE: let source and target share blocks where the file system can do that and the range consists of whole blocks.
     DETECT_ZEROES: blocks of 4096 zero bytes are not copied but made zero, as the next two flags say.
     PUNCH_HOLES: what is zero is punched out of the target (which never grows by that).
     SKIP_ZEROES: what is zero is left alone, since the target is known to be zero there.
@@ -29,10 +30,21 @@ class CopyFlag(IntFlag):
 
     NONE = 0
     COPY_RANGE = lib.BG_COPY_RANGE
+    CLONE = lib.BG_COPY_CLONE
     DETECT_ZEROES = lib.BG_COPY_DETECT_ZEROES
     PUNCH_HOLES = lib.BG_COPY_PUNCH_HOLES
     SKIP_ZEROES = lib.BG_COPY_SKIP_ZEROES
     ZERO = lib.BG_COPY_ZERO
+
+
+#: File systems whose server copies by itself, as statfs(2) names them: NFS, CIFS, SMB2.
+_SERVED = frozenset({0x6969, 0xFF534D42, 0xFE534D42})
+
+
+def offload(source_fd: int, target_fd: int) -> CopyFlag:
+    """How the bytes of two files need not pass through this machine's processor. May ask a server."""
+    kinds = {lib.bg_copy_file_system(source_fd), lib.bg_copy_file_system(target_fd)}
+    return CopyFlag.CLONE | (CopyFlag.COPY_RANGE if len(kinds) == 1 and kinds <= _SERVED else CopyFlag.NONE)
 
 
 class CopyExtent(NamedTuple):
@@ -78,6 +90,11 @@ class CopyProgress:
     def zeroes(self) -> int:
         """Bytes of these that were found or made zero."""
         return int(lib.bg_copy_zeroes(self._native))
+
+    @property
+    def shared(self) -> int:
+        """Bytes of these whose blocks source and target share."""
+        return int(self._native.shared)
 
     def cancel(self) -> None:
         """Begin no further chunk: the job ends with CopyCancelled, as does any later one that uses this object."""

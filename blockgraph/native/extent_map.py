@@ -22,6 +22,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Sequence
+from enum import IntFlag
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from blockgraph._native import ffi, lib
@@ -50,6 +51,18 @@ _from_buffer = ffi.from_buffer
 _pread = lib.bg_map_pread
 _pwrite = lib.bg_map_pwrite
 _EXTENTS = ffi.typeof("bg_map_extent[]")
+
+
+class Zeroing(IntFlag):
+    """What native code may do to a storage.
+
+    PUNCH: make holes, for what is discarded and for zeroes that need no space.
+    ZERO_RANGE: make zero what stays allocated.
+    """
+
+    NONE = 0
+    PUNCH = lib.BG_MAP_PUNCH
+    ZERO_RANGE = lib.BG_MAP_ZERO_RANGE
 
 
 class MapExtent(NamedTuple):
@@ -205,6 +218,21 @@ class ExtentMap:
             ffi.release(view)  # an error's traceback keeps it; see tests/native/test_pool_errors.py
             self._refuse(code, offset, length)
         return False
+
+    def zero(self, offset: int, length: int, how: Zeroing) -> bool:
+        """Make zero what `pwrite` might overwrite in place, by the first of PUNCH and ZERO_RANGE that `how` has and the
+        storage allows (see set_zeroing). Blocks, without the GIL.
+
+        Returns:
+            False when that is not possible.
+        Raises:
+            ValueError: the range is not inside the disk.
+            OSError: the storage failed.
+        """
+        code = _call(lib.bg_map_zero, self._native, offset, length, int(how))
+        if code < 0:
+            self._refuse(code, offset, length)
+        return code == 0
 
     # Filling.
 
@@ -381,7 +409,8 @@ class ExtentMap:
         await self.settle(self.start_remove_slot(slot))
 
     def take_written(self, slot: int) -> bool:
-        """Whether native writes to the slot were completed since the last call: the storage needs a flush.
+        """Whether native writes to the slot were completed since the last call, or are being made durable now: the
+        storage needs a flush.
 
         Raises:
             ValueError: the slot is out of range.
@@ -390,6 +419,49 @@ class ExtentMap:
         if code < 0:
             raise ValueError(f"there is no slot {slot}")
         return code == 1
+
+    def set_zeroing(self, slot: int, how: Zeroing) -> None:
+        """What native code may do to the bytes of a slot; at first nothing.
+
+        Raises:
+            ValueError: the slot is out of range.
+        """
+        if _call(lib.bg_map_set_zeroing, self._native, slot, int(how)) < 0:
+            raise ValueError(f"there is no slot {slot}")
+
+    # Durability.
+
+    def flush(self) -> bool:
+        """Make durable all writes that were completed. Blocks, without the GIL.
+
+        Returns:
+            False when there may be more to do than to make native writes durable, or the storage failed: see
+            `take_flush_error`.
+        """
+        return bool(lib.bg_map_flush(self._native, 1) == 0)
+
+    def dirt(self) -> int:
+        """To be read before a flush in Python begins, and given to `flushed` when it was successful."""
+        return int(lib.bg_map_dirt(self._native))
+
+    def dirty(self) -> None:
+        """Something was changed that only a flush in Python makes durable; to be called in the same step."""
+        lib.bg_map_dirty(self._native)
+
+    def flushed(self, dirt: int) -> None:
+        """What was changed up to `dirt` is durable: unless more was, native writes are all there is to be flushed."""
+        lib.bg_map_flushed(self._native, dirt)
+
+    def take_flush_error(self, slot: int) -> int:
+        """The errno of a native flush of the slot that failed since the last call, or 0.
+
+        Raises:
+            ValueError: the slot is out of range.
+        """
+        code = _call(lib.bg_map_take_flush_error, self._native, slot)
+        if code < 0:
+            raise ValueError(f"there is no slot {slot}")
+        return code
 
     def start_set_bitmaps(self, bitmaps: Sequence[Bitmap]) -> int:
         """Replace the bitmaps that native writes mark when they are over. Returns a ticket.

@@ -371,6 +371,13 @@ class DescriptorDriver(Protocol):
             self._alignment = self._alignment._replace(offset=max(self._alignment.offset, PAGESIZE))
             self.request_alignment = max(self.request_alignment, self._alignment.offset)
 
+    @property
+    def plain_flush(self) -> bool:
+        return True
+
+    def flush_failed(self, code: int) -> None:
+        self._flush_error = OSError(code, os.strerror(code))
+
     async def flush(self) -> None:
         # After one failure the kernel may forget the pages it could not write and report success next time.
         if self._flush_error is not None:

@@ -49,6 +49,7 @@ from blockgraph.driver import Info
 from blockgraph.errors import GraphError
 from blockgraph.extent import Status
 from blockgraph.flags import Flag
+from blockgraph.native import Zeroing
 from blockgraph.protocols.descriptor import (
     KEEP_SIZE,
     PUNCH_HOLE,
@@ -162,6 +163,11 @@ class File(DescriptorDriver):
         if self._can_punch:
             self._can_punch = await self._fallocate(PUNCH_HOLE | KEEP_SIZE, offset, length)
         return self._can_punch
+
+    def zeroing(self) -> Zeroing:
+        """A hole that was made natively and is remembered as data is read as zeroes."""
+        punch = Zeroing.PUNCH if self._can_punch else Zeroing.NONE
+        return punch | (Zeroing.ZERO_RANGE if self._can_zero_range else Zeroing.NONE)
 
     async def truncate(self, size: int) -> None:
         try:

@@ -31,7 +31,7 @@ static void *watch(void *arg)
 
 void test_copy(void)
 {
-    static const uint32_t flags[] = {0, BG_COPY_RANGE, BG_COPY_DETECT_ZEROES, BG_COPY_DETECT_ZEROES | BG_COPY_PUNCH_HOLES};
+    static const uint32_t flags[] = {0, BG_COPY_RANGE, BG_COPY_CLONE, BG_COPY_DETECT_ZEROES, BG_COPY_DETECT_ZEROES | BG_COPY_PUNCH_HOLES};
     uint64_t seed = 1;
     for (int at = 0; at < SIZE; at += 4096)
         if (next_random(&seed) % 2)

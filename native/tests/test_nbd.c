@@ -7,6 +7,7 @@
 
 #include <endian.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -44,6 +45,10 @@ static void complete(const bg_fault *f, unsigned number)
         CHECK(pread(fd, f->buf, f->length, (off_t)f->offset) == f->length);
     else if (f->buf && f->command == BG_NBD_WRITE)
         CHECK(pwrite(fd, f->buf, f->length, (off_t)f->offset) == f->length);
+    else if (f->command == BG_NBD_TRIM || f->command == BG_NBD_WRITE_ZEROES)
+        CHECK(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)f->offset, f->length) == 0);
+    else if (f->command == BG_NBD_FLUSH)
+        bg_map_flushed(map, bg_map_dirt(map));
     if (f->buf && f->command == BG_NBD_WRITE && number % 3 == 0) {
         void *kept = f->buf;
         CHECK(bg_nbd_reply(f->ticket, &head, 16, BG_NBD_KEEP) == 0);
@@ -115,6 +120,7 @@ static void *unmap(void *unused)
         bg_map_wait(map, bg_map_invalidate(map, SIZE / 4, SIZE / 2));
         map_all();
         bg_map_wait(map, bg_map_protect(map, 0, SIZE));
+        bg_map_dirty(map);
         map_all();
     }
     return NULL;
@@ -193,17 +199,22 @@ static void honest(const client *c)
     for (int round = 0; round < ROUNDS; round++) {
         bool is_read[BLOCKS];
         for (int i = 0; i < BLOCKS; i++) {
-            int what = (int)(next_random(&random) % 10);
+            int what = (int)(next_random(&random) % 13);
             uint64_t at = base + (uint64_t)i * BLOCK;
             is_read[i] = what < 4;
             if (is_read[i]) {
                 request(c->sock, BG_NBD_READ, 0, (uint64_t)i, at, BLOCK);
+            } else if (what == 10) {
+                request(c->sock, BG_NBD_FLUSH, 0, (uint64_t)i, 0, 0);
+            } else if (what > 10) {
+                memset(model[i], 0, BLOCK);
+                request(c->sock, what == 11 ? BG_NBD_TRIM : BG_NBD_WRITE_ZEROES, i % 2 ? BG_NBD_FUA : 0, (uint64_t)i, at, BLOCK);
             } else if (what < 8) {
                 memset(model[i], (int)next_random(&random), BLOCK);
                 request(c->sock, BG_NBD_WRITE, what == 7 ? BG_NBD_FUA : 0, (uint64_t)i, at, BLOCK);
                 send_all(c->sock, model[i], BLOCK);
             } else {
-                request(c->sock, what == 8 ? BG_NBD_CACHE : 4, 0, (uint64_t)i, at, BLOCK);
+                request(c->sock, what == 8 ? BG_NBD_CACHE : 7, 0, (uint64_t)i, at, BLOCK);
             }
         }
         for (int i = 0; i < BLOCKS; i++) {
@@ -265,6 +276,7 @@ void test_nbd(void)
     fd = memfd_create("nbd", MFD_CLOEXEC);
     CHECK(ftruncate(fd, SIZE) == 0);
     slot = bg_map_add_slot(map, fd, 1, 1);
+    CHECK(bg_map_set_zeroing(map, slot, BG_MAP_PUNCH | BG_MAP_ZERO_RANGE) == 0);
     map_all();
     stop_python = eventfd(0, EFD_CLOEXEC);
     ended = 0;

@@ -8,6 +8,7 @@ The same rules without anything mapped are tested in test_nbd_transmission.py.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from blockgraph.errors import IOFailure
 from blockgraph.exports.nbd import protocol, transmission
 from blockgraph.exports.nbd.protocol import Chunk, Cmd, CmdFlag, Err
 from blockgraph.flags import Flag
-from blockgraph.native import nbd_loop
+from blockgraph.native import MapExtent, Zeroing, nbd_loop
 from blockgraph.native.nbd_loop import NbdStats
 from blockgraph.testing.memory_backend import Call
 from blockgraph.testing.nbd_client import NbdClient
@@ -96,7 +97,7 @@ async def test_mapped_not_writable_write_faults() -> None:
 
 
 @run_async
-async def test_mapped_other_commands_reach_the_backend() -> None:
+async def test_mapped_commands_for_which_nothing_was_declared_reach_the_backend() -> None:
     async with serving_mapped() as (served, disk), await served.client() as client:
         disk.reveal()
         await client.pwrite(0, b"abc", fua=True)
@@ -108,6 +109,68 @@ async def test_mapped_other_commands_reach_the_backend() -> None:
         assert ops[:5] == ["pwrite", "flush", "discard", "write_zeroes", "block_status"]
         assert disk.calls[0].flags == Flag.FUA
         assert stats(served).hits == 0
+
+
+@both_kinds
+@run_async
+async def test_mapped_flush_fua_trim_and_zeroes_are_native(structured: bool) -> None:
+    async with serving_mapped() as (served, disk), await served.client(structured=structured) as client:
+        disk.reveal()
+        disk.extents.set_zeroing(disk.slot, Zeroing.PUNCH)
+        disk.extents.flushed(disk.extents.dirt())
+        disk.data[:] = b"x" * SIZE
+        await client.flush()
+        assert (stats(served).hits, stats(served).blocked) == (1, 0)  # nothing to do
+        await client.pwrite(5, b"abc", fua=True)
+        assert not disk.extents.take_written(disk.slot)
+        await client.pwrite(9, b"d" * 100_000)
+        assert disk.extents.take_written(disk.slot)
+        await client.pwrite(9, b"e" * 100_000)
+        await client.flush()
+        assert not disk.extents.take_written(disk.slot)
+        await client.trim(MIB, 5, fua=True)
+        await client.write_zeroes(MIB + 10, 3 * MIB - 10)
+        await client.write_zeroes(20, 2, flags=CmdFlag.FUA | CmdFlag.FAST_ZERO)
+        expected = bytearray(b"x" * SIZE)
+        expected[5:8], expected[9:100_009] = b"abc", b"e" * 100_000
+        expected[20:22], expected[MIB : MIB + 5], expected[MIB + 10 :] = bytes(2), bytes(5), bytes(3 * MIB - 10)
+        assert disk.data[:] == expected
+        assert disk.calls == []
+        assert (stats(served).hits, stats(served).faults) == (8, 0)
+
+
+@run_async
+async def test_mapped_zeroes_that_need_their_space_are_not_punched() -> None:
+    async with serving_mapped() as (served, disk), await served.client() as client:
+        disk.reveal()
+        disk.extents.set_zeroing(disk.slot, Zeroing.PUNCH)
+        await client.write_zeroes(0, MIB, flags=CmdFlag.NO_HOLE)
+        disk.extents.set_zeroing(disk.slot, Zeroing.ZERO_RANGE)
+        await client.write_zeroes(0, MIB, flags=CmdFlag.NO_HOLE)  # not on tmpfs
+        await client.trim(0, MIB)
+        assert [(call.op, call.flags) for call in disk.calls] == [
+            ("write_zeroes", Flag.NONE),
+            ("write_zeroes", Flag.NONE),
+            ("discard", Flag.NONE),
+        ]
+        assert stats(served).hits == 0
+
+
+@run_async
+async def test_mapped_flush_that_fails_is_pythons_to_tell() -> None:
+    async with serving_mapped() as (served, disk), await served.client() as client:
+        reading, writing = os.pipe()
+        slot = disk.extents.add_slot(writing)
+        disk.extents.insert(disk.extents.generation(), [MapExtent(0, SIZE, slot, 0, writable=True)])
+        disk.extents.flushed(disk.extents.dirt())
+        await client.pwrite(0, b"x", fua=True)  # a pipe can not be written at an offset
+        assert [call.op for call in disk.calls] == ["pwrite"]
+        await client.flush()
+        assert [call.op for call in disk.calls] == ["pwrite", "flush"]
+        assert disk.extents.take_flush_error(slot) == errno.EINVAL
+        await disk.extents.remove_slot(slot)
+        os.close(reading)
+        os.close(writing)
 
 
 @run_async
@@ -417,7 +480,7 @@ steps = st.one_of(
     st.tuples(st.just("read"), ranges, st.just(0)),
     st.tuples(st.just("write"), ranges, st.integers(1, 255)),
     st.tuples(st.just("fua"), ranges, st.integers(1, 255)),
-    st.tuples(st.just("zero"), ranges, st.just(0)),
+    st.tuples(st.sampled_from(["zero", "trim", "flush"]), ranges, st.just(0)),
     st.tuples(st.just("reveal"), ranges, st.integers(0, 1)),
     st.tuples(st.just("invalidate"), ranges, st.just(0)),
     st.tuples(st.just("bad"), ranges, st.just(0)),
@@ -436,6 +499,7 @@ def test_any_requests_over_any_map_read_what_was_written(
             serving_mapped(65536, threads=1) as (served, disk),
             await served.client(structured=structured) as client,
         ):
+            disk.extents.set_zeroing(disk.slot, Zeroing.PUNCH)
             for what, (offset, length), value in plan:
                 part = slice(offset, offset + length)
                 match what:
@@ -444,9 +508,12 @@ def test_any_requests_over_any_map_read_what_was_written(
                     case "write" | "fua":
                         model[part] = bytes([value]) * length
                         await client.pwrite(offset, bytes(model[part]), fua=what == "fua")
-                    case "zero":
+                    case "zero" | "trim":
                         model[part] = bytes(length)
-                        await client.write_zeroes(offset, length)
+                        await (client.trim if what == "trim" else client.write_zeroes)(offset, length)
+                    case "flush":
+                        await client.flush()
+                        disk.extents.flushed(disk.extents.dirt())
                     case "reveal":
                         disk.reveal(offset, length, writable=bool(value))
                     case "invalidate":

@@ -27,12 +27,14 @@ from blockgraph.native import (
     Pool,
     allocate_aligned,
     get_pool,
+    offload,
 )
 
 MIB = 1 << 20
 METHODS = [
     pytest.param(CopyFlag.NONE, id="read-write"),
     pytest.param(CopyFlag.COPY_RANGE, id="copy-range"),
+    pytest.param(CopyFlag.CLONE, id="clone"),
     pytest.param(CopyFlag.DETECT_ZEROES, id="detect"),
     pytest.param(CopyFlag.DETECT_ZEROES | CopyFlag.PUNCH_HOLES, id="detect-punch"),
 ]
@@ -348,3 +350,39 @@ def test_async_copy_when_cancelled_stops_and_ends_before_the_await_does(tmpfs: P
     assert 0 < progress.bytes < 1 << 40
     os.close(source)
     os.close(target)
+
+
+def test_clone_shares_whole_blocks_and_copies_the_rest(pool: Pool, reflinks: Path) -> None:
+    data = random.Random(3).randbytes(5 * MIB + 100)
+    (reflinks / "source").write_bytes(data)
+    (reflinks / "target").write_bytes(b"t" * MIB)
+    with (reflinks / "source").open("rb") as source, (reflinks / "target").open("r+b") as target:
+        extents = [
+            CopyExtent(source.fileno(), 0, target.fileno(), MIB, 3 * MIB, CopyFlag.CLONE),
+            CopyExtent(source.fileno(), 3 * MIB + 1, target.fileno(), 4 * MIB, 2 * MIB, CopyFlag.CLONE),
+        ]
+        progress = CopyProgress()
+        assert pool.copy_blocking(extents, progress=progress).bytes == 5 * MIB
+        assert progress.shared == 3 * MIB
+        expected = data[: 3 * MIB] + data[3 * MIB + 1 : 5 * MIB + 1]
+        assert content(target.fileno()) == b"t" * MIB + expected
+        os.pwrite(target.fileno(), b"new", 2 * MIB)  # only the target's
+    assert (reflinks / "source").read_bytes() == data
+
+
+def test_clone_across_file_systems_is_a_copy(pool: Pool, tmp_path: Path, tmpfs: Path) -> None:
+    data = random.Random(4).randbytes(3 * MIB)
+    (tmp_path / "source").write_bytes(data)
+    with (tmp_path / "source").open("rb") as source, (tmpfs / "target").open("w+b") as target:
+        progress = CopyProgress()
+        pool.copy_blocking(
+            [CopyExtent(source.fileno(), 0, target.fileno(), 0, 3 * MIB, CopyFlag.CLONE)], progress=progress
+        )
+        assert content(target.fileno()) == data
+        assert progress.shared == 0
+
+
+def test_offload_asks_servers_only(tmp_path: Path, tmpfs: Path) -> None:
+    with (tmp_path / "a").open("w+b") as a, (tmpfs / "b").open("w+b") as b:
+        for source, target in ((a, a), (a, b), (b, b)):
+            assert offload(source.fileno(), target.fileno()) == CopyFlag.CLONE

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from blockgraph._native import ffi, lib
-from blockgraph.native import Bitmap, ExtentMap, MapExtent, allocate_aligned
+from blockgraph.native import Bitmap, ExtentMap, MapExtent, Zeroing, allocate_aligned
 from blockgraph.native.extent_map import MIN_MEMORY
 
 MIB = 1 << 20
 TIB = 1 << 40
 REGION = 16 * MIB
 BLOCK = 4096
+PART = MIB // 4
 
 
 @contextmanager
@@ -595,3 +596,72 @@ def test_stats_count_what_happened(extents: ExtentMap, file: int) -> None:
     stats = extents.stats()
     assert stats[:8] == (2, 1, 10, 3, 1, 1, 1, 1)
     assert (stats.extents, stats.regions, stats.evictions) == (3, 1, 0)
+
+
+# Zeroes, discards, flushes.
+
+
+@pytest.mark.parametrize("how", [Zeroing.PUNCH, Zeroing.PUNCH | Zeroing.ZERO_RANGE, Zeroing.ZERO_RANGE])
+def test_zero_makes_holes_only_where_the_slot_allows_it(extents: ExtentMap, file: int, how: Zeroing) -> None:
+    slot = extents.add_slot(file)
+    put(extents, MapExtent(0, MIB, slot, 0, writable=True))
+    os.pwrite(file, b"x" * MIB, 0)
+    bitmap = Bitmap(extents.size, 65536)
+    extents.settle_blocking(extents.start_set_bitmaps([bitmap]))
+    assert lib.bg_map_zero(extents.native, PART, PART, how) == lib.BG_MAP_MISS
+    assert list(bitmap.dirty_extents()) == []
+    extents.set_zeroing(slot, how)
+    expected = bytes(PART)
+    if lib.bg_map_zero(extents.native, PART, PART, how) == lib.BG_MAP_MISS:
+        assert how == Zeroing.ZERO_RANGE  # not on this file system
+        expected = b"x" * PART
+    assert os.pread(file, MIB, 0) == b"x" * PART + expected + b"x" * 2 * PART
+    assert list(bitmap.dirty_extents()) == [(PART, PART)]
+    assert extents.take_written(slot)
+    assert extents.stats().bytes_written == 0
+    extents.start_protect(0, PART)
+    assert lib.bg_map_zero(extents.native, 0, 2 * PART, Zeroing.PUNCH) == lib.BG_MAP_MISS
+
+
+def test_flush_is_native_only_while_native_writes_are_all_there_is(extents: ExtentMap, file: int) -> None:
+    slot = extents.add_slot(file)
+    put(extents, MapExtent(0, MIB, slot, 0, writable=True))
+    assert not extents.flush()
+    dirt = extents.dirt()
+    extents.flushed(dirt)
+    assert lib.bg_map_try_flush(extents.native, 0) == 2
+    extents.pwrite(0, b"x")
+    assert lib.bg_map_try_flush(extents.native, 0) == 1
+    assert extents.flush()
+    assert lib.bg_map_try_flush(extents.native, 0) == 2
+    assert not extents.take_written(slot)
+    extents.dirty()
+    assert not extents.flush()
+    extents.flushed(dirt)  # of a flush that began too early
+    assert not extents.flush()
+
+
+def test_flush_that_fails_leaves_its_error_and_the_mark(extents: ExtentMap) -> None:
+    reading, writing = os.pipe()
+    slot = extents.add_slot(writing)
+    put(extents, MapExtent(0, MIB, slot, 0, writable=True))
+    with request(extents, 0, 1, write=True):
+        pass
+    extents.flushed(extents.dirt())
+    assert not extents.flush()
+    assert lib.bg_map_try_flush(extents.native, 0) == 0
+    assert extents.take_flush_error(slot) == errno.EINVAL
+    assert extents.take_flush_error(slot) == 0
+    assert extents.take_written(slot)
+    extents.settle_blocking(extents.start_remove_slot(slot))
+    os.close(reading)
+    os.close(writing)
+
+
+def test_place_given_by_an_allocator_is_for_python_to_make_durable(extents: ExtentMap, file: int) -> None:
+    slot = extents.add_slot(file)
+    put(extents, MapExtent(0, MIB, allocate=True))
+    extents.flushed(extents.dirt())
+    assert extents.flush()
+    assert lib.bg_map_placed(extents.native, 0, 65536, slot, 0) == 0
+    assert not extents.flush()

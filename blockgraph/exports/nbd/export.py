@@ -41,8 +41,7 @@ class ExportStats(NamedTuple):
     """What an export has done since it was made.
 
     Attributes:
-        hits: look-ups in the extent map that found the whole request, so that native code could serve it. A request
-            that has to wait for a device is looked up twice.
+        hits: requests that native code served.
         faults: requests that Python served; those that were refused are not counted.
         bytes_read, bytes_written: by both.
         map: of the backend; None: it has no extent map.

@@ -445,6 +445,10 @@ class Qcow2(Format):
             await self._begin_writing()
         await rewrite(self, *self._whole_clusters(offset, offset + length), Mode.DISCARD)
 
+    @property
+    def plain_flush(self) -> bool:
+        return True
+
     async def flush(self) -> None:
         if self._writing:
             self.image.check_writable()
