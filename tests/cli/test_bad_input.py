@@ -175,11 +175,14 @@ def test_created_target_on_a_full_file_system_takes_two_lines(tmp_path: Path, sm
 
 def test_socket_in_use_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     disk(tmp_path, MIB)
+    earlier = disk(tmp_path, MIB, "t")[::-1]
+    (tmp_path / "t").write_bytes(earlier)
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(tmp_path / "s.sock"))
         other.listen()
-        names(one_line(capsys, "run", str(graph_file(tmp_path))), "s.sock", "stop")
+        names(one_line(capsys, "run", str(graph_file(tmp_path, job=FULL))), "s.sock", "stop")
     assert (tmp_path / "s.sock").exists()
+    assert (tmp_path / "t").read_bytes() == earlier  # the job did not begin
 
 
 def test_port_in_use_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

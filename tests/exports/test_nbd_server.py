@@ -77,6 +77,21 @@ async def test_listen_unix_impossible_says_what_to_do(tmp_path: Path, name: str,
 
 
 @run_async
+async def test_accepting_later_first_clients_wait_until_then(tmp_path: Path) -> None:
+    server = NbdServer(accepting=False)
+    path = await server.listen_unix(str(tmp_path / "s"))
+    early = asyncio.ensure_future(NbdClient.connect_unix(path, "disk"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert (early.done(), server.connections) == (False, 0)
+    server.add_export(export("disk"))
+    server.accept()
+    async with await early as client:
+        assert await client.pread(0, 1) == b"\0"
+    await server.close()
+
+
+@run_async
 async def test_close_socket_file_of_successor_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "s"
     first, second = NbdServer(), NbdServer()

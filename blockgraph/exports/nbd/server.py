@@ -52,6 +52,7 @@ class NbdServer:
         max_connections: at once; further clients wait until one leaves; 0: no limit.
         handshake_timeout: a client that has not chosen an export by then is disconnected, seconds.
         close_timeout: how long requests in flight and their replies may take when the server closes, seconds.
+        accepting: False: clients wait in the kernel's queue until `accept`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class NbdServer:
         max_connections: int = 0,
         handshake_timeout: float = 30.0,
         close_timeout: float = 10.0,
+        accepting: bool = True,
     ) -> None:
         assert tls is not None or not tls_required
         self._tls = TlsPolicy(tls, tls_required)
@@ -75,6 +77,7 @@ class NbdServer:
         self._native: NbdLoop | None = None
         self._listeners: list[Listener] = []
         self._connections: set[_Connection] = set()
+        self._accepting = accepting
         self._full = False
         self._closed = False
 
@@ -120,9 +123,16 @@ class NbdServer:
             self._native = NbdLoop(self._threads)
         for sock in socks:
             listener = Listener(sock, self._accepted)
-            if self._full:
+            if self._full or not self._accepting:
                 listener.pause()
             self._listeners.append(listener)
+
+    def accept(self) -> None:
+        """Serve clients from now on, if the server was made without `accepting`; call it once."""
+        assert not self._accepting
+        self._accepting = True
+        for listener in self._listeners:
+            listener.resume()
 
     def uri(self, name: str) -> str:
         """Where clients find the export, as libnbd and QEMU spell it.
@@ -326,8 +336,11 @@ def _processors() -> int:
     return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
-async def start_server(options: NbdServerOptions) -> NbdServer:
+async def start_server(options: NbdServerOptions, *, accepting: bool = True) -> NbdServer:
     """The server of a graph's `nbd-server` section, listening.
+
+    Args:
+        accepting: as of `NbdServer`.
 
     Raises:
         OptionError, BlockGraphError: credentials or address can not be used.
@@ -338,6 +351,7 @@ async def start_server(options: NbdServerOptions) -> NbdServer:
         tls_required=credentials is not None and credentials.required,
         max_connections=options.max_connections,
         threads=options.threads,
+        accepting=accepting,
     )
     if isinstance(options.addr, UnixAddress):
         await server.listen_unix(options.addr.path)
