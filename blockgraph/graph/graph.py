@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockgraph.backend import Backend
 from blockgraph.bitmaps import DirtyBitmap
-from blockgraph.errors import BlockGraphError, GraphError
+from blockgraph.errors import GraphError
 from blockgraph.finish import finish
 from blockgraph.graph.drain import Drain
 from blockgraph.graph.model import Model, NodeVertex

@@ -389,7 +389,7 @@ def test_close_failing_at_one_node_writes_back_and_closes_the_others(
         for name in ("s0", "over", "s1"):
             await (await graph.backend(name, writable=True)).pwrite(0, b"hello")
         monkeypatch.setattr(Stubborn, "fail_at", "flush")
-        with pytest.raises(IOFailure, match="'s0'.*refused at flush"):
+        with pytest.raises(IOFailure, match=r"'s0'.*refused at flush"):
             await graph.close()
         assert Stubborn.log[-2:] == ["close", "close"]
         async with graph_of(overlay(image)) as again:  # its lock is free
