@@ -18,6 +18,9 @@ from blockgraph.text import format_rate, format_seconds, format_size
 _LINES_EVERY = 5.0
 _BARS_EVERY = 0.2
 
+#: The terminal writes "^C" behind a bar, which must not take another line: the bar could not be drawn over then.
+_ECHO = TextColumn("  ")
+
 _OVER = frozenset({JobState.CONCLUDED, JobState.NULL})
 
 
@@ -59,7 +62,7 @@ class ProgressView:
                     self._console.print(f"job '{job.id}': {describe(job).strip()}", soft_wrap=True)
 
     async def _bars(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), _ECHO)
         with Progress(*columns, console=self._console, auto_refresh=False) as bars:
             tasks = {job: bars.add_task(f"job '{job.id}'", total=None, text="") for job in self._jobs}
             try:
