@@ -40,6 +40,8 @@ from blockgraph.jobs.job import Job, JobEvent
 from blockgraph.jobs.states import VERBS, JobState, Verb
 from blockgraph.session import Session
 
+_log = logging.getLogger(__name__)
+
 #: States worth a line; the others follow each other within moments.
 _TOLD = frozenset({JobState.RUNNING, JobState.PAUSED})
 
@@ -152,7 +154,9 @@ class Runner:
             await self._until_end(session)
         finally:
             view.cancel()
-            await asyncio.gather(view, return_exceptions=True)
+            await asyncio.wait({view})
+            if not view.cancelled() and (bug := view.exception()):
+                _log.error("progress could not be shown", exc_info=bug)
             await self._close(session)
             await asyncio.gather(*following)
 
