@@ -155,7 +155,9 @@ def test_run_on_a_terminal_draws_bars_that_leave_room_for_an_echo(tmp_path: Path
     graph = graph_file(tmp_path, job='sync = "full"', export=False)
     terminal, side = pty.openpty()
     running = subprocess.Popen(
-        [sys.executable, "-P", "-c", MAIN, "run", str(graph)], stdout=side, env={**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+        [sys.executable, "-P", "-c", MAIN, "run", str(graph)],
+        stdout=side,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
     )
     os.close(side)
     shown = b""
