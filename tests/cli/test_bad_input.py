@@ -118,7 +118,14 @@ def test_target_of_another_size_is_told(capsys: pytest.CaptureFixture[str], tmp_
     content = disk(tmp_path, MIB)
     target = disk(tmp_path, size, "t")
     error = one_line(capsys, "run", str(graph_file(tmp_path, job=FULL)))
-    names(error, "'disk'", "'target'", str(MIB), str(size), f"resize the target to {MIB} bytes")
+    names(
+        error,
+        "node 'target'",
+        f"'{tmp_path / 't'}'",
+        "node 'disk'",
+        f"{size} bytes",
+        f"resize the target to {MIB} bytes",
+    )
     assert (tmp_path / "disk.img").read_bytes() == content
     assert (tmp_path / "t").read_bytes() == target
 
