@@ -115,6 +115,16 @@ async def test_listen_tcp_any_port_is_reachable_and_in_uri() -> None:
 
 
 @run_async
+async def test_uri_names_the_host_as_it_was_given() -> None:
+    for host, shown in (("localhost", "localhost"), ("", "localhost"), ("0.0.0.0", "localhost"), ("::1", "[::1]")):
+        server = NbdServer()
+        _, port = await server.listen_tcp(host, 0)
+        server.add_export(export("e"))
+        assert server.uri("e") == f"nbd://{shown}:{port}/e"
+        await server.close()
+
+
+@run_async
 async def test_listen_tcp_port_in_use_says_what_to_do() -> None:
     first, second = NbdServer(), NbdServer()
     _, port = await first.listen_tcp("127.0.0.1", "0")

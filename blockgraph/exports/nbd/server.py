@@ -77,6 +77,7 @@ class NbdServer:
         self._native: NbdLoop | None = None
         self._listeners: list[Listener] = []
         self._connections: set[_Connection] = set()
+        self._host = ""  # as it was given: the name in the certificate
         self._accepting = accepting
         self._full = False
         self._closed = False
@@ -110,7 +111,10 @@ class NbdServer:
         Raises:
             BlockGraphError: it can not be; the hint says what to do.
         """
-        self._listen(await bind_tcp(host, port))
+        socks = await bind_tcp(host, port)
+        if not self._listeners:
+            self._host = host
+        self._listen(socks)
         address, number = self._listeners[-1].address[:2]
         return address, number
 
@@ -148,7 +152,7 @@ class NbdServer:
         if listener.is_unix:
             return f"{scheme}+unix:///{quote(name, safe='')}?socket={quote(listener.address, safe='/')}"
         host, port = listener.address[:2]
-        host = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
+        host = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, self._host or host)
         if ":" in host:
             host = f"[{host}]"
         return f"{scheme}://{host}:{port}/{quote(name, safe='')}"
