@@ -19,6 +19,8 @@ A description's nodes are opened; its exports and jobs are started by `blockgrap
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import errno
 import threading
 from collections.abc import Coroutine
 from types import TracebackType
@@ -26,6 +28,7 @@ from typing import Any, Self, TypeVar
 
 from blockgraph import trace
 from blockgraph.backend import Backend
+from blockgraph.errors import IOFailure
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
 from blockgraph.graph.description import Description
@@ -36,6 +39,9 @@ from blockgraph.native import MapStats
 from blockgraph.native.extent_map import DEFAULT_MEMORY
 
 T = TypeVar("T")
+
+#: How long work that is cancelled at the very end may take, seconds.
+_PATIENCE = 5.0
 
 
 class AsyncGraph(Graph):
@@ -166,6 +172,9 @@ class SyncGraph:
 
     def __init__(self, source: Describable, policy: OpenPolicy | None) -> None:
         self._loop = asyncio.new_event_loop()
+        self._entry = threading.Lock()  # between asking whether the loop takes work and giving it some
+        self._ending = False
+        self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="blockgraph", daemon=True)
         self._thread.start()
         try:
@@ -175,9 +184,23 @@ class SyncGraph:
             raise
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop thread and wait for it. Not from the loop thread itself."""
+        """Run a coroutine on the loop thread and wait for it. Not from the loop thread itself.
+
+        Raises:
+            IOFailure: the graph has been closed (ESHUTDOWN); else what the coroutine raises.
+        """
         assert threading.current_thread() is not self._thread, "would wait for itself"
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        with self._entry:
+            if self._ending:
+                work.close()
+                raise _closed()
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            if not self._ending:
+                raise
+            raise _closed() from None
 
     def backend(
         self, node: str, *, writable: bool = False, resize: bool = False, extent_map_size: int = DEFAULT_MEMORY
@@ -187,15 +210,19 @@ class SyncGraph:
         return SyncBackend(self, self.call(root))
 
     def close(self) -> None:
-        """Wait for requests, write back, close; idempotent."""
-        if not self._loop.is_closed():
+        """Wait for requests, write back, close; idempotent. Calls of other threads then fail, later ones too."""
+        with self._closing:
+            if self._ending:
+                return
             try:
                 self.call(self.graph.close())
             finally:
                 self._stop()
 
     def _stop(self) -> None:
-        self.call(self._loop.shutdown_asyncgens())
+        with self._entry:
+            self._ending = True
+        asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -207,6 +234,20 @@ class SyncGraph:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+async def _end_tasks() -> None:
+    """What came after the graph was closed: nobody may wait for a loop that has stopped."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_PATIENCE)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+def _closed() -> IOFailure:
+    return IOFailure("the graph has been closed", errno=errno.ESHUTDOWN)
 
 
 def open(source: Describable, *, policy: OpenPolicy | None = None) -> SyncGraph:

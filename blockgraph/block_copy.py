@@ -427,13 +427,18 @@ class BlockCopy:
     async def _read_leaf(self, pins: Pins, offset: int, length: int) -> Leaf:
         try:
             leaf = await pins.read(self.source.node, offset, length)
-            if leaf.status is Status.SPECIAL:
-                status = await self.source.block_status(offset, leaf.length)
-                kind = Status.ZERO if status.zero else Status.SPECIAL
-                leaf = leaf._replace(length=status.length, status=kind, depth=status.depth)
         except BlockGraphError as error:
             raise CopyFailed(error, "source") from error
-        return leaf
+        if leaf.status is not Status.SPECIAL:
+            return leaf
+        try:
+            status = await self.source.block_status(offset, leaf.length)
+        except BlockGraphError as error:
+            if not self.only_top:
+                return leaf  # taken for data: whether it can be read is what counts
+            raise CopyFailed(error, "source") from error
+        kind = Status.ZERO if status.zero else Status.SPECIAL
+        return leaf._replace(length=status.length, status=kind, depth=status.depth)
 
     async def _plan(
         self,

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: MIT
 """Session: a graph description that runs, with its exports and jobs. `blockgraph run` is this with a terminal.
 
-Start: open the nodes, give every export its backend, start the jobs (their points in time are taken before any client
-can write), then listen. End: stop listening and let requests end, cancel jobs that still run, write back and close.
+Start: open the nodes, take the address (a job must not have overwritten its target before it turns out to be in use),
+give every export its backend, start the jobs (their points in time are taken before any client can write), then serve
+the clients, of which the first may be waiting. End: stop listening and let requests end, cancel jobs that still run,
+write back and close.
 """
 
 from __future__ import annotations
@@ -94,18 +96,20 @@ class Session:
     async def _start(self, description: Description) -> None:
         if description.exports and description.nbd_server is None:
             raise OptionError("exports of type 'nbd' need a section 'nbd-server'", path="exports")
+        if description.nbd_server is not None:
+            self.server = await start_server(description.nbd_server, accepting=False)
         backends = [await self._attach(export.options) for export in description.exports]
         for job in description.jobs:
             self.jobs.append(await self.manager.backup(job.options))
-        if description.nbd_server is None:
+        if self.server is None:
             return
-        self.server = await start_server(description.nbd_server)
         for export, backend in zip(description.exports, backends, strict=True):
             options = export.options
             name = options.export_name
             served = NbdExport(name, backend, description=options.description, writable=options.writable)
             self.server.add_export(served)
             self.exports[options.id] = RunningExport(options, backend, self.server.uri(name), served)
+        self.server.accept()
 
     async def _attach(self, options: NbdExportOptions) -> Backend:
         return await self.graph.backend(

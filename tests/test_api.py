@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import blockgraph
+from blockgraph import SyncBackend
 from blockgraph.errors import BlockGraphError, GraphError, IOFailure, OptionError, OutOfRange, ReadOnly
 from blockgraph.flags import Flag
 
@@ -128,6 +132,56 @@ def test_close_twice_does_nothing() -> None:
     graph.close()
 
 
+def test_request_after_close_fails() -> None:
+    graph = blockgraph.open({"nodes": [memory()]})
+    disk = graph.backend("disk", writable=True)
+    graph.close()
+    for request in (lambda: disk.pread(0, 1), lambda: disk.pwrite(0, b"x"), disk.flush, lambda: graph.backend("disk")):
+        with pytest.raises(IOFailure, match="closed") as caught:
+            request()
+        assert caught.value.errno == errno.ESHUTDOWN
+
+
+def test_close_beside_requests_of_other_threads_ends_all_of_them() -> None:
+    for _ in range(20):
+        graph = blockgraph.open({"nodes": [memory()]})
+        disk = graph.backend("disk", writable=True)
+        started = threading.Semaphore(0)
+
+        def use(disk: SyncBackend = disk, started: threading.Semaphore = started) -> None:
+            def flush_for_ever() -> None:
+                while True:
+                    disk.flush()
+                    started.release()
+
+            with pytest.raises(IOFailure, match="closed"):
+                flush_for_ever()
+
+        with ThreadPoolExecutor(4) as pool:
+            users = [pool.submit(use) for _ in range(4)]
+            for _ in users:
+                started.acquire()
+            graph.close()
+            for user in users:
+                user.result(60)
+
+
+def test_close_ends_work_that_was_called_and_never_ends() -> None:
+    graph = blockgraph.open({"nodes": [memory()]})
+    began = threading.Event()
+
+    async def wait_for_ever() -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(graph.call, wait_for_ever())
+        began.wait(60)
+        graph.close()
+        with pytest.raises(IOFailure, match="the graph has been closed"):
+            work.result(60)
+
+
 async def _use() -> bytes:
     async with await blockgraph.aopen({"nodes": [memory()]}) as graph:
         disk = await graph.backend("disk", writable=True)
@@ -136,6 +190,4 @@ async def _use() -> bytes:
 
 
 def test_aopen_in_a_running_loop_round_trips() -> None:
-    import asyncio
-
     assert asyncio.run(_use()) == b"abc"

@@ -9,10 +9,22 @@ import sys
 from argparse import Namespace, _SubParsersAction
 from typing import Any
 
-from blockgraph.errors import IOFailure
+from blockgraph.errors import IOFailure, OptionError
 from blockgraph.graph.draw import FORMATS, picture, render
 from blockgraph.graph.load import examine
 from blockgraph.graph.problem import errors
+
+#: What a drawing is named -> its format.
+_SUFFIXES = {
+    "": "text",
+    ".txt": "text",
+    ".dot": "dot",
+    ".gv": "dot",
+    ".svg": "svg",
+    ".mmd": "mermaid",
+    ".mermaid": "mermaid",
+    ".json": "json",
+}
 
 
 def register(subparsers: _SubParsersAction[Any]) -> None:
@@ -30,6 +42,7 @@ def register(subparsers: _SubParsersAction[Any]) -> None:
 
 def run(args: Namespace) -> int:
     """Draw; 0 also when the graph has problems, which are told on stderr."""
+    form = args.format or _format_of(args.output)
     description, problems = examine(args.file)
     wrong = errors(problems)
     if wrong:
@@ -38,7 +51,6 @@ def run(args: Namespace) -> int:
         if not description.source.data:
             return 1
     drawn = picture(description.model())
-    form = args.format or _format_of(args.output)
     if args.output is None and form == "text" and sys.stdout.isatty():
         from rich.console import Console
 
@@ -55,8 +67,14 @@ def run(args: Namespace) -> int:
 
 
 def _format_of(output: str | None) -> Any:
-    suffix = os.path.splitext(output or "")[1].lower()
-    return {".dot": "dot", ".gv": "dot", ".svg": "svg", ".mmd": "mermaid", ".json": "json"}.get(suffix, "text")
+    output = output or ""
+    suffix = os.path.splitext(output)[1].lower()
+    if suffix not in _SUFFIXES:
+        known = ", ".join(filter(None, _SUFFIXES))
+        raise OptionError(
+            f"can not draw a file named '{suffix}'", path=output, hint=f"name it {known}, or choose one by --format"
+        )
+    return _SUFFIXES[suffix]
 
 
 def _write(output: str, text: str) -> None:

@@ -8,6 +8,7 @@ look like another format, and a writer that believed it would follow the guest's
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from argparse import ArgumentParser, Namespace
@@ -18,7 +19,7 @@ from typing import Any
 
 from blockgraph.backend import Backend
 from blockgraph.driver import ImpliedChild
-from blockgraph.errors import IOFailure
+from blockgraph.errors import GraphError, IOFailure
 from blockgraph.formats.qcow2.header import MAGIC
 from blockgraph.graph.graph import Graph
 from blockgraph.graph.policy import Allowed, OpenPolicy
@@ -102,7 +103,16 @@ async def looked_at(args: Namespace, *, raw: bool = False) -> AsyncIterator[Back
         description = {"driver": image_format, "read-only": True, "file": description}
     graph = Graph(LookPolicy(force_share=force_share))
     try:
-        await graph.add_node({**description, "node-name": NODE})
-        yield await graph.backend(NODE, share=ALL & ~(Perm.WRITE | Perm.RESIZE))
+        yield await _root(graph, {**description, "node-name": NODE})
     finally:
         await graph.close()
+
+
+async def _root(graph: Graph, description: dict[str, Any]) -> Backend:
+    try:
+        await graph.add_node(description)
+        return await graph.backend(NODE, share=ALL & ~(Perm.WRITE | Perm.RESIZE))
+    except GraphError as error:
+        if error.errno == errno.EAGAIN:  # a lock; here nobody writes options, but a command line
+            error.hint = "stop it, or give --force-share to read the image as it is being written"
+        raise

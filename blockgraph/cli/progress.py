@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from blockgraph.jobs.job import Job
@@ -17,6 +18,9 @@ from blockgraph.text import format_rate, format_seconds, format_size
 #: Seconds between two lines about a job, and between two pictures of its bar.
 _LINES_EVERY = 5.0
 _BARS_EVERY = 0.2
+
+#: Room for the "^C" that the terminal writes behind a bar. On another line the bar could not be drawn over any more.
+_ECHO = 3
 
 _OVER = frozenset({JobState.CONCLUDED, JobState.NULL})
 
@@ -30,6 +34,21 @@ def describe(job: Job) -> str:
         return f"{text}  {job.state if job.state not in _OVER else 'ended'}"
     text += f"  {format_rate(progress.rate)}"
     return text if progress.eta is None else f"{text}  {format_seconds(progress.eta)} left"
+
+
+@dataclass(frozen=True)
+class _Narrower:
+    """Draws something a little narrower than the terminal."""
+
+    content: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.content, options.update_width(max(1, options.max_width - _ECHO)))
+
+
+class _Bars(Progress):
+    def get_renderables(self) -> Iterable[RenderableType]:
+        return map(_Narrower, super().get_renderables())
 
 
 class ProgressView:
@@ -60,7 +79,7 @@ class ProgressView:
 
     async def _bars(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-        with Progress(*columns, console=self._console, auto_refresh=False) as bars:
+        with _Bars(*columns, console=self._console, auto_refresh=False) as bars:
             tasks = {job: bars.add_task(f"job '{job.id}'", total=None, text="") for job in self._jobs}
             try:
                 while any(job.state not in _OVER for job in self._jobs):

@@ -18,9 +18,12 @@ Exit status:
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 from argparse import Namespace, _SubParsersAction
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -31,11 +34,13 @@ from blockgraph.errors import BlockGraphError
 from blockgraph.graph.description import Description
 from blockgraph.graph.graph import Graph
 from blockgraph.graph.load import examine
-from blockgraph.graph.problem import errors
+from blockgraph.graph.problem import errors, printable
 from blockgraph.jobs.backup import BackupJob
 from blockgraph.jobs.job import Job, JobEvent
 from blockgraph.jobs.states import VERBS, JobState, Verb
 from blockgraph.session import Session
+
+_log = logging.getLogger(__name__)
 
 #: States worth a line; the others follow each other within moments.
 _TOLD = frozenset({JobState.RUNNING, JobState.PAUSED})
@@ -63,7 +68,40 @@ def run(args: Namespace) -> int:
         print(problem, file=sys.stderr)
     if errors(problems):
         return 1
-    return asyncio.run(Runner(description, exit_when_done=args.exit_when_done, stats=args.stats).run())
+    with _told_on_stderr() as told:
+        runner = Runner(description, exit_when_done=args.exit_when_done, stats=args.stats, told=told)
+        return asyncio.run(runner.run())
+
+
+class _Told(logging.Handler):
+    """What is logged, as lines like all others. An error is told once, although flush, close and the graph meet it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._errors: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        args = record.args if isinstance(record.args, tuple) else ()
+        if not any(self.again(arg) for arg in args if isinstance(arg, BlockGraphError)):
+            _print_error(self.format(record))
+
+    def again(self, error: BlockGraphError) -> bool:
+        """It has been told, whatever stood before it; from now on it has."""
+        text = str(error)
+        known = text in self._errors
+        self._errors.add(text)
+        return known
+
+
+@contextmanager
+def _told_on_stderr() -> Iterator[_Told]:
+    told = _Told()
+    logger = logging.getLogger("blockgraph")
+    logger.addHandler(told)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(told)
 
 
 class Runner:
@@ -72,10 +110,12 @@ class Runner:
     Args:
         exit_when_done: end when every job has ended. So it does without exports: nothing is left to do.
         stats: print what the exports have done at the end.
+        told: what has been logged.
     """
 
-    def __init__(self, description: Description, *, exit_when_done: bool, stats: bool = False) -> None:
+    def __init__(self, description: Description, *, exit_when_done: bool, stats: bool, told: _Told) -> None:
         self._description = description
+        self._logged = told
         self._stats = stats
         self._ends_with_jobs = exit_when_done or not description.exports
         self._console = Console(highlight=False, markup=False)
@@ -114,7 +154,9 @@ class Runner:
             await self._until_end(session)
         finally:
             view.cancel()
-            await asyncio.gather(view, return_exceptions=True)
+            await asyncio.wait({view})
+            if not view.cancelled() and (bug := view.exception()):
+                _log.error("progress could not be shown", exc_info=bug)
             await self._close(session)
             await asyncio.gather(*following)
 
@@ -136,7 +178,8 @@ class Runner:
         try:
             await session.close()
         except BlockGraphError as error:
-            self._fail(f"closing: {explain(session.graph, error)}")
+            if not self._logged.again(error):
+                self._fail(f"closing: {explain(session.graph, error)}")
             self._status = 1
         if self._stats:
             self._tell_stats()
@@ -195,10 +238,19 @@ class Runner:
     # Words.
 
     def _say(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
+        self._console.print(_clean(text), soft_wrap=True)
 
     def _fail(self, text: str) -> None:
-        print(f"blockgraph: {text}", file=sys.stderr, flush=True)
+        _print_error(text)
+
+
+def _print_error(text: str) -> None:
+    print(f"blockgraph: {_clean(text)}", file=sys.stderr, flush=True)
+
+
+def _clean(text: str) -> str:
+    """Graph files and images must not write to the terminal."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _endless(job: Job) -> bool:

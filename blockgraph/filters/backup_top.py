@@ -191,11 +191,13 @@ class BackupTop(Filter):
         if disk is target:
             raise GraphError("file and target are the same node", node=self.node.name, op="insert")
         if disk.size() != target.size():
-            raise GraphError(
-                f"file '{disk.name}' has {disk.size()} bytes but target '{target.name}' has {target.size()}",
-                node=self.node.name,
+            wrong = GraphError(
+                f"the target has {target.size()} bytes but the disk, node '{disk.name}', has {disk.size()}",
+                node=target.name,
                 hint=f"resize the target to {disk.size()} bytes",
             )
+            wrong.file = target.driver.filename()
+            raise wrong
 
     def _check_target(self) -> None:
         """The target may get filters and overlays, or lose them; another one would not have what was copied."""

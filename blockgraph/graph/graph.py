@@ -30,12 +30,12 @@ from blockgraph.bitmaps.actions import (
     RemoveBitmap,
     find_on,
 )
-from blockgraph.errors import BlockGraphError
+from blockgraph.errors import GraphError
 from blockgraph.finish import finish
 from blockgraph.graph.action import Action
 from blockgraph.graph.drain import Drain
 from blockgraph.graph.model import Model, NodeVertex
-from blockgraph.graph.opening import close_node
+from blockgraph.graph.opening import close_nodes
 from blockgraph.graph.policy import OpenPolicy
 from blockgraph.graph.transaction import Transaction
 from blockgraph.native import Bitmap
@@ -235,12 +235,9 @@ class Graph:
         for root in model.roots():
             if root.backend is not None:
                 root.backend.end()
-        failure: BlockGraphError | None = None
-        for name in model.topological():
-            vertex = model.get(name)
-            if isinstance(vertex, NodeVertex) and vertex.node is not None:
-                failure = failure or await close_node(vertex.node)
-        if failure is not None:
+        vertices = (model.get(name) for name in model.topological())
+        nodes = [vertex.node for vertex in vertices if isinstance(vertex, NodeVertex) and vertex.node is not None]
+        if (failure := await close_nodes(nodes)) is not None:
             raise failure
 
     # Holding still.

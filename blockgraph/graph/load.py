@@ -200,6 +200,10 @@ class _Reader:
         self._jobs()
 
     def _sections(self) -> None:
+        if "driver" in self._data:  # a `-blockdev` object as it is; its other members are no mistakes of their own
+            hint = 'nodes go into the list of that section: "nodes": [{"driver": ...}, ...]'
+            self._problem("a node outside of the section 'nodes'", "driver", hint=hint)
+            return
         for name in self._data:
             if name in NOT_YET:
                 self._problem(f"section '{name}' is not available yet", name, hint="remove it")

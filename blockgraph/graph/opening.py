@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from blockgraph.errors import BlockGraphError, GraphError
@@ -157,6 +157,12 @@ async def close_node(node: Node) -> BlockGraphError | None:
         log.error("closing node '%s': %s", node.name, error)
         failure = error
     return await _close(node, failure)
+
+
+async def close_nodes(nodes: Iterable[Node]) -> BlockGraphError | None:
+    """Write back and close all, whatever fails; returns the first failure."""
+    failures = [await close_node(node) for node in nodes]
+    return next((failure for failure in failures if failure is not None), None)
 
 
 async def _close(node: Node, told: BlockGraphError | None = None) -> BlockGraphError | None:

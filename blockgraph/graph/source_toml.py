@@ -18,6 +18,7 @@ _BLANK = re.compile(r"[ \t]*")
 #: between statements, and between the items of an array
 _FILLER = re.compile(r"(?:[ \t\n]++|#[^\n]*+)*+")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_MEMBER = re.compile(r"[ \t]*([A-Za-z0-9_-][A-Za-z0-9_.-]*)[ \t]*=")
 _BASIC = re.compile(r'"(?:[^"\\]++|\\.)*+"')
 _LITERAL = re.compile(r"'[^']*'")
 # The closing quotes of a multi-line string may follow one or two quotes of its text.
@@ -42,7 +43,7 @@ def read_toml(text: str) -> Parsed:
             place = (int(match[1]), int(match[2]))
         reason = message[: match.start()] if match else message
         if reason == "Cannot overwrite a value":
-            reason = "a member is given twice"
+            reason, place = _given_twice(text, *place)
         raise SyntaxProblem(f"not valid TOML: {reason[:1].lower()}{reason[1:]}", *place) from None
     except RecursionError:
         raise SyntaxProblem(f"nested deeper than {MAX_DEPTH} levels") from None
@@ -50,6 +51,14 @@ def read_toml(text: str) -> Parsed:
         raise SyntaxProblem("not valid TOML: a number of thousands of digits", *huge_number(text)) from None
     check_bounds(data)
     return Parsed(data, lambda: scan(text), [])
+
+
+def _given_twice(text: str, line: int, column: int) -> tuple[str, tuple[int, int]]:
+    """Reason and place: the member's, where it begins the line at whose end tomllib has noticed it."""
+    match = _MEMBER.match(text.split("\n")[line - 1][: column - 1])
+    if match is None:
+        return "a member is given twice", (line, column)
+    return f"member {match[1]!r} is given twice", (line, match.start(1) + 1)
 
 
 def scan(text: str) -> dict[str, tuple[int, int]]:

@@ -56,7 +56,8 @@ def name_problem(name: str) -> str | None:
     if name.startswith("#"):
         return f"node name {name!r}: names that start with '#' are for generated names"
     if len(name) > 31:
-        return f"node name {name[:40]!r} has {len(name)} characters, at most 31 are allowed"
+        shown = name if len(name) <= 40 else f"{name[:39]}…"
+        return f"node name {shown!r} has {len(name)} characters, at most 31 are allowed"
     if not re.match(r"[A-Za-z]", name):
         return f"node name {name!r} must start with a letter"
     bad = "".join(sorted({char for char in name if not re.fullmatch(r"[A-Za-z0-9._-]", char)}))

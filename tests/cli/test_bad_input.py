@@ -93,8 +93,8 @@ def test_locked_image_is_told_and_force_share_reads_it(capsys: pytest.CaptureFix
     with command(tmp_path, "run", str(graph_file(tmp_path))) as running:
         running.wait_line("ready")
         image = str(tmp_path / "disk.img")
-        names(one_line(capsys, "info", image), "disk.img", "locked", "force-share")
-        names(one_line(capsys, "map", image), "disk.img", "locked", "force-share")
+        names(one_line(capsys, "info", image), "disk.img", "locked", "give --force-share")
+        names(one_line(capsys, "map", image), "disk.img", "locked", "give --force-share")
         names(one_line(capsys, "create", "--force", image, "1M"), "disk.img", "locked")
         assert main(["info", "-U", image]) == 0
         assert main(["map", "-U", "--json", image]) == 0
@@ -118,7 +118,14 @@ def test_target_of_another_size_is_told(capsys: pytest.CaptureFixture[str], tmp_
     content = disk(tmp_path, MIB)
     target = disk(tmp_path, size, "t")
     error = one_line(capsys, "run", str(graph_file(tmp_path, job=FULL)))
-    names(error, "'disk'", "'target'", str(MIB), str(size), f"resize the target to {MIB} bytes")
+    names(
+        error,
+        "node 'target'",
+        f"'{tmp_path / 't'}'",
+        "node 'disk'",
+        f"{size} bytes",
+        f"resize the target to {MIB} bytes",
+    )
     assert (tmp_path / "disk.img").read_bytes() == content
     assert (tmp_path / "t").read_bytes() == target
 
@@ -157,10 +164,13 @@ def test_target_on_a_full_file_system_is_told(
     assert (tmp_path / "disk.img").read_bytes() == content
 
 
-def test_created_target_on_a_full_file_system_takes_two_lines(tmp_path: Path, small_tmpfs: Path) -> None:
+@pytest.mark.parametrize("mode", ["create", "existing"])
+def test_target_image_on_a_full_file_system_takes_two_lines(tmp_path: Path, small_tmpfs: Path, mode: str) -> None:
     content = disk(tmp_path, 4 * MIB)
     graph = graph_file(tmp_path)
-    job = '[[jobs]]\ntype = "backup"\njob-id = "b0"\ndevice = "disk"\nsync = "full"\nmode = "create"\n'
+    if mode == "existing":
+        assert main(["create", "-f", "qcow2", str(small_tmpfs / "t"), "4M"]) == 0
+    job = f'[[jobs]]\ntype = "backup"\njob-id = "b0"\ndevice = "disk"\nsync = "full"\nmode = "{mode}"\n'
     target = f'{{driver = "qcow2", file = {{driver = "file", filename = "{small_tmpfs / "t"}"}}}}'
     graph.write_text(f"{graph.read_text()}\n{job}target = {target}\n")
     with command(tmp_path, "run", "--exit-when-done", str(graph)) as running:
@@ -168,6 +178,7 @@ def test_created_target_on_a_full_file_system_takes_two_lines(tmp_path: Path, sm
         errors = running.errors.splitlines()
     assert len(errors) <= 2, errors  # the job, and what could not be written when its target was closed
     for error in errors:
+        assert error.startswith("blockgraph: ")
         names(error, "node '", f"'{small_tmpfs / 't'}'", "No space left", "free space")
     assert "job 'b0' failed" in errors[-1]
     assert (tmp_path / "disk.img").read_bytes() == content
@@ -175,11 +186,14 @@ def test_created_target_on_a_full_file_system_takes_two_lines(tmp_path: Path, sm
 
 def test_socket_in_use_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     disk(tmp_path, MIB)
+    earlier = disk(tmp_path, MIB, "t")[::-1]
+    (tmp_path / "t").write_bytes(earlier)
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(tmp_path / "s.sock"))
         other.listen()
-        names(one_line(capsys, "run", str(graph_file(tmp_path))), "s.sock", "stop")
+        names(one_line(capsys, "run", str(graph_file(tmp_path, job=FULL))), "s.sock", "stop")
     assert (tmp_path / "s.sock").exists()
+    assert (tmp_path / "t").read_bytes() == earlier  # the job did not begin
 
 
 def test_port_in_use_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

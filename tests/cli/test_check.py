@@ -132,6 +132,18 @@ def test_graph_writes_the_format_that_the_output_is_named_for(good: Path, capsys
     assert capsys.readouterr().out == ""
 
 
+def test_graph_output_named_for_no_format_is_told(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = good.parent / "g.png"
+    assert main(["graph", str(good), "-o", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ".svg" in error
+    assert "--format" in error
+    assert not out.exists()
+    assert main(["graph", str(good), "-o", str(out), "-f", "svg"]) == 0
+    assert ElementTree.parse(out).getroot().tag.endswith("svg")
+
+
 def test_graph_with_problems_is_drawn_and_told(bad: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["graph", str(bad)]) == 0
     out, err = capsys.readouterr()

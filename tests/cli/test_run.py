@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -148,13 +149,15 @@ async def write_when_over(socket: str) -> None:
                 continue
 
 
-def test_run_on_a_terminal_draws_bars(tmp_path: Path) -> None:
+def test_run_on_a_terminal_draws_bars_that_leave_room_for_an_echo(tmp_path: Path) -> None:
     disk(tmp_path, MIB)
     (tmp_path / "t").write_bytes(bytes(MIB))
     graph = graph_file(tmp_path, job='sync = "full"', export=False)
     terminal, side = pty.openpty()
     running = subprocess.Popen(
-        [sys.executable, "-P", "-c", MAIN, "run", str(graph)], stdout=side, env={**os.environ, "TERM": "xterm"}
+        [sys.executable, "-P", "-c", MAIN, "run", str(graph)],
+        stdout=side,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
     )
     os.close(side)
     shown = b""
@@ -165,3 +168,6 @@ def test_run_on_a_terminal_draws_bars(tmp_path: Path) -> None:
     assert running.wait(PATIENCE) == 0
     assert b"\x1b[" in shown
     assert b"100.0 %" in shown
+    bars = [line for line in re.split(rb"[\r\n]+", re.sub(rb"\x1b\[[^a-zA-Z]*[a-zA-Z]", b"", shown)) if b" %" in line]
+    assert bars
+    assert max(len(line.decode()) for line in bars) <= 80 - len("^C")

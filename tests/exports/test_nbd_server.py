@@ -77,6 +77,21 @@ async def test_listen_unix_impossible_says_what_to_do(tmp_path: Path, name: str,
 
 
 @run_async
+async def test_accepting_later_first_clients_wait_until_then(tmp_path: Path) -> None:
+    server = NbdServer(accepting=False)
+    path = await server.listen_unix(str(tmp_path / "s"))
+    early = asyncio.ensure_future(NbdClient.connect_unix(path, "disk"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert (early.done(), server.connections) == (False, 0)
+    server.add_export(export("disk"))
+    server.accept()
+    async with await early as client:
+        assert await client.pread(0, 1) == b"\0"
+    await server.close()
+
+
+@run_async
 async def test_close_socket_file_of_successor_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "s"
     first, second = NbdServer(), NbdServer()
@@ -97,6 +112,16 @@ async def test_listen_tcp_any_port_is_reachable_and_in_uri() -> None:
     async with await NbdClient.connect_tcp(host, port, "with space/ü") as client:
         assert client.size == 4096
     await server.close()
+
+
+@run_async
+async def test_uri_names_the_host_as_it_was_given() -> None:
+    for host, shown in (("localhost", "localhost"), ("", "localhost"), ("0.0.0.0", "localhost"), ("::1", "[::1]")):
+        server = NbdServer()
+        _, port = await server.listen_tcp(host, 0)
+        server.add_export(export("e"))
+        assert server.uri("e") == f"nbd://{shown}:{port}/e"
+        await server.close()
 
 
 @run_async

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -15,9 +16,11 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from blockgraph.graph.draw import FORMATS, Picture, picture, render
 from blockgraph.graph.draw.layout import layered
+from blockgraph.graph.draw.text import show
 from blockgraph.graph.load import examine
 from blockgraph.graph.model import Model
 
@@ -108,6 +111,29 @@ def test_svg_boxes_do_not_overlap_and_lie_inside() -> None:
         assert ax + aw < bx or bx + bw < ax or ay + ah < by or by + bh < ay
 
 
+def test_svg_labels_of_lines_that_meet_do_not_cover_each_other() -> None:
+    fleecing = {
+        "nodes": [
+            {"node-name": "disk", "driver": "memory", "size": 1 << 20},
+            {"node-name": "image", "driver": "file", "filename": "scratch.qcow2"},
+            {"node-name": "scratch", "driver": "qcow2", "file": "image", "backing": "disk"},
+            {"node-name": "top", "driver": "backup-top", "file": "disk", "target": "scratch"},
+            {"node-name": "old", "driver": "snapshot-access", "file": "top"},
+        ],
+        "exports": [{"type": "nbd", "id": f"e{i}", "node-name": "old", "name": f"e{i}"} for i in range(3)],
+        "nbd-server": {"addr": {"type": "unix", "path": "s"}},
+    }
+    root = ElementTree.fromstring(render(drawn(fleecing), "svg"))
+    labels = [
+        [float(rect.get(name, 0)) for name in ("x", "y", "width", "height")]
+        for rect in root.iter(f"{SVG}rect")
+        if rect.get("class") == "label"
+    ]
+    assert len(labels) == 8
+    for (ax, ay, aw, ah), (bx, by, bw, bh) in itertools.combinations(labels, 2):
+        assert ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay
+
+
 def test_dot_and_mermaid_have_every_vertex_and_edge() -> None:
     dot = render(drawn(BACKUP), "dot")
     assert len(re.findall(r"^  n\d+ \[label=", dot, re.MULTILINE)) == 7
@@ -158,6 +184,23 @@ def test_deep_chains_go_on_below_instead_of_leaving_the_terminal() -> None:
     text = render(drawn({"nodes": [*nodes, {"driver": "memory", "node-name": "n200", "size": 1}]}), "text")
     assert max(map(len, text.splitlines())) < 140
     assert all(len(re.findall(rf"n{i}\b(?! [↓↑])", text)) == 1 for i in range(201))
+
+
+@pytest.mark.parametrize("width", [50, 66, 80, 100])
+def test_text_on_a_narrow_terminal_keeps_permissions_and_files(width: int) -> None:
+    base = {"driver": "qcow2", "node-name": "base-image-of-31-characters-----"[:31], "read-only": True}
+    nodes = [
+        {**base, "file": {"driver": "file", "filename": "/var/lib/images/a/long/way/to/the/base.qcow2"}},
+        {"driver": "qcow2", "node-name": "over", "file": "bytes", "backing": base["node-name"]},
+        {"driver": "file", "node-name": "bytes", "filename": "over.qcow2"},
+    ]
+    out = io.StringIO()
+    show(drawn({"nodes": nodes}), Console(file=out, width=width, color_system=None, _environ={}))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines[:-1])) <= width
+    assert [line[-10:] for line in lines if "─ file:" in line] == ["rw-s  r-u-", "r---  r-u-"]
+    assert sum(line.endswith(" over.qcow2") for line in lines) == 1
+    assert sum(line.endswith("way/to/the/base.qcow2") for line in lines) == 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))

@@ -224,6 +224,10 @@ def test_node_problem_alone_is_told_once_with_its_path(name: str) -> None:
 
 SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "section-unknown": ({"node": []}, "node: unknown section 'node'; did you mean 'nodes'?"),
+    "section-is-a-node": (
+        {"driver": "file", "node-name": "m", "filename": "x"},
+        "driver: a node outside of the section 'nodes'; nodes go into the list of that section: ",
+    ),
     "section-not-yet": ({"bitmaps": []}, "bitmaps: section 'bitmaps' is not available yet; remove it"),
     "section-type": ({"exports": {}}, "exports: expected a list, found a table"),
     "export-type": (

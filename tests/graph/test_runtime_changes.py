@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.backup import CLUSTER, content, fill, memory, pattern, settle, top_over
 from helpers.loop import graph_of, in_loop
-from helpers.runtime import state
+from helpers.runtime import Stubborn, state
 
 import blockgraph
 from blockgraph import trace
@@ -372,6 +372,28 @@ def test_close_writes_back_and_releases_images(tmpfs: Path) -> None:
                 if turn:
                     assert await backend.pread(0, 5) == b"hello"
                 await backend.pwrite(0, b"hello")  # neither flushed nor closed
+
+    run()
+
+
+def test_close_failing_at_one_node_writes_back_and_closes_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmpfs: Path
+) -> None:
+    image = tmpfs / "disk.qcow2"
+
+    @in_loop
+    async def run() -> None:
+        await create_file(str(image), SIZE, "qcow2", replace=False)
+        stubborn = [{"driver": "stubborn", "node-name": f"s{i}", "file": memory(f"m{i}", SIZE)} for i in range(2)]
+        graph = await blockgraph.aopen({"nodes": [stubborn[0], overlay(image), stubborn[1]]})
+        for name in ("s0", "over", "s1"):
+            await (await graph.backend(name, writable=True)).pwrite(0, b"hello")
+        monkeypatch.setattr(Stubborn, "fail_at", "flush")
+        with pytest.raises(IOFailure, match=r"'s0'.*refused at flush"):
+            await graph.close()
+        assert Stubborn.log[-2:] == ["close", "close"]
+        async with graph_of(overlay(image)) as again:  # its lock is free
+            assert (await content(again, "over"))[:5] == b"hello"
 
     run()
 

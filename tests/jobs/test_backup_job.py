@@ -169,6 +169,31 @@ def test_top_copies_only_what_the_top_layer_has(tmpfs: Path) -> None:
     run()
 
 
+def test_top_guest_write_before_the_job_comes_there_copies_only_what_the_top_layer_has(tmpfs: Path) -> None:
+    @in_loop
+    async def run() -> None:
+        image = str(tmpfs / "overlay.qcow2")
+        await create_file(image, SIZE, "qcow2", replace=False)
+        file = {"driver": "file", "filename": image}
+        overlay = {"driver": "qcow2", "node-name": "disk", "backing": "base", "file": file}
+        async with graph_of(memory("base", SIZE), overlay, memory("target", SIZE)) as graph:
+            guest = await graph.backend("disk", writable=True)
+            await guest.pwrite(2 * CLUSTER, b"t" * CLUSTER)
+            await fill(graph, "target", b"?" * SIZE)
+            options = BackupOptions(device="disk", target="target", sync="top", speed=1, max_workers=1)
+            job = await JobManager(graph).backup(options)
+            for cluster in (7, 2, 6):
+                await guest.pwrite(cluster * CLUSTER, b"new" * 100)
+            job.set_speed(0)
+            await job.wait()
+            assert job.error is None
+            kept = await content(graph, "target")
+            assert kept[2 * CLUSTER : 3 * CLUSTER] == b"t" * CLUSTER
+            assert kept[: 2 * CLUSTER] + kept[3 * CLUSTER :] == b"?" * 7 * CLUSTER
+
+    run()
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["inserted", "there-already"])
 def test_top_with_a_target_backed_by_the_live_disk_is_refused(tmpfs: Path, own: bool) -> None:
     @in_loop
@@ -512,6 +537,25 @@ async def test_policy_is_that_of_the_side_that_failed() -> None:
 
 
 @in_loop
+async def test_block_status_of_the_source_failing_copies_it_as_data() -> None:
+    async with setup(disk=fails("none", "block-status")) as s:
+        job = await s.start()
+        await s.guest.pwrite(7 * CLUSTER, b"new")
+        await job.wait()
+        assert job.error is None
+        assert await content(s.graph, "target-bytes") == s.old
+
+
+@in_loop
+async def test_block_status_of_the_source_failing_fails_a_job_that_needs_to_know_the_layer() -> None:
+    async with setup(disk=fails("none", "block-status")) as s:
+        job = await s.start(sync="top")
+        await job.wait()
+        assert isinstance(job.error, IOFailure)
+        await s.check_clean()
+
+
+@in_loop
 async def test_guest_copy_failing_fails_the_write_and_not_the_job() -> None:
     async with setup(target=fails("pwritev", "write", once=True)) as s:
         job = await s.start(sync="none")
@@ -594,6 +638,20 @@ async def test_speed_limit_asks_before_each_copy_and_is_charged_after() -> None:
         assert now[0] == pytest.approx(0.1 * 8, abs=0.11)  # eight clusters, one a slice
         with pytest.raises(JobError):
             job.set_speed(1)
+
+
+@in_loop
+async def test_speed_limit_does_not_hold_up_guest_writes() -> None:
+    async with setup() as s:
+        job = await s.start(speed=1)
+        assert job._loop is not None
+        copy = driver_of(s.graph, job.filter_name, BackupTop).copy
+        for cluster in range(SIZE // CLUSTER):
+            await s.guest.pwrite(cluster * CLUSTER, b"new")
+        assert copy.bytes_for_guest >= SIZE - 2 * CLUSTER  # the job may have had one, and wait to be charged for it
+        job.set_speed(0)
+        await job.wait()
+        assert await content(s.graph, "target-bytes") == s.old
 
 
 @in_loop

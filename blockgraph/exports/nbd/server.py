@@ -52,6 +52,7 @@ class NbdServer:
         max_connections: at once; further clients wait until one leaves; 0: no limit.
         handshake_timeout: a client that has not chosen an export by then is disconnected, seconds.
         close_timeout: how long requests in flight and their replies may take when the server closes, seconds.
+        accepting: False: clients wait in the kernel's queue until `accept`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class NbdServer:
         max_connections: int = 0,
         handshake_timeout: float = 30.0,
         close_timeout: float = 10.0,
+        accepting: bool = True,
     ) -> None:
         assert tls is not None or not tls_required
         self._tls = TlsPolicy(tls, tls_required)
@@ -75,6 +77,8 @@ class NbdServer:
         self._native: NbdLoop | None = None
         self._listeners: list[Listener] = []
         self._connections: set[_Connection] = set()
+        self._host = ""  # as it was given: the name in the certificate
+        self._accepting = accepting
         self._full = False
         self._closed = False
 
@@ -107,7 +111,10 @@ class NbdServer:
         Raises:
             BlockGraphError: it can not be; the hint says what to do.
         """
-        self._listen(await bind_tcp(host, port))
+        socks = await bind_tcp(host, port)
+        if not self._listeners:
+            self._host = host
+        self._listen(socks)
         address, number = self._listeners[-1].address[:2]
         return address, number
 
@@ -120,9 +127,16 @@ class NbdServer:
             self._native = NbdLoop(self._threads)
         for sock in socks:
             listener = Listener(sock, self._accepted)
-            if self._full:
+            if self._full or not self._accepting:
                 listener.pause()
             self._listeners.append(listener)
+
+    def accept(self) -> None:
+        """Serve clients from now on, if the server was made without `accepting`; call it once."""
+        assert not self._accepting
+        self._accepting = True
+        for listener in self._listeners:
+            listener.resume()
 
     def uri(self, name: str) -> str:
         """Where clients find the export, as libnbd and QEMU spell it.
@@ -138,7 +152,7 @@ class NbdServer:
         if listener.is_unix:
             return f"{scheme}+unix:///{quote(name, safe='')}?socket={quote(listener.address, safe='/')}"
         host, port = listener.address[:2]
-        host = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
+        host = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, self._host or host)
         if ":" in host:
             host = f"[{host}]"
         return f"{scheme}://{host}:{port}/{quote(name, safe='')}"
@@ -326,8 +340,11 @@ def _processors() -> int:
     return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
-async def start_server(options: NbdServerOptions) -> NbdServer:
+async def start_server(options: NbdServerOptions, *, accepting: bool = True) -> NbdServer:
     """The server of a graph's `nbd-server` section, listening.
+
+    Args:
+        accepting: as of `NbdServer`.
 
     Raises:
         OptionError, BlockGraphError: credentials or address can not be used.
@@ -338,6 +355,7 @@ async def start_server(options: NbdServerOptions) -> NbdServer:
         tls_required=credentials is not None and credentials.required,
         max_connections=options.max_connections,
         threads=options.threads,
+        accepting=accepting,
     )
     if isinstance(options.addr, UnixAddress):
         await server.listen_unix(options.addr.path)

@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise, product
 from xml.sax.saxutils import escape
 
 from blockgraph.graph.draw.formal import box_lines, permissions, tooltip
@@ -20,6 +23,8 @@ _LAYER = 74
 _MARGIN = 24
 #: Longest text in a box, characters; the end of a path says more than its start.
 _MAX_CHARS = 44
+#: Parts of a curve at which its label may stand, the best first.
+_LABEL_AT = (0.58, 0.45, 0.72, 0.32, 0.84, 0.2)
 _LEGEND = f"on edges: needs / shares ({LEGEND})"
 
 _FILL = {
@@ -54,10 +59,11 @@ def svg(picture: Picture) -> str:
         f'<g transform="translate({_MARGIN} {_MARGIN})">',
     ]
     labels: list[str] = []
+    placed = _Labels()
     for line, route in zip(lines, layout.routes, strict=True):
         spots = [layout.spots[key] for key in route]
         out.append(_path(line, spots, tops, heights, texts))
-        labels.append(_label(line, spots, tops, heights, texts))
+        labels.append(_label_svg(placed.place(line, _places(line, spots, tops, heights, texts))))
     out += labels
     for key, box in picture.boxes.items():
         out.append(_box(box, texts[key], layout.spots[key], tops[layout.spots[key].layer]))
@@ -147,33 +153,84 @@ def _path(line: Line, spots: list[Spot], tops: list[float], heights: list[float]
     return f'<path class="{line.style}" d="{d}" {style}>{title}</path>'
 
 
-def _label(line: Line, spots: list[Spot], tops: list[float], heights: list[float], texts: dict[str, list[str]]) -> str:
-    """Name and permissions, on the line where it comes to the child: lines that start together are apart there."""
-    first, last = _ends(line, spots, tops, texts)
+@dataclass(slots=True)
+class _Label:
+    """Name and permissions of an edge, and where they stand: the middle, and the room they take."""
+
+    texts: list[str]
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def overlap(self, other: _Label) -> float:
+        """The area that both cover."""
+        across = (self.width + other.width) / 2 - abs(self.x - other.x)
+        down = (self.height + other.height) / 2 - abs(self.y - other.y)
+        return across * down if across > 0 and down > 0 else 0.0
+
+
+class _Labels:
+    """Labels placed so far, by squares of the drawing, so that only those nearby are looked at."""
+
+    _SQUARE = 512.0  # no label is wider
+
+    def __init__(self) -> None:
+        self._squares: dict[tuple[int, int], list[_Label]] = {}
+
+    def place(self, line: Line, places: list[tuple[float, float]]) -> _Label:
+        """At the first of `places` where it covers no other label; else where it covers least."""
+        texts = [line.name, permissions(line)] if line.name else [permissions(line)]
+        width = max(_text_width(text, _SMALL) for text in texts) + 4
+        labels = [_Label(texts, x, y, width, 13.0 * len(texts)) for x, y in places]
+        best = min(labels, key=lambda label: sum(map(label.overlap, self._near(label))))
+        self._squares.setdefault(self._square(best), []).append(best)
+        return best
+
+    def _square(self, label: _Label) -> tuple[int, int]:
+        return int(label.x // self._SQUARE), int(label.y // self._SQUARE)
+
+    def _near(self, label: _Label) -> Iterator[_Label]:
+        column, row = self._square(label)
+        for square in product(range(column - 1, column + 2), range(row - 1, row + 2)):
+            yield from self._squares.get(square, ())
+
+
+def _places(
+    line: Line, spots: list[Spot], tops: list[float], heights: list[float], texts: dict[str, list[str]]
+) -> list[tuple[float, float]]:
+    """Where the label may stand, the best first: close to the child, where lines that start together are apart."""
     before = spots[-2] if len(spots) > 1 else spots[-1]
     if before.layer == spots[-1].layer:
-        x, y = before.x + before.width / 2 + 30, tops[before.layer] + 20
-    else:
-        if len(spots) > 2:
-            first = tops[before.layer] + (heights[before.layer] if last > first else 0.0)
-        x = _bezier(before.x, before.x, spots[-1].x, spots[-1].x)
-        y = _bezier(first, (first + last) / 2, (first + last) / 2, last)
-    texts_here = [line.name, permissions(line)] if line.name else [permissions(line)]
-    width = max(_text_width(text, _SMALL) for text in texts_here) + 4
-    top = y - 11 * len(texts_here) / 2 - 3
+        return [(before.x + before.width / 2 + 30, tops[before.layer] + 22)]
+    first, last = _ends(line, spots, tops, texts)
+    down = last > first
+    places = []
+    for upper, lower in reversed(list(pairwise(spots))):
+        leave = tops[upper.layer] + (heights[upper.layer] if down else 0.0)
+        enter = tops[lower.layer] + (0.0 if down else heights[lower.layer])
+        start, end = first if upper is spots[0] else leave, last if lower is spots[-1] else enter
+        middle = (start + end) / 2
+        for t in _LABEL_AT:
+            x = _bezier(t, upper.x, upper.x, lower.x, lower.x)
+            places.append((x, _bezier(t, start, middle, middle, end) - 1))
+    return places
+
+
+def _label_svg(label: _Label) -> str:
+    left, top = label.x - label.width / 2, label.y - label.height / 2
     out = [
-        f'<rect x="{x - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{13 * len(texts_here):.1f}" '
+        f'<rect class="label" x="{left:.1f}" y="{top:.1f}" width="{label.width:.1f}" height="{label.height:.1f}" '
         'fill="#ffffff" fill-opacity="0.85"/>'
     ]
-    for index, text in enumerate(texts_here):
-        colour = "#102027" if line.name and index == 0 else "#78909c"
-        out.append(_text(x, top + 10 + 13 * index, text, _SMALL, colour))
+    for index, text in enumerate(label.texts):
+        colour = "#102027" if index < len(label.texts) - 1 else "#78909c"
+        out.append(_text(label.x, top + 10 + 13 * index, text, _SMALL, colour))
     return "".join(out)
 
 
-def _bezier(a: float, b: float, c: float, d: float) -> float:
-    """A coordinate of the point of a cubic curve at which labels stand."""
-    t = 0.58
+def _bezier(t: float, a: float, b: float, c: float, d: float) -> float:
+    """A coordinate of a point of a cubic curve."""
     return (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t**2 * c + t**3 * d
 
 
