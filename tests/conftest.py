@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import subprocess
@@ -20,6 +21,25 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # How long an example takes is the machine's business.
 settings.register_profile("blockgraph", deadline=None)
 settings.load_profile("blockgraph")
+
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Output is not captured here."""
+    config.stash[_stderr] = os.dup(2)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    os.close(config.stash[_stderr])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """With a failure pytest and pytest-timeout give up their limits, for debuggers; but the teardown may hang too."""
+    if isinstance(node, pytest.Item):
+        limit = float(node.config.getini("faulthandler_timeout"))
+        faulthandler.dump_traceback_later(limit, file=node.config.stash[_stderr], exit=True)
 
 
 def _missing(what: str) -> None:
