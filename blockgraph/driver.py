@@ -275,6 +275,12 @@ class Driver:
     def stored(self, offset: int, length: int) -> None:
         """Native code wrote [offset, offset + length) of the storage: the size may have grown, holes may be gone."""
 
+    def reaches(self, end: int) -> None:
+        """From now on native code may write anywhere before `end` without a word: the size is not less than that.
+
+        What is not written there reads as zeroes. For storage that grows when written.
+        """
+
     # Data path.
 
     async def map(self, offset: int, length: int) -> Extent:

@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.assertion import util
 from hypothesis import settings
 
 # What a test runs imports the package that is installed, as the test does, not the sources in the current directory.
@@ -20,6 +22,55 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # How long an example takes is the machine's business.
 settings.register_profile("blockgraph", deadline=None)
 settings.load_profile("blockgraph")
+
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Output is not captured here."""
+    config.stash[_stderr] = os.dup(2)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    os.close(config.stash[_stderr])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """With a failure pytest and pytest-timeout give up their limits, for debuggers; but the teardown may hang too."""
+    if isinstance(node, pytest.Item):
+        limit = float(node.config.getini("faulthandler_timeout"))
+        faulthandler.dump_traceback_later(limit, file=node.config.stash[_stderr], exit=True)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Where CI is set pytest shows a full diff, which takes hours for the contents of two disks."""
+    explain = util._reprcompare
+    assert explain is not None
+
+    def compare(op: str, left: object, right: object) -> str | None:
+        kinds = (bytes, bytearray, memoryview)
+        if op == "==" and isinstance(left, kinds) and isinstance(right, kinds) and max(len(left), len(right)) > 1000:
+            return _difference(bytes(left), bytes(right)).replace("%", "%%")
+        return explain(op, left, right)
+
+    util._reprcompare = compare
+    return (yield)
+
+
+def _difference(left: bytes, right: bytes) -> str:
+    """In sectors of 512 bytes."""
+    text = f"{len(left)} bytes == {len(right)} bytes"
+    length = min(len(left), len(right))
+    left, right = left[:length], right[:length]
+    sectors = [at for at in range(0, length, 512) if left[at : at + 512] != right[at : at + 512]]
+    if sectors:
+        first = next(at for at in range(sectors[0], length) if left[at] != right[at])
+        ends = f"sector {sectors[0] // 512} to {sectors[-1] // 512}"
+        here = f"at {first}: {left[first : first + 16]!r} != {right[first : first + 16]!r}"
+        text += f"\n~{len(sectors)} sectors differ, {ends}, {here}"
+    return text
 
 
 def _missing(what: str) -> None:

@@ -321,6 +321,9 @@ class DescriptorDriver(Protocol):
         if offset + length > self._size:
             self._size = max(self._size, self._read_size())  # a copy that failed may have stopped anywhere
 
+    def reaches(self, end: int) -> None:
+        self._size = max(self._size, end)
+
     # Data path.
 
     async def pread(self, offset: int, buf: memoryview) -> None:

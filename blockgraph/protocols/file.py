@@ -34,7 +34,8 @@ What it can do: it grows when written past its end (where the edge may resize). 
 SEEK_HOLE. Discard punches holes. Write-zeroes punches holes with MAY_UNMAP; else it zeroes and keeps the storage
 allocated. Where the file system can do neither, the node writes zeroes.
 
-Limits: the size is read when the file is opened; what another process appends is not seen. After a failed flush
+Limits: the size is read when the file is opened; what another process appends is not seen. While a format has native
+first writes made, the node is as long as the clusters they use, and the file perhaps shorter. After a failed flush
 every later flush fails too, since the kernel may have dropped what it could not write: close and open the image
 again. Regular files only; for disks use `host_device`.
 """

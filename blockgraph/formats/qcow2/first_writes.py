@@ -170,7 +170,8 @@ class FirstWrites:
                 more = inside << self._bits
                 link = Link(link.guest + more, link.host + more, link.clusters - inside)
         if end:
-            self.storage.driver.stored(0, end)
+            # The file may end inside the last of them, and the map lets native writes to all of it through.
+            self.storage.driver.reaches(end)
 
     async def complete(self) -> None:
         """Every first write that is over is in the tables.

@@ -120,6 +120,33 @@ def test_first_write_is_seen_by_block_status_and_by_another_root(tmpfs: Path) ->
             assert disk.pread(cluster * CLUSTER, 2) == other.pread(cluster * CLUSTER, 2) == bytes([cluster, 0])
 
 
+@pytest.mark.parametrize("cluster_size", [4096, 65536])
+def test_later_native_write_behind_the_end_of_the_file_is_seen_by_python(tmpfs: Path, cluster_size: int) -> None:
+    image = make(tmpfs / "disk", 4 << 20, cluster_size=cluster_size)
+    with blockgraph.open({"nodes": [described(image)]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"a" * cluster_size)
+        at = 5 * cluster_size
+        disk.pwrite(at, b"b" * 10)
+        # The link is taken: Python knows where the cluster is. The file ends inside it.
+        disk.block_status(at, 1)
+        stats, length = disk.stats(), image.stat().st_size
+        disk.pwrite(at + 3000, b"c" * 10)
+        assert stats.first_writes == 1
+        assert disk.stats().hits == stats.hits + 1
+        assert image.stat().st_size == length + 3000
+        other = graph.backend("disk")
+        expected = (b"b" * 10).ljust(3000, b"\0") + b"c" * 10
+        assert other.pread(at, 3010) == expected
+        assert other.stats().hits == 0
+        status = other.block_status(at + 3000, 10)
+        assert status.data
+        assert not status.zero
+        assert status.length == 10
+    with blockgraph.open({"nodes": [described(image, **{"read-only": True})]}) as graph:
+        assert graph.backend("disk").pread(at, 3010) == expected
+
+
 def test_discard_takes_a_first_write_back(tmpfs: Path) -> None:
     with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 4 << 20), discard="unmap")]}) as graph:
         disk = graph.backend("disk", writable=True)
