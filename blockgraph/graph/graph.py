@@ -30,7 +30,6 @@ from blockgraph.bitmaps.actions import (
     RemoveBitmap,
     find_on,
 )
-from blockgraph.errors import GraphError
 from blockgraph.finish import finish
 from blockgraph.graph.action import Action
 from blockgraph.graph.drain import Drain
