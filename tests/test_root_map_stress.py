@@ -196,7 +196,7 @@ class Changes:
         name = f"b{self.rng.randrange(1 << 30)}"
         bitmap = self.call(self.graph.graph.add_bitmap(self.images[-1], name))
         self.disk.pwrite(GUESTS, bytes(self.tail[:BLOCK]))
-        assert bitmap.bits.next_dirty(GUESTS) is not None
+        assert bitmap.contents().next_dirty(GUESTS) is not None
 
     def passing_filter(self) -> None:
         change = self.graph.graph
