@@ -30,10 +30,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from blockgraph.errors import BlockGraphError, IOFailure
 from blockgraph.extent import BlockStatus, Status
+from blockgraph.finish import finish
 from blockgraph.flags import Flag
 from blockgraph.native import (
     Bitmap,
     ClaimedRun,
+    CopiedRange,
     Copier,
     CopierMode,
     CopyError,
@@ -55,6 +57,10 @@ if TYPE_CHECKING:
 
 #: Longest run that a guest's write waits for, and longest buffer, bytes.
 _GUEST_CHUNK = 1 << 20
+
+#: Where guest writes have left shorter runs than this to copy, bytes, native code goes through so many of them at once.
+_FRAGMENT = 1 << 20
+_SWEEP = 32 << 20
 
 #: Pieces of source that are held at a time.
 _MAX_LEAVES = 512
@@ -232,6 +238,18 @@ class BlockCopy:
                 await self._target_map.fill(offset, end - offset)
         return source.find(offset) is not None and _takes_writes(target.find(offset))
 
+    async def copy_natively(self, start: int, end: int, *, for_guest: bool) -> CopiedRange:
+        """Copy what is still to be copied of [start, end), cluster-aligned, as far as the maps know both sides.
+
+        Cancelled: the copy goes on; see `Copier.copy`.
+        """
+        done = await asyncio.to_thread(self.copier.copy, start, end)
+        self._bytes_copied += done.copied
+        self._bytes_moved += done.moved
+        if for_guest:
+            self._bytes_for_guest += done.copied
+        return done
+
     async def forget_maps(self) -> None:
         """The edges are about to lead elsewhere, or have just begun to; no guest request is in flight."""
         self._offload.clear()
@@ -294,6 +312,21 @@ class BlockCopy:
                     await self._copy_rest(rest)
                 self._bytes_for_guest += claim.end - claim.offset
 
+    async def sweep(self, offset: int) -> int | None:
+        """Where guest writes have left only short runs to copy, from `offset` on: copy many of them natively.
+
+        Returns: where to go on; None: this is no such place, or something there is for `copy_next`.
+        Cancelled: after the copy.
+        """
+        area = self.bitmap.next_dirty(offset, max_length=_FRAGMENT) if self.native else None
+        if area is None or area[1] == _FRAGMENT or not await self.learn(area[0], sum(area)):
+            return None
+        end = min(area[0] + _SWEEP, self.length)
+        if not (await finish(self.copy_natively(area[0], end, for_guest=False))).whole:
+            return None
+        self._release(area[0], end)
+        return end
+
     async def copy_next(self, offset: int, chunk: int) -> tuple[int, int] | None:
         """Copy the next run that is still to be copied at or after `offset`: about `chunk` bytes of data with the
         zeroes before and between them, however many. What the source holds is asked once.
@@ -342,9 +375,13 @@ class BlockCopy:
             self.copier.finish(claim.number, copied=copied)
             del self._claims[claim.number]
             claim.finish()
-        # Clusters that were dropped have no copy; who writes them asks.
-        if not self._only_top and self.copier.release(claim.offset, claim.end):
-            self._released(claim.offset, claim.end)
+        if not self._only_top:  # clusters that were dropped have no copy; who writes them asks
+            self._release(claim.offset, claim.end)
+
+    def _release(self, offset: int, end: int) -> None:
+        """The guest may overwrite what is copied, but for what is being read."""
+        if self.copier.release(offset, end):
+            self._released(offset, end)
 
     async def _leaves(self, pins: Pins, offset: int, end: int, chunk: int | None = None) -> list[Leaf]:
         """Where the source's bytes are, from `offset` to `end`, or to the cluster in which `chunk` data bytes end."""

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #define STEP ((int64_t)256 << 10) /* most bytes moved at a time: what the processor's cache keeps */
+#define CLAIM ((int64_t)1 << 20) /* longest run claimed at once, if clusters are no longer: whoever writes there waits for it */
 #define SPARE_BUFFERS 16
 #define BUFFER_ALIGNMENT 4096
 #define FEW_PIECES 16
@@ -361,8 +362,8 @@ static int copy_range(bg_copier *c, int64_t start, int64_t end, int64_t *moved)
     return ret;
 }
 
-/* With the lock held, which it gives up meanwhile. The run's bits are set. */
-static int copy_run(bg_copier *c, const bg_bitmap_extent *run)
+/* With the lock held, which it gives up meanwhile. The run's bits are set. What is done is added to *mine. */
+static int copy_run(bg_copier *c, const bg_bitmap_extent *run, bg_copier_stats *mine)
 {
     range claim = {.start = run->start, .end = run->end, .kind = NATIVE};
     int64_t moved = 0;
@@ -375,8 +376,8 @@ static int copy_run(bg_copier *c, const bg_bitmap_extent *run)
     if (ret != 0) {
         bg_bitmap_set(c->todo, run->start, run->end - run->start);
     } else {
-        c->stats.copied += run->end - run->start;
-        c->stats.moved += moved;
+        mine->copied += run->end - run->start;
+        mine->moved += moved;
     }
     if (c->watched) {
         c->watched = false;
@@ -387,8 +388,9 @@ static int copy_run(bg_copier *c, const bg_bitmap_extent *run)
 }
 
 /* With the lock held: 0 once all of [start, end) is copied. */
-static int copy_all(bg_copier *c, int64_t start, int64_t end)
+static int copy_all(bg_copier *c, int64_t start, int64_t end, bg_copier_stats *mine)
 {
+    int64_t longest = c->cluster < CLAIM ? CLAIM : c->cluster;
     for (;;) {
         bg_bitmap_extent run;
         if (c->mode != BG_COPIER_ON)
@@ -396,8 +398,8 @@ static int copy_all(bg_copier *c, int64_t start, int64_t end)
         const range *claim = claim_in(c, start, end);
         if (claim && claim->kind == PYTHON)
             return BG_MAP_MISS;
-        if (bg_bitmap_next_dirty(c->todo, start, end, BG_BITMAP_NO_LIMIT, &run) == 1) {
-            if (copy_run(c, &run) != 0)
+        if (bg_bitmap_next_dirty(c->todo, start, end, longest, &run) == 1) {
+            if (copy_run(c, &run, mine) != 0)
                 return BG_MAP_MISS;
         } else if (claim) {
             pthread_cond_wait(&c->ended, &c->lock);
@@ -407,12 +409,13 @@ static int copy_all(bg_copier *c, int64_t start, int64_t end)
     }
 }
 
-int bg_copier_copy(bg_copier *c, int64_t offset, int64_t end)
+int bg_copier_copy(bg_copier *c, int64_t offset, int64_t end, bg_copier_stats *out)
 {
     if (!clusters_ok(c, offset, end))
         return -EINVAL;
+    *out = (bg_copier_stats){0};
     pthread_mutex_lock(&c->lock);
-    int ret = copy_all(c, offset, end);
+    int ret = copy_all(c, offset, end, out);
     pthread_mutex_unlock(&c->lock);
     return ret;
 }
@@ -420,7 +423,7 @@ int bg_copier_copy(bg_copier *c, int64_t offset, int64_t end)
 /* With the lock held: 0 once [start, end) may be overwritten. */
 static int make_done(bg_copier *c, int64_t start, int64_t end)
 {
-    int ret = copy_all(c, start, end);
+    int ret = copy_all(c, start, end, &c->stats);
     if (c->mode == BG_COPIER_BROKEN)
         return 0;
     if (ret == 0 && frozen_in(c, start, end))

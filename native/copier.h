@@ -32,7 +32,7 @@ typedef struct bg_copier bg_copier;
 typedef struct bg_copier_link bg_copier_link;
 
 typedef struct {
-    int64_t copied; /* bytes of clusters done by native writes */
+    int64_t copied; /* bytes of clusters done for native writes */
     int64_t moved;  /* of these, read and written; the rest were zeroes that the target had already */
     int64_t refused; /* native writes that were left to Python */
 } bg_copier_stats;
@@ -69,10 +69,11 @@ int bg_copier_finish(bg_copier *copier, int64_t number, int copied);
 int bg_copier_pending(bg_copier *copier, int64_t offset, int64_t end);
 
 /*
- * Copy what is still to be copied of [offset, end), as a native write would (whole clusters; end may be the disk's end). 0 when
- * all of it is copied, BG_MAP_MISS when some of it is Python's.
+ * Copy what is still to be copied of [offset, end), as a native write would (whole clusters; end may be the disk's end), run by run.
+ * 0 when all of it is copied, BG_MAP_MISS when some of it is Python's. `copied` and `moved` of *out are what this call did, which
+ * is not among the copier's.
  */
-int bg_copier_copy(bg_copier *copier, int64_t offset, int64_t end);
+int bg_copier_copy(bg_copier *copier, int64_t offset, int64_t end, bg_copier_stats *out);
 
 /* A claim that touches [offset, end): its number, -1: a native write's, 0: none. */
 int64_t bg_copier_claimed(bg_copier *copier, int64_t offset, int64_t end);

@@ -320,10 +320,10 @@ class BackupTop(Filter):
 
     async def _copy_natively(self, start: int, end: int) -> bool:
         """Where native writes can copy, this need not look for holes first, which takes long in some file systems."""
-        task = asyncio.ensure_future(asyncio.to_thread(self.copy.copier.copy, start, end))
+        task = asyncio.ensure_future(self.copy.copy_natively(start, end, for_guest=True))
         self.node.begin_background()
         task.add_done_callback(self._copy_ended)
-        return await asyncio.shield(task)
+        return (await asyncio.shield(task)).whole
 
     async def _copy(self, start: int, end: int) -> None:
         if not self.options.cbw_timeout:

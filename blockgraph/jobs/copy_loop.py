@@ -107,6 +107,9 @@ class CopyLoop:
 
     async def _step(self) -> bool:
         """Copy one run. False: nothing is left and nothing is in flight."""
+        if not self.limit.speed and (reached := await self._copy.sweep(self._position)) is not None:
+            self._position = reached
+            return True
         copied = await self._copy.copy_next(self._position, self._chunk_now())
         if copied is not None:
             self._position, moved = copied

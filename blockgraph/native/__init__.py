@@ -9,7 +9,7 @@ out of range raise ValueError; failed system calls raise OSError with `errno`.
 
 from blockgraph.native.allocator import Allocator, Link
 from blockgraph.native.bitmap import Bitmap
-from blockgraph.native.copier import ClaimedRun, Copier, CopierLink, CopierMode, CopierStats
+from blockgraph.native.copier import ClaimedRun, CopiedRange, Copier, CopierLink, CopierMode, CopierStats
 from blockgraph.native.copy import (
     CopyCancelled,
     CopyError,
@@ -29,6 +29,7 @@ __all__ = [
     "Allocator",
     "Bitmap",
     "ClaimedRun",
+    "CopiedRange",
     "Copier",
     "CopierLink",
     "CopierMode",

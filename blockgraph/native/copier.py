@@ -50,6 +50,21 @@ class ClaimedRun(NamedTuple):
     end: int
 
 
+class CopiedRange(NamedTuple):
+    """What `Copier.copy` did.
+
+    Attributes:
+        whole: all of the range is copied now. Else the maps do not know some of it, it failed, Python has a claim, or
+            the mode forbids it.
+        copied: bytes of clusters that this call has done.
+        moved: of these, read and written.
+    """
+
+    whole: bool
+    copied: int
+    moved: int
+
+
 class Copier:
     """Who copies which cluster. Any thread may call any method but `native_ended`; each is atomic.
 
@@ -91,13 +106,11 @@ class Copier:
         """Some of [offset, end) is not copied yet, or is being copied."""
         return check(lib.bg_copier_pending(self._native, offset, end)) == 1
 
-    def copy(self, offset: int, end: int) -> bool:
-        """Copy what is still to be copied of [offset, end), as a native write would; blocks, without the GIL.
-
-        Returns:
-            False when some of it is not copied: the maps do not know it, it failed, Python has a claim, or the mode.
-        """
-        return check(lib.bg_copier_copy(self._native, offset, end)) == 0
+    def copy(self, offset: int, end: int) -> CopiedRange:
+        """Copy what is still to be copied of [offset, end), as a native write would; blocks, without the GIL."""
+        out = ffi.new("bg_copier_stats *")
+        whole = check(lib.bg_copier_copy(self._native, offset, end, out)) == 0
+        return CopiedRange(whole, out.copied, out.moved)
 
     def claimed(self, offset: int, end: int) -> int:
         """Number of a claim that touches [offset, end); -1: a native write's; 0: there is none."""

@@ -136,9 +136,11 @@ static void leaves_to_python_what_is_pythons(void)
     CHECK(bg_copier_free(copier) == -EBUSY && bg_copier_watch(copier, 0, SIZE) == 0);
     CHECK(bg_copier_finish(copier, number, 0) == 0 && bg_copier_finish(copier, number, 0) == -ENOENT);
     CHECK(bg_bitmap_get(todo, CLUSTER) == 1 && bg_copier_claimed(copier, 0, SIZE) == 0);
-    CHECK(bg_copier_copy(copier, 3 * CLUSTER, 5 * CLUSTER) == 0 && byte_at(target_fd, 4 * CLUSTER) == OLD);
+    bg_copier_stats mine;
+    CHECK(bg_copier_copy(copier, 3 * CLUSTER, 5 * CLUSTER, &mine) == 0 && byte_at(target_fd, 4 * CLUSTER) == OLD);
+    CHECK(mine.copied > 0);
     CHECK(bg_copier_pending(copier, 3 * CLUSTER, 5 * CLUSTER) == 0 && bg_bitmap_get(done, 3 * CLUSTER) == 0);
-    CHECK(bg_copier_copy(copier, 1, CLUSTER) == -EINVAL);
+    CHECK(bg_copier_copy(copier, 1, CLUSTER, &mine) == -EINVAL);
     /* Copied, but frozen: not to be overwritten. */
     int64_t frozen = bg_copier_freeze(copier, 2 * CLUSTER - 10, 5);
     CHECK(frozen > 0 && write_at(0, CLUSTER) == BG_MAP_MISS);
