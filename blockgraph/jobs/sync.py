@@ -20,6 +20,12 @@ _MODES = (
     "is; 'always': also after a failure, it then keeps what was not copied"
 )
 
+LATE_BITMAP = (
+    "a bitmap can not be used with a device that is a backup-top already: its point in time is over, and the bitmap "
+    "has changes that came later"
+)
+LATE_BITMAP_HINT = "give the node below as 'device', or insert the backup-top with a 'bitmap' of its own"
+
 
 class BitmapUse(NamedTuple):
     """How a backup uses a bitmap.
