@@ -17,6 +17,18 @@ import msgspec
 NodeRef = str | dict[str, Any]
 
 
+class BitmapRef(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """A named dirty bitmap.
+
+    Attributes:
+        node: name of the node it belongs to.
+        name: its name.
+    """
+
+    node: str
+    name: str
+
+
 class CacheOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True):
     """How the host caches.
 

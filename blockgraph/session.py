@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: MIT
 """Session: a graph description that runs, with its exports and jobs. `blockgraph run` is this with a terminal.
 
-Start: open the nodes, give every export its backend, start the jobs (their points in time are taken before any client
-can write), then listen. End: stop listening and let requests end, cancel jobs that still run, write back and close.
+Start: open the nodes, give every export its backend, start the jobs, those of a group in one transaction (their points
+in time are taken before any client can write), then listen. End: stop listening and let requests end, cancel jobs that
+still run, write back and close.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ from blockgraph.graph.description import Description
 from blockgraph.graph.policy import OpenPolicy
 from blockgraph.jobs.job import Job, JobEvent
 from blockgraph.jobs.manager import JobManager
+from blockgraph.jobs.options import BackupOptions
 from blockgraph.native.extent_map import DEFAULT_MEMORY, MIN_MEMORY
 from blockgraph.perm import ALL, Perm
 
@@ -52,7 +54,8 @@ class Session:
 
     Attributes:
         graph: the nodes.
-        jobs: the jobs that were started, in the order of the description; ended ones too.
+        jobs: the jobs that were started, in the order of the description, those of a group after its first; ended
+            ones too.
         manager: starts further jobs.
         exports: what is served, by id.
         server: the NBD server; None when nothing is exported.
@@ -95,8 +98,8 @@ class Session:
         if description.exports and description.nbd_server is None:
             raise OptionError("exports of type 'nbd' need a section 'nbd-server'", path="exports")
         backends = [await self._attach(export.options) for export in description.exports]
-        for job in description.jobs:
-            self.jobs.append(await self.manager.backup(job.options))
+        for together in _transactions([job.options for job in description.jobs]):
+            self.jobs += await self.manager.backups(together)
         if description.nbd_server is None:
             return
         self.server = await start_server(description.nbd_server)
@@ -142,3 +145,14 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _transactions(jobs: list[BackupOptions]) -> Iterator[list[BackupOptions]]:
+    """The jobs of each group together, at the place of the first of them."""
+    groups: set[str] = set()
+    for job in jobs:
+        if job.group is None:
+            yield [job]
+        elif job.group not in groups:
+            groups.add(job.group)
+            yield [other for other in jobs if other.group == job.group]

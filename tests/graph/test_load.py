@@ -275,7 +275,8 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "job-choice": (
         {"jobs": [{"type": "backup", "device": "m", "target": "t", "sync": "ful"}]},
-        "jobs[0].sync: expected 'full', 'none' or 'top', found 'ful'; did you mean 'full'?",
+        "jobs[0].sync: expected 'bitmap', 'differential', 'full', 'incremental', 'none' or 'top', found 'ful'; "
+        "did you mean 'full'?",
     ),
     "job-target-size": (
         {"jobs": [{"type": "backup", "device": "m", "target": "t", "sync": "full"}]},
