@@ -245,10 +245,13 @@ def read_small(path: str, limit: int) -> bytes:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise GraphError(f"'{path}' is not a regular file", op="load")
-            data = file.read(limit + 1)
+            with os.fdopen(fd, "rb", closefd=False) as file:
+                data = file.read(limit + 1)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise IOFailure.from_oserror(error, node=path, op="read") from error
     if len(data) > limit:

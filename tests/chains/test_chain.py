@@ -227,16 +227,20 @@ def test_backup_that_does_not_succeed_leaves_chain_and_bitmaps(tmp_path: Path, i
     asyncio.run(main())
 
 
+async def start_and_fail(disk: ChainedDisk) -> None:
+    """A transaction with a backup and an action that fails."""
+    async with disk.graph.transaction() as change:
+        await disk.jobs.add(change, BackupOptions(device="disk", sync="incremental", chain=str(disk.path)))
+        change.act(ClearBitmap(BitmapName("disk", "there is none")))
+
+
 def test_transaction_that_fails_leaves_nothing(tmp_path: Path, image_format: str) -> None:
     async def main() -> None:
         async with chained_disk(tmp_path, image_format) as disk:
             await disk.backup()
             before = (sorted(os.listdir(disk.path)), list(disk.graph.node("disk").bitmaps))
-            with pytest.raises(BlockGraphError):
-                async with disk.graph.transaction() as change:
-                    options = BackupOptions(device="disk", sync="incremental", chain=str(disk.path))
-                    await disk.jobs.add(change, options)
-                    change.act(ClearBitmap(BitmapName("disk", "there is none")))
+            with pytest.raises(BlockGraphError, match="there is none"):
+                await start_and_fail(disk)
             assert (sorted(os.listdir(disk.path)), list(disk.graph.node("disk").bitmaps)) == before
             await disk.backup()
             await check(disk, tmp_path)
@@ -287,6 +291,14 @@ def test_members_that_the_chain_chooses_are_refused(
     asyncio.run(main())
 
 
+def converted(qemu_img: str, image: Path) -> bytes:
+    """What QEMU reads of a qcow2 image without errors."""
+    out = image.with_suffix(".converted")
+    subprocess.run([qemu_img, "check", "-q", image], check=True)
+    subprocess.run([qemu_img, "convert", "-f", "qcow2", "-O", "raw", image, out], check=True)
+    return out.read_bytes()
+
+
 def test_qemu_reads_every_point(tmp_path: Path, image_format: str, require_tool: Callable[[str], str]) -> None:
     """Of a qcow2 chain by its backing files; of any chain what was restored as qcow2."""
     qemu_img = require_tool("qemu-img")
@@ -304,9 +316,6 @@ def test_qemu_reads_every_point(tmp_path: Path, image_format: str, require_tool:
                 if image_format == "qcow2":
                     images.append(Path(point.image))
                 for image in images:
-                    subprocess.run([qemu_img, "check", "-q", image], check=True)
-                    out = tmp_path / "converted"
-                    subprocess.run([qemu_img, "convert", "-f", "qcow2", "-O", "raw", image, out], check=True)
-                    assert out.read_bytes()[: disk.size] == reference
+                    assert converted(qemu_img, image)[: disk.size] == reference
 
     asyncio.run(main())

@@ -74,8 +74,8 @@ class ChainedDisk:
 async def chained_disk(directory: Path, image_format: str, size: int = 6 * MIB + 512) -> AsyncIterator[ChainedDisk]:
     """A raw disk of zeroes, without backups so far."""
     directory.mkdir(exist_ok=True)
-    with open(directory / "disk.img", "xb") as file:
-        file.truncate(size)
+    (directory / "disk.img").touch(exist_ok=False)
+    os.truncate(directory / "disk.img", size)
     disk = {"driver": "file", "filename": str(directory / "disk.img")}
     async with await aopen({"nodes": [{"node-name": "disk", "driver": "raw", "file": disk}]}) as graph:
         guest = await graph.backend("disk", writable=True)
