@@ -43,6 +43,7 @@ from blockgraph.native import (
     CopyFlag,
     CopyProgress,
     MapExtent,
+    Sums,
     allocate_aligned,
     get_pool,
     offload,
@@ -145,6 +146,7 @@ class BlockCopy:
         bytes_moved: bytes that were read and written.
         bytes_shared: bytes for which the file system was told to let source and target share blocks.
         bytes_for_guest: of bytes_copied, what guest writes had to wait for.
+        sums: checksums of what is copied; None: nobody wants them.
     """
 
     def __init__(
@@ -176,6 +178,7 @@ class BlockCopy:
         self._claims: dict[int, Claim] = {}
         self._bytes_shared = 0
         self._offload: dict[tuple[int, int], CopyFlag] = {}
+        self.sums: Sums | None = None
         self._runs = _MAX_RUNS
         self._choosing = asyncio.Lock()
         self._set_mode()
@@ -259,6 +262,35 @@ class BlockCopy:
         self._offload.clear()
         await self._source_map.clear()
         await self._target_map.clear()
+
+    # Checksums.
+
+    def add_sums(self, chunk: int) -> Sums:
+        """Make checksums of what is copied from now on, while nothing is in flight; see native/sums.h."""
+        self.sums = Sums(self.length, chunk)
+        self.copier.set_sums(self.sums)
+        return self.sums
+
+    async def complete_sums(self, wanted: Bitmap) -> None:
+        """When all is copied: read back from the target what could not be added while it was copied.
+
+        Args:
+            wanted: what was to be copied; the sums are of nothing else.
+        Raises:
+            CopyFailed: the target could not be read.
+        """
+        assert self.sums is not None
+        buf = allocate_aligned(_GUEST_CHUNK)
+        for offset, length in self.sums.spoiled():
+            self.sums.reset(offset, length)
+            for start, size in wanted.dirty_extents(offset, offset + length):
+                for at in range(start, start + size, len(buf)):
+                    part = buf[: start + size - at]
+                    try:
+                        await self.target.pread(at, part)
+                    except BlockGraphError as error:
+                        raise CopyFailed(error, "target") from error
+                    self.sums.add(at, part)
 
     # Claims.
 
@@ -406,6 +438,8 @@ class BlockCopy:
             copied = True
             self._bytes_copied += claim.end - claim.offset
         finally:
+            if not copied and self.sums is not None:
+                self.sums.spoil(claim.offset, claim.end - claim.offset)
             self.copier.finish(claim.number, copied=copied)
             del self._claims[claim.number]
             claim.finish()
@@ -537,8 +571,10 @@ class BlockCopy:
                 target_fd = room.storage.driver.fd()
                 assert target_fd is not None
                 source_offset = leaf.storage_offset + pos - leaf.offset
-                how = await self._how(source_fd, target_fd)
-                extents.append(CopyExtent(source_fd, source_offset, target_fd, room.storage_offset, room.length, how))
+                how = CopyFlag.SUM if self.sums is not None else await self._how(source_fd, target_fd)
+                extents.append(
+                    CopyExtent(source_fd, source_offset, target_fd, room.storage_offset, room.length, how, pos)
+                )
                 storages.append((leaf.storage, room.storage))
             pos += room.length
 
@@ -551,7 +587,7 @@ class BlockCopy:
     async def _copy_native(self, extents: list[CopyExtent], storages: list[tuple[Node, Node]]) -> None:
         progress = CopyProgress()  # of its own: cancelled with this call
         try:
-            await get_pool(asyncio.get_running_loop()).copy(extents, progress=progress)
+            await get_pool(asyncio.get_running_loop()).copy(extents, progress=progress, sums=self.sums)
         except CopyError as error:
             source, target = storages[error.extent]
             node, side = (source, "source") if error.side == "read" else (target, "target")
@@ -577,6 +613,8 @@ class BlockCopy:
                 await self.target.pwrite(start, part, flags)
             except BlockGraphError as error:
                 raise CopyFailed(error, "target") from error
+            if self.sums is not None:
+                self.sums.add(start, part)
             self._bytes_moved += len(part)
 
     async def _zero(self, offset: int, length: int) -> None:

@@ -25,6 +25,7 @@ _BUILTIN = {
     "sparse-random": "protocols.sparse_random:SparseRandom",
     "raw": "formats.raw:Raw",
     "qcow2": "formats.qcow2:Qcow2",
+    "patch": "formats.patch:Patch",
     "backup-top": "filters.backup_top:BackupTop",
     "copy-before-write": "filters.backup_top:BackupTop",
     "snapshot-access": "filters.snapshot_access:SnapshotAccess",

@@ -27,7 +27,18 @@ MODULE = "blockgraph._native"
 FILENAME = "_native.abi3.so"
 # Order matters: a header comes after those whose types it uses.
 HEADERS = (
-    *("zero.h", "bitmap.h", "io.h", "pool.h", "queue.h", "copy.h", "qcow2_l2.h", "extent_map.h", "l2_places.h"),
+    *(
+        "zero.h",
+        "bitmap.h",
+        "sums.h",
+        "io.h",
+        "pool.h",
+        "queue.h",
+        "copy.h",
+        "qcow2_l2.h",
+        "extent_map.h",
+        "l2_places.h",
+    ),
     *("copier.h", "allocator.h", "buffers.h", "request.h", "nbd_wire.h", "nbd_loop.h"),
 )
 SOURCES = tuple(sorted(path.name for path in NATIVE.glob("*.c")))

@@ -38,6 +38,7 @@ struct bg_copier {
     int64_t last_number;
     enum bg_copier_mode mode;
     bool watched;
+    bg_sums *sums; /* or NULL */
     bg_copier_stats stats;
     void *spare[SPARE_BUFFERS];
     int spares;
@@ -97,6 +98,16 @@ void bg_copier_set_mode(bg_copier *c, int mode)
     pthread_mutex_lock(&c->lock);
     c->mode = (enum bg_copier_mode)mode;
     pthread_mutex_unlock(&c->lock);
+}
+
+int bg_copier_set_sums(bg_copier *c, bg_sums *sums)
+{
+    if (bg_sums_size(sums) != c->size)
+        return -EINVAL;
+    pthread_mutex_lock(&c->lock);
+    c->sums = sums;
+    pthread_mutex_unlock(&c->lock);
+    return 0;
 }
 
 /* The rest of the file up to the links runs under the lock where it takes none itself. */
@@ -342,7 +353,7 @@ static bool reads_zero(bg_map *map, int64_t offset, int64_t length)
 }
 
 /* 0 and in *moved how many bytes had to be written; or a miss, or it failed. */
-static int copy_range(bg_copier *c, int64_t start, int64_t end, int64_t *moved)
+static int copy_range(bg_copier *c, int64_t start, int64_t end, bg_sums *sums, int64_t *moved)
 {
     void *buf = is_mapped(c, start) ? get_buffer(c) : NULL;
     if (!buf)
@@ -355,6 +366,8 @@ static int copy_range(bg_copier *c, int64_t start, int64_t end, int64_t *moved)
             ret = bg_map_pwrite(c->target, at, buf, n);
             *moved += n;
         }
+        if (ret == 0 && sums)
+            ret = bg_sums_add(sums, at, buf, n);
     }
     pthread_mutex_lock(&c->lock);
     give_buffer(c, buf);
@@ -367,10 +380,13 @@ static int copy_run(bg_copier *c, const bg_bitmap_extent *run, bg_copier_stats *
 {
     range claim = {.start = run->start, .end = run->end, .kind = NATIVE};
     int64_t moved = 0;
+    bg_sums *sums = c->sums;
     bg_bitmap_reset(c->todo, run->start, run->end - run->start);
     enlist(c, &claim);
     pthread_mutex_unlock(&c->lock);
-    int ret = copy_range(c, run->start, run->end, &moved);
+    int ret = copy_range(c, run->start, run->end, sums, &moved);
+    if (ret != 0 && sums)
+        bg_sums_spoil(sums, run->start, run->end - run->start);
     pthread_mutex_lock(&c->lock);
     delist(&claim);
     if (ret != 0) {

@@ -24,6 +24,7 @@
 
 #include "bitmap.h"
 #include "extent_map.h"
+#include "sums.h"
 
 #include <stdint.h>
 
@@ -50,6 +51,12 @@ int bg_copier_new(bg_bitmap *todo, bg_bitmap *done, bg_map *source, bg_map *targ
 int bg_copier_free(bg_copier *copier);
 
 void bg_copier_set_mode(bg_copier *copier, int mode);
+
+/*
+ * Native copies that begin from now on add what they write to `sums`, which must outlive the copier; what fails is spoiled there.
+ * -EINVAL: of another size.
+ */
+int bg_copier_set_sums(bg_copier *copier, bg_sums *sums);
 
 /* For maps in which the copier's byte 0 is at `shift`. */
 int bg_copier_link_new(bg_copier *copier, int64_t shift, bg_copier_link **out);

@@ -21,7 +21,9 @@
 #define ZERO_CHUNK (64 << 20) /* the same for ranges made zero, mostly one system call */
 #define ALIGNMENT 4096
 #define BLOCK 4096 /* unit of zero detection: smaller holes save nothing on common file systems */
-#define FLAGS (BG_COPY_RANGE | BG_COPY_CLONE | BG_COPY_DETECT_ZEROES | BG_COPY_PUNCH_HOLES | BG_COPY_SKIP_ZEROES | BG_COPY_ZERO)
+#define FLAGS                                                                                                             \
+    (BG_COPY_RANGE | BG_COPY_CLONE | BG_COPY_DETECT_ZEROES | BG_COPY_PUNCH_HOLES | BG_COPY_SKIP_ZEROES | BG_COPY_ZERO |   \
+     BG_COPY_SUM | BG_COPY_READ_ONLY)
 
 typedef struct {
     bg_task task; /* first: a task of ours is its runner */
@@ -34,6 +36,7 @@ struct bg_copy {
     int64_t *completed; /* bytes, per extent */
     int64_t count;
     bg_copy_progress *progress;
+    bg_sums *sums;
     bg_pool *pool;
     bg_entry *entry; /* NULL: someone waits in bg_copy_run */
     pthread_mutex_t lock;
@@ -76,10 +79,17 @@ static bool range_ok(int32_t fd, int64_t offset, int64_t length)
 
 static bool extent_ok(const bg_copy_extent *e)
 {
-    const uint32_t both = BG_COPY_PUNCH_HOLES | BG_COPY_SKIP_ZEROES;
-    return !(e->flags & ~(uint32_t)FLAGS) && (e->flags & both) != both &&
-           range_ok(e->target_fd, e->target_offset, e->length) &&
+    const uint32_t both = BG_COPY_PUNCH_HOLES | BG_COPY_SKIP_ZEROES, sum = BG_COPY_SUM | BG_COPY_READ_ONLY;
+    if ((e->flags & ~(uint32_t)FLAGS) || (e->flags & both) == both || (e->flags & sum) == BG_COPY_READ_ONLY ||
+        (e->flags & BG_COPY_SUM && e->flags & (BG_COPY_RANGE | BG_COPY_CLONE | BG_COPY_ZERO)))
+        return false;
+    return (e->flags & BG_COPY_READ_ONLY || range_ok(e->target_fd, e->target_offset, e->length)) &&
            (e->flags & BG_COPY_ZERO || range_ok(e->source_fd, e->source_offset, e->length));
+}
+
+void bg_copy_set_sums(bg_copy *job, bg_sums *sums)
+{
+    job->sums = sums;
 }
 
 int bg_copy_new(const bg_copy_extent *extents, int64_t count, int threads, bg_copy_progress *progress, bg_copy **out)
@@ -190,6 +200,15 @@ static int write_detecting(const chunk *c, const char *data, int64_t done, int64
     return 0;
 }
 
+/* What was read has been written, or need not be. */
+static int add_sum(const chunk *c, const char *data, int64_t done, int64_t length)
+{
+    if (!c->job->sums)
+        return fail(c, done, BG_COPY_READ, -EINVAL);
+    int ret = bg_sums_add(c->job->sums, c->extent->sum_offset + c->offset + done, data, length);
+    return ret < 0 ? fail(c, done, BG_COPY_READ, ret) : 0;
+}
+
 static int read_and_write(const chunk *c, int64_t done)
 {
     const bg_copy_extent *e = c->extent;
@@ -200,13 +219,17 @@ static int read_and_write(const chunk *c, int64_t done)
         int64_t n = bg_pread(e->source_fd, *c->buffer, part, e->source_offset + c->offset + done);
         if (n < 0)
             return fail(c, done, BG_COPY_READ, n);
-        int ret;
-        if (n == 0)
+        int ret = 0;
+        if (e->flags & BG_COPY_READ_ONLY)
+            account(c, part, n == 0);
+        else if (n == 0)
             ret = make_zero(c, done, part);
         else if (e->flags & BG_COPY_DETECT_ZEROES)
             ret = write_detecting(c, *c->buffer, done, part);
         else
             ret = write_part(c, *c->buffer, done, part);
+        if (ret == 0 && e->flags & BG_COPY_SUM)
+            ret = add_sum(c, *c->buffer, done, part);
         if (ret < 0)
             return ret;
     }

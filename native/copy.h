@@ -31,6 +31,7 @@
 #define BG_COPY_H
 
 #include "queue.h"
+#include "sums.h"
 
 #include <stddef.h>
 #include <stdint.h>
@@ -42,6 +43,8 @@
 #define BG_COPY_PUNCH_HOLES 4   /* what is zero is punched out of the target, which never grows by that */
 #define BG_COPY_SKIP_ZEROES 8   /* what is zero is left alone: the target is known to be zero there */
 #define BG_COPY_ZERO 16         /* no source: the range becomes zero, by the two flags above or as a write would */
+#define BG_COPY_SUM 64          /* what was copied is added to the job's sums, at `sum_offset`. Not with RANGE, CLONE or ZERO */
+#define BG_COPY_READ_ONLY 128   /* with SUM: no target, the source is only read */
 /* Without PUNCH_HOLES and SKIP_ZEROES zeroes are made by fallocate's zero range, or written. */
 
 /* The file system of a descriptor, as statfs(2) names it, or -errno. */
@@ -58,6 +61,7 @@ typedef struct {
     int64_t target_offset;
     int64_t length;
     uint32_t flags;
+    int64_t sum_offset; /* of the extent in the sums' disk */
 } bg_copy_extent;
 
 typedef struct {
@@ -79,6 +83,9 @@ typedef struct bg_copy bg_copy;
 /* threads: most tasks at once, >= 1. */
 int bg_copy_new(const bg_copy_extent *extents, int64_t count, int threads, bg_copy_progress *progress, bg_copy **out);
 void bg_copy_free(bg_copy *job);
+
+/* Before the start, where an extent has BG_COPY_SUM: borrowed until the end. A job that fails has added some of its bytes. */
+void bg_copy_set_sums(bg_copy *job, bg_sums *sums);
 
 /* Begin; the result arrives in the queue under `ticket`. */
 int bg_copy_start(bg_copy *job, bg_queue *queue, int64_t ticket);

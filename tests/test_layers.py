@@ -18,6 +18,7 @@ IMPORTED_BY = {
     "cli": {"__main__.py"},
     "bench": {"cli"},
     "demo": {"cli"},
+    "chains": {"cli", "jobs"},
     "jobs": {"cli", "bench", "demo", "session.py", "api.py", "graph", "testing"},
 }
 

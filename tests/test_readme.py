@@ -43,13 +43,16 @@ def test_readme_program_runs(number: int, tmp_path: Path) -> None:
 
 
 def test_readme_tour_runs(tmp_path: Path) -> None:
-    (graph,), (commands,) = blocks("toml"), blocks("sh")
-    tomllib.loads(graph)
-    (tmp_path / "graph.toml").write_text(graph)
-    load(tmp_path / "graph.toml")
+    for graph in blocks("toml"):
+        tomllib.loads(graph)
+        file = tmp_path / graph.partition("\n")[0].removeprefix("# ")
+        file.write_text(graph)
+        load(file)
     program = shutil.which("blockgraph", path=str(Path(sys.executable).parent))
     assert program is not None
-    for line in commands.strip().splitlines():
+    for line in "".join(blocks("sh")).split("\n"):
+        if not line:
+            continue
         command = line.partition("#")[0].split()
         assert command.pop(0) == "blockgraph"
         done = subprocess.run([program, *command], cwd=tmp_path, capture_output=True, text=True, check=False)

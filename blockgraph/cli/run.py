@@ -203,6 +203,8 @@ class Runner:
             what = {"ignore": "tries again", "stop": "stopped, SIGUSR1 resumes it"}.get(event.action or "")
             if what is not None:
                 self._fail(f"job '{event.job}': {event.error}; {what}")
+        elif event.kind == "note":
+            self._say(f"job '{event.job}' {event.error}")
         elif event.kind == "state" and event.state in _TOLD:
             self._say(f"job '{event.job}': {event.state}")
 

@@ -54,7 +54,16 @@ def _check(model: Model, job: JobDescription) -> list[Problem]:
                 hint="leave 'target' out, or give the node below as 'device'",
             )
         ]
-    if not ready and options.target is None:
+    if ready and options.chain is not None:
+        return [
+            Problem(
+                kind=OptionError,
+                message=f"device '{options.device}' is a {_FILTER} node and has a target already",
+                path=f"{job.where}.chain",
+                hint="leave 'chain' out, or give the node below as 'device'",
+            )
+        ]
+    if not ready and options.target is None and options.chain is None:
         return [
             Problem(
                 kind=OptionError,

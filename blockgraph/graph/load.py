@@ -319,6 +319,8 @@ class _Reader:
                 if inner.nodes:
                     value = {**value, "target": inner.nodes[0].description}
                     target = inner.nodes[0].name
+            if isinstance(value, dict) and self._directory is not None:
+                value = _resolved(value, ("chain",), self._directory)
             options = self._typed(value, path, JOBS, "job", ("device", "target"))
             if options is None:
                 continue

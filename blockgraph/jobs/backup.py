@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from blockgraph.backend import Backend
+from blockgraph.chains.recorder import Recorder
 from blockgraph.errors import BlockGraphError, GraphError, JobError
 from blockgraph.filters.backup_top import BackupTop
 from blockgraph.graph.action import Action
@@ -37,6 +38,7 @@ from blockgraph.jobs.options import BackupOptions
 from blockgraph.jobs.states import Verb
 from blockgraph.jobs.sync import LATE_BITMAP, LATE_BITMAP_HINT, BitmapUse, bitmap_use
 from blockgraph.native import Bitmap
+from blockgraph.options import NodeRef
 from blockgraph.perm import Perm
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class BackupJob(Job):
 
     Attributes:
         filter_name: the backup-top the job works through, once it has started.
+        chain: what makes the target a backup of a chain; None: it is none.
     """
 
     type = "backup"
@@ -63,6 +66,7 @@ class BackupJob(Job):
         self._graph = graph
         self._backend = Backend(f"job-{job_id}", need=Perm(0), stays=True, owner=f"job '{job_id}'")
         self._created: str | None = None
+        self.chain: Recorder | None = None
         self._own_filter = False
         self._top: BackupTop
         self._loop: CopyLoop | None = None
@@ -84,7 +88,9 @@ class BackupJob(Job):
         change.act(_Start(self, change))  # from here on the transaction tells when it has failed
         self._use = bitmap_use(options)
         target = options.target
-        if options.mode == "create":
+        if options.chain is not None:
+            target = await self._join_chain(options.chain)
+        elif options.mode == "create":
             target = await create_target(self._graph, options)
             self._created = created_file(options)
         if target is None:
@@ -97,6 +103,20 @@ class BackupJob(Job):
             change.insert(self.filter_name, above=options.device)
             self._own_filter = True
         change.attach(self._backend, self.filter_name)
+
+    async def _join_chain(self, directory: str) -> NodeRef:
+        options = self.options
+        sync = options.sync
+        assert sync == "full" or sync == "incremental" or sync == "differential"
+        least = options.min_cluster_size or 0
+        chain = Recorder(self._graph, options.device, directory, sync, options.chain_format, least)
+        if chain.plan.reason is not None:
+            self.note(f"makes a full backup: {chain.plan.reason}")
+        if chain.plan.bitmap is not None:
+            self._use = BitmapUse(chain.node, chain.plan.bitmap, "never", reduces=True)
+        target = await chain.create()
+        self.chain = chain
+        return target
 
     async def take(self, change: Transaction) -> None:
         """For `_Start`: with the filter in place and everything drained, take what the job needs."""
@@ -114,6 +134,8 @@ class BackupJob(Job):
             )
         if self._use is not None:
             await self._take_view(change, self._use)
+        if self.chain is not None:
+            await self.chain.begin(change, top)
         top.copy.only_top = options.sync == "top"
         self._loop = CopyLoop(
             self,
@@ -150,14 +172,19 @@ class BackupJob(Job):
         if bitmap.persistent and store is not None:
             await store.begin()
 
-    def give_back(self) -> None:
+    async def give_back(self) -> None:
         """Undo `take`: the transaction fails."""
+        if self.chain is not None:
+            await self.chain.undo()
         if self._view is not None:
             self._view.drop()
             self._view = None
 
     def remove_target(self) -> None:
         """Nobody has come to know of the file that was made for the job."""
+        chain, self.chain = self.chain, None
+        if chain is not None:
+            chain.remove_files()
         created, self._created = self._created, None
         if created is not None:
             os.unlink(created)
@@ -236,8 +263,25 @@ class BackupJob(Job):
             )
 
     async def prepare(self) -> None:
+        if self.chain is not None:
+            await self._backend.enter()
+            try:
+                await self.chain.record()
+            finally:
+                self._backend.leave()
         if self._view is not None and self._view.mode != "never":
             await self._store_changes(self._view.bitmap)
+
+    async def commit(self) -> None:
+        if self.chain is not None:
+            if self._view is not None:  # the bitmap goes
+                self._view.end(succeeded=True)
+                self._view = None
+            await self.chain.commit()
+
+    async def abort(self) -> None:
+        if self.chain is not None:
+            await self.chain.discard()
 
     async def clean(self) -> None:
         try:
@@ -287,13 +331,14 @@ class _Start(Action):
         self._change = change
 
     def nodes(self) -> Iterable[str]:
-        return bitmap_nodes(self._change.candidate, self._job.options)
+        names = bitmap_nodes(self._change.candidate, self._job.options)
+        return names if self._job.chain is None else [*names, self._job.chain.node]
 
     async def prepare(self, change: Transaction) -> None:
         await self._job.take(change)
 
     async def abort(self) -> None:
-        self._job.give_back()
+        await self._job.give_back()
 
     def commit(self) -> None:
         self._job.group.launch()

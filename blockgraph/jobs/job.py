@@ -33,11 +33,11 @@ class JobEvent:
     Attributes:
         job: its id.
         kind: "state" (it entered `state`), "error" (its own I/O failed: `error`, and what was done: `action`),
-            "completed" (`error` set when it failed) or "cancelled".
+            "note" (`error` says something that is no error), "completed" (`error` set when it failed) or "cancelled".
     """
 
     job: str
-    kind: Literal["state", "error", "completed", "cancelled"]
+    kind: Literal["state", "error", "note", "completed", "cancelled"]
     state: JobState
     error: str | None = None
     action: str | None = None
@@ -282,6 +282,11 @@ class Job:
             self._user_paused = True
             self._resumed.clear()
             self._pause_asked.set()
+
+    def note(self, text: str) -> None:
+        """Tell listeners something that users should know, and that is no error."""
+        log.info("job '%s' %s", self.id, text)
+        self._tell(JobEvent(self.id, "note", self.state, text))
 
     def report(self, error: BlockGraphError, action: str) -> None:
         """Tell listeners of an error of the job's own I/O, and what is done about it."""

@@ -60,6 +60,11 @@ class BackupOptions(
         bitmap_mode: "on-success", "never" or "always"; see above. Required with sync "full", "top" and "bitmap".
         bitmap_use: with sync "full" or "top": "reset" (default, as in QEMU) copies what the bitmap does not mark, too;
             "reduce" does not.
+        chain: directory of a chain of backups (blockgraph.chains), made if need be. The job makes the next one there:
+            sync "full", "incremental" (what changed since the newest backup) or "differential" (since the newest that
+            is not differential). It keeps bitmaps of its own, so `target`, `mode` and the `bitmap` members are left
+            out. Where the bitmap of the changes is missing or can not be trusted, it makes a full backup and says why.
+        chain_format: of the images there: "qcow2", each over the one before (default), or "raw": raw, then patches.
         group: jobs that name the same group start in one transaction, at one instant, or not at all.
         completion_mode: of the jobs of a group: "individual" (default): each ends for itself. "grouped": all succeed
             or none does. The first failure cancels the others; none clears its bitmap "on-success" unless all
@@ -83,6 +88,8 @@ class BackupOptions(
     bitmap: str | BitmapRef | None = None
     bitmap_mode: Literal["on-success", "never", "always"] | None = None
     bitmap_use: Literal["reset", "reduce"] | None = None
+    chain: str | None = None
+    chain_format: Literal["qcow2", "raw"] = "qcow2"
     group: str | None = None
     completion_mode: Literal["individual", "grouped"] = "individual"
     speed: Annotated[int, msgspec.Meta(ge=0)] = 0

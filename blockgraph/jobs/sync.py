@@ -49,6 +49,9 @@ def bitmap_use(options: BackupOptions) -> BitmapUse | None:
     Raises:
         OptionError: the members do not go together; its path is the member at fault.
     """
+    if options.chain is not None:
+        _check_chain(options)
+        return None
     if options.bitmap is None:
         _check_none(options)
         return None
@@ -65,6 +68,29 @@ def bitmap_use(options: BackupOptions) -> BitmapUse | None:
     if isinstance(options.bitmap, BitmapRef):
         return BitmapUse(options.bitmap.node, options.bitmap.name, mode, reduces)
     return BitmapUse(None, options.bitmap, mode, reduces)
+
+
+def _check_chain(options: BackupOptions) -> None:
+    """The chain says what is copied, and where to."""
+    if options.sync not in ("full", "incremental", "differential"):
+        raise OptionError(
+            f"sync '{options.sync}' makes no backup of a chain",
+            path="sync",
+            value=options.sync,
+            hint="use 'full', 'incremental' or 'differential', or give a 'target' instead of 'chain'",
+        )
+    given = (
+        ("target", options.target),
+        ("bitmap", options.bitmap),
+        ("bitmap-mode", options.bitmap_mode),
+        ("bitmap-use", options.bitmap_use),
+        ("mode", None if options.mode == "existing" else options.mode),
+    )
+    for member, value in given:
+        if value is not None:
+            raise OptionError(
+                "is chosen by the chain", path=member, value=value, hint="leave it out, or leave 'chain' out"
+            )
 
 
 def _check_none(options: BackupOptions) -> None:

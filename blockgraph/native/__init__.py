@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
 """The C of native/ with Python types: dirty bitmaps, zero detection, I/O on worker threads, copying, qcow2 tables,
-extent maps, copy before write, first writes.
+extent maps, copy before write, first writes, checksums.
 
 Everything here runs without the GIL and knows nothing about nodes or graphs. Offsets and lengths are bytes. Arguments
 out of range raise ValueError; failed system calls raise OSError with `errno`.
@@ -23,9 +23,11 @@ from blockgraph.native.copy import (
 from blockgraph.native.extent_map import ExtentMap, MapExtent, MapStats, Zeroing
 from blockgraph.native.l2 import L2Kind, L2Places, L2Run, decode_l2, free_run_refcount16, next_nonzero_u64
 from blockgraph.native.pool import Pool, close_pool, get_pool
+from blockgraph.native.sums import SUM_BLOCK, Sums
 from blockgraph.native.zero import ZeroRun, allocate_aligned, is_zero, zero_runs
 
 __all__ = [
+    "SUM_BLOCK",
     "Allocator",
     "Bitmap",
     "ClaimedRun",
@@ -49,6 +51,7 @@ __all__ = [
     "MapExtent",
     "MapStats",
     "Pool",
+    "Sums",
     "ZeroRun",
     "Zeroing",
     "allocate_aligned",

@@ -15,6 +15,7 @@ from blockgraph.native.check import check
 if TYPE_CHECKING:
     from blockgraph.native.bitmap import Bitmap
     from blockgraph.native.extent_map import ExtentMap
+    from blockgraph.native.sums import Sums
 
 _NO_LIMIT: int = lib.BG_BITMAP_NO_LIMIT
 _RUN = ffi.typeof("bg_bitmap_extent *")
@@ -84,11 +85,18 @@ class Copier:
         check(code)
         self._native = ffi.gc(out[0], lib.bg_copier_free)
         self._borrowed = todo, done, source, target
+        self._sums: Sums | None = None
         self._waiting: set[asyncio.Future[None]] = set()
 
     def set_mode(self, mode: CopierMode) -> None:
         """For writes from now on; copies under way go on."""
         lib.bg_copier_set_mode(self._native, mode)
+
+    def set_sums(self, sums: Sums) -> None:
+        """Native copies that begin from now on add what they write there; what fails is spoiled."""
+        if lib.bg_copier_set_sums(self._native, sums.native) < 0:
+            raise ValueError(f"sums of {sums.size} bytes are not of this disk")
+        self._sums = sums
 
     def take(self, offset: int, end: int, max_length: int | None = None) -> ClaimedRun | None:
         """Claim the first run that is to be copied in [offset, end); None: there is none. See Bitmap.take."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
+from blockgraph.native.sums import Sums
 
 CopySide = Literal["read", "write"]
 _SIDES: dict[int, CopySide] = {lib.BG_COPY_READ: "read", lib.BG_COPY_WRITE: "write"}
@@ -26,6 +27,8 @@ class CopyFlag(IntFlag):
     PUNCH_HOLES: what is zero is punched out of the target (which never grows by that).
     SKIP_ZEROES: what is zero is left alone, since the target is known to be zero there.
     ZERO: there is no source; the whole range is made zero.
+    SUM: what was copied is added to the job's sums, at `sum_offset`. Not with COPY_RANGE or ZERO.
+    READ_ONLY: with SUM; there is no target, the source is only read.
     """
 
     NONE = 0
@@ -35,6 +38,8 @@ class CopyFlag(IntFlag):
     PUNCH_HOLES = lib.BG_COPY_PUNCH_HOLES
     SKIP_ZEROES = lib.BG_COPY_SKIP_ZEROES
     ZERO = lib.BG_COPY_ZERO
+    SUM = lib.BG_COPY_SUM
+    READ_ONLY = lib.BG_COPY_READ_ONLY
 
 
 #: File systems whose server copies by itself, as statfs(2) names them: NFS, CIFS, SMB2.
@@ -61,6 +66,7 @@ class CopyExtent(NamedTuple):
     target_offset: int
     length: int
     flags: CopyFlag = CopyFlag.NONE
+    sum_offset: int = 0
 
 
 class CopyResult(NamedTuple):
@@ -128,11 +134,14 @@ class CopyCancelled(OSError):
 
 
 class Job:
-    """A native job and what it borrows: the progress it counts in, and the extents by which a failure is explained."""
+    """A native job and what it borrows: the progress it counts in, the sums it adds to, and the extents by which a
+    failure is explained."""
 
-    __slots__ = ("_extents", "_zeroes_before", "native", "progress")
+    __slots__ = ("_extents", "_sums", "_zeroes_before", "native", "progress")
 
-    def __init__(self, extents: Sequence[CopyExtent], threads: int, progress: CopyProgress | None) -> None:
+    def __init__(
+        self, extents: Sequence[CopyExtent], threads: int, progress: CopyProgress | None, sums: Sums | None = None
+    ) -> None:
         """Raises ValueError for an extent that makes no sense, OSError without memory."""
         self.progress = CopyProgress() if progress is None else progress
         self._extents = extents
@@ -147,6 +156,9 @@ class Job:
             _refuse(extents, threads)
         check(code)
         self.native: Any = ffi.gc(out[0], lib.bg_copy_free)
+        self._sums = sums
+        if sums is not None:
+            lib.bg_copy_set_sums(self.native, sums.native)
 
     def finish(self, code: int) -> CopyResult:
         """The result of a job that ended with `code`, or its failure."""

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
 from blockgraph.native.copy import CopyExtent, CopyProgress, CopyResult, Job
+from blockgraph.native.sums import Sums
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -255,7 +256,12 @@ class Pool:
         await self._submit(_FALLOCATE, fd, ffi.NULL, length, offset, mode)
 
     async def copy(
-        self, extents: Sequence[CopyExtent], *, threads: int | None = None, progress: CopyProgress | None = None
+        self,
+        extents: Sequence[CopyExtent],
+        *,
+        threads: int | None = None,
+        progress: CopyProgress | None = None,
+        sums: Sums | None = None,
     ) -> CopyResult:
         """Copy extents between descriptors on several threads.
 
@@ -263,6 +269,7 @@ class Pool:
             extents: see CopyExtent; must not change until the call has ended.
             threads: most chunks at once; None: all threads but one, which is left to other operations.
             progress: counts while the job runs, and can cancel it.
+            sums: what extents with CopyFlag.SUM are added to. A job that fails has added some of them.
         Raises:
             CopyError: a transfer failed.
             CopyCancelled: `progress` was cancelled.
@@ -270,7 +277,7 @@ class Pool:
         Cancelled: any part of the targets may have been written.
         """
         future = self._future()
-        job = Job(extents, self._copy_threads(threads), progress)
+        job = Job(extents, self._copy_threads(threads), progress, sums)
         self._ticket = ticket = self._ticket + 1
         check(lib.bg_copy_start(job.native, self._queue, ticket))
         self._pending[ticket] = (future, job)

@@ -47,8 +47,8 @@ void test_copy(void)
         memset(copied, 0xee, SIZE);
         CHECK(pwrite(target, copied, SIZE, 0) == SIZE);
         progress = (bg_copy_progress){0};
-        bg_copy_extent half[] = {{source, 0, target, 0, SIZE / 2 + 512, flags[i]},
-                                 {source, SIZE / 2 + 512, target, SIZE / 2 + 512, SIZE / 2 - 512, flags[i]}};
+        bg_copy_extent half[] = {{source, 0, target, 0, SIZE / 2 + 512, flags[i], 0},
+                                 {source, SIZE / 2 + 512, target, SIZE / 2 + 512, SIZE / 2 - 512, flags[i], 0}};
         pthread_t watcher;
         CHECK(pthread_create(&watcher, NULL, watch, NULL) == 0);
         CHECK(bg_copy_new(half, 2, 3, &progress, &job) == 0);
@@ -65,7 +65,7 @@ void test_copy(void)
         bg_copy_free(job);
         CHECK(pread(target, copied, SIZE, 0) == SIZE && !memcmp(data, copied, SIZE));
     }
-    bg_copy_extent bad = {source, 0, 100000, 0, SIZE, 0};
+    bg_copy_extent bad = {source, 0, 100000, 0, SIZE, 0, 0};
     progress = (bg_copy_progress){0};
     CHECK(bg_copy_new(&bad, 1, 2, &progress, &job) == 0);
     CHECK(bg_copy_run(job, pool) == -EBADF);

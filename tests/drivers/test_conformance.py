@@ -14,7 +14,9 @@ from helpers.loop import graph_of, in_loop
 
 from blockgraph import registry
 from blockgraph.backend import Backend
+from blockgraph.formats.patch import Patch, empty_patch
 from blockgraph.formats.qcow2 import create_image
+from blockgraph.native import Bitmap
 from blockgraph.testing import check_driver
 
 SIZES = {"seams": 256 << 10, "odd": 70_001, "sector": 512, "byte": 1}
@@ -101,6 +103,35 @@ def qcow2(size: int, align: int, cluster_size: int, backing: bool) -> Factory:
     return make
 
 
+def patch(size: int, align: int) -> Factory:
+    """A patch in memory that has the whole disk, in one extent."""
+
+    @asynccontextmanager
+    async def make() -> AsyncIterator[Backend]:
+        nodes = [memory("below", 0), {"node-name": "file", "driver": "inject-error", "image": "below", "align": align}]
+        async with graph_of(*nodes) as graph:
+            file = await graph.backend("file", writable=True, resize=True)
+            await file.truncate(4096)
+            await file.pwrite(0, empty_patch(size, 65536))
+            await graph.close_backend(file)
+            node = await graph.add_node({"node-name": "it", "driver": "patch", "file": "file"})
+            it = await graph.backend("it", writable=True)
+            bits = Bitmap(size, 65536)
+            bits.fill()
+            assert isinstance(node.driver, Patch)
+            await node.driver.lay_out(bits)
+            yield it
+
+    return make
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("align", ALIGNMENTS.values(), ids=ALIGNMENTS.keys())
+@in_loop
+async def test_patch_conforms(align: int, size: int) -> None:
+    await check_driver(patch(size, align), size=size)
+
+
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @in_loop
@@ -161,5 +192,5 @@ async def test_raw_window_conforms(window: tuple[int, int | None]) -> None:
 
 
 def test_every_built_in_driver_is_covered() -> None:
-    covered = {"file", "qcow2", *PROTOCOLS, *ELSEWHERE, *(members["driver"] for members in OVER.values())}
+    covered = {"file", "qcow2", "patch", *PROTOCOLS, *ELSEWHERE, *(members["driver"] for members in OVER.values())}
     assert covered == {registry.get_driver(name).name for name in registry._BUILTIN}
