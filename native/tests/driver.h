@@ -34,6 +34,7 @@ void test_extent_map_threads(void);
 void test_nbd(void);
 void test_qcow2_l2(void);
 void test_queue(void);
+void test_wait(void);
 void test_zero(void);
 
 #endif
