@@ -4,6 +4,7 @@
 #include "allocator.h"
 
 #include "io.h"
+#include "wait.h"
 #include "zero.h"
 
 #include <errno.h>
@@ -31,7 +32,7 @@ struct bg_allocator {
     int bits, fd, slot, eventfd;
 
     pthread_mutex_t lock;
-    pthread_cond_t placed; /* a claim has gone */
+    bg_waiters placed; /* a claim has gone */
     range *claims;         /* on the stacks of first writes */
     range *holds;
     bg_allocator_room *rooms;
@@ -63,7 +64,6 @@ int bg_allocator_new(int bits, bg_allocator **out)
     a->bits = bits;
     a->fd = -1;
     pthread_mutex_init(&a->lock, NULL);
-    pthread_cond_init(&a->placed, NULL);
     *out = a;
     return 0;
 }
@@ -79,7 +79,6 @@ void bg_allocator_free(bg_allocator *a)
     free(a->rooms);
     free(a->links);
     close(a->eventfd);
-    pthread_cond_destroy(&a->placed);
     pthread_mutex_destroy(&a->lock);
     free(a);
 }
@@ -284,7 +283,7 @@ static int claim(bg_allocator *a, range *c)
         ret = BG_MAP_MISS;
     } else if (overlapping(a->claims, c->first, c->first + 1)) {
         do
-            pthread_cond_wait(&a->placed, &a->lock);
+            bg_wait(&a->placed, &a->lock);
         while (overlapping(a->claims, c->first, c->first + 1));
         ret = -EAGAIN;
     } else if (!make_space((void **)&a->links, &a->link_space, a->link_count + a->promised + 1, sizeof(*a->links))) {
@@ -313,7 +312,7 @@ static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused)
     if (unused && unused->clusters)
         add_room(a, unused);
     tell_low(a);
-    pthread_cond_broadcast(&a->placed);
+    bg_wake_all(&a->placed);
     pthread_mutex_unlock(&a->lock);
 }
 

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "copier.h"
 
+#include "wait.h"
 #include "zero.h"
 
 #include <errno.h>
@@ -33,7 +34,7 @@ struct bg_copier {
     int64_t size, cluster, step;
     int eventfd;
     pthread_mutex_t lock;
-    pthread_cond_t ended; /* a native claim */
+    bg_waiters ended; /* a native claim */
     range *first;
     int64_t last_number;
     enum bg_copier_mode mode;
@@ -73,7 +74,6 @@ int bg_copier_new(bg_bitmap *todo, bg_bitmap *done, bg_map *source, bg_map *targ
     c->cluster = cluster;
     c->step = cluster < STEP ? cluster : STEP;
     pthread_mutex_init(&c->lock, NULL);
-    pthread_cond_init(&c->ended, NULL);
     *out = c;
     return 0;
 }
@@ -87,7 +87,6 @@ int bg_copier_free(bg_copier *c)
     while (c->spares)
         free(c->spare[--c->spares]);
     close(c->eventfd);
-    pthread_cond_destroy(&c->ended);
     pthread_mutex_destroy(&c->lock);
     free(c);
     return 0;
@@ -399,7 +398,7 @@ static int copy_run(bg_copier *c, const bg_bitmap_extent *run, bg_copier_stats *
         c->watched = false;
         eventfd_write(c->eventfd, 1);
     }
-    pthread_cond_broadcast(&c->ended);
+    bg_wake_all(&c->ended);
     return ret;
 }
 
@@ -418,7 +417,7 @@ static int copy_all(bg_copier *c, int64_t start, int64_t end, bg_copier_stats *m
             if (copy_run(c, &run, mine) != 0)
                 return BG_MAP_MISS;
         } else if (claim) {
-            pthread_cond_wait(&c->ended, &c->lock);
+            bg_wait(&c->ended, &c->lock);
         } else {
             return 0;
         }

@@ -4,6 +4,7 @@
 #include "copy.h"
 
 #include "io.h"
+#include "wait.h"
 #include "zero.h"
 
 #include <errno.h>
@@ -40,7 +41,7 @@ struct bg_copy {
     bg_pool *pool;
     bg_entry *entry; /* NULL: someone waits in bg_copy_run */
     pthread_mutex_t lock;
-    pthread_cond_t ended;
+    bg_waiters ended;
     /* Under the lock: */
     int64_t at, at_offset; /* the next chunk */
     atomic_bool no_clones; /* the file systems have refused */
@@ -116,7 +117,6 @@ int bg_copy_new(const bg_copy_extent *extents, int64_t count, int threads, bg_co
     job->progress = progress;
     job->threads = threads;
     pthread_mutex_init(&job->lock, NULL);
-    pthread_cond_init(&job->ended, NULL);
     *out = job;
     return 0;
 }
@@ -126,7 +126,6 @@ void bg_copy_free(bg_copy *job)
     if (!job)
         return;
     pthread_mutex_destroy(&job->lock);
-    pthread_cond_destroy(&job->ended);
     free(job->extents);
     free(job->completed);
     free(job);
@@ -333,7 +332,7 @@ static void run_runner(bg_task *task)
     int64_t result = job_result(job);
     bg_entry *entry = job->entry;
     if (last && !entry)
-        pthread_cond_signal(&job->ended);
+        bg_wake_all(&job->ended);
     pthread_mutex_unlock(&job->lock);
     if (last && entry)
         bg_queue_complete(entry, result);
@@ -364,7 +363,7 @@ int bg_copy_run(bg_copy *job, bg_pool *pool)
     start_runners(job);
     pthread_mutex_lock(&job->lock);
     while (job->active)
-        pthread_cond_wait(&job->ended, &job->lock);
+        bg_wait(&job->ended, &job->lock);
     int ret = (int)job_result(job);
     pthread_mutex_unlock(&job->lock);
     return ret;

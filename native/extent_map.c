@@ -41,7 +41,6 @@ int bg_map_new(int64_t size, int64_t memory, bg_map **out)
     map->region = -1;
     pthread_mutex_init(&map->lock, NULL);
     pthread_mutex_init(&map->wait_lock, NULL);
-    pthread_cond_init(&map->settled_cond, NULL);
     *out = map;
     return 0;
 }
@@ -71,7 +70,6 @@ int bg_map_free(bg_map *map)
     free(map->work.spans);
     free(map->wide_work.spans);
     close(map->eventfd);
-    pthread_cond_destroy(&map->settled_cond);
     pthread_mutex_destroy(&map->wait_lock);
     pthread_mutex_destroy(&map->lock);
     free(map);

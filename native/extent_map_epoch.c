@@ -76,7 +76,7 @@ static void announce(bg_map *map)
         if (map->told >= atomic_load(&map->waiting))
             atomic_store(&map->waiting, 0);
         eventfd_write(map->eventfd, 1);
-        pthread_cond_broadcast(&map->settled_cond);
+        bg_wake_all(&map->settled);
     }
     pthread_mutex_unlock(&map->wait_lock);
 }
@@ -121,7 +121,7 @@ void bg_map_wait(bg_map *map, int64_t ticket)
 {
     pthread_mutex_lock(&map->wait_lock);
     while (!settled_or_armed(map, (uint64_t)ticket))
-        pthread_cond_wait(&map->settled_cond, &map->wait_lock);
+        bg_wait(&map->settled, &map->wait_lock);
     pthread_mutex_unlock(&map->wait_lock);
 }
 

@@ -15,6 +15,7 @@
 #define BG_EXTENT_MAP_INTERNAL_H
 
 #include "extent_map.h"
+#include "wait.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -155,7 +156,7 @@ struct bg_map {
 
     /* Waiting. */
     pthread_mutex_t wait_lock;
-    pthread_cond_t settled_cond;
+    bg_waiters settled; /* something was told */
     uint64_t told; /* tickets up to here were announced */
     int eventfd;
 };

@@ -2,6 +2,8 @@
 /* SPDX-License-Identifier: MIT */
 #include "pool.h"
 
+#include "wait.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
@@ -9,9 +11,8 @@
 
 struct bg_pool {
     pthread_mutex_t lock;
-    pthread_cond_t work;
+    bg_waiters work;
     bg_task *first, **last;
-    unsigned idle; /* threads that wait for work */
     bool closing;
     int nthreads;
     pthread_t threads[];
@@ -33,9 +34,7 @@ static void *worker(void *arg)
         } else if (pool->closing) {
             break;
         } else {
-            pool->idle++;
-            pthread_cond_wait(&pool->work, &pool->lock);
-            pool->idle--;
+            bg_wait(&pool->work, &pool->lock);
         }
     }
     pthread_mutex_unlock(&pool->lock);
@@ -50,7 +49,6 @@ int bg_pool_new(int threads, bg_pool **out)
     if (!pool)
         return -ENOMEM;
     pthread_mutex_init(&pool->lock, NULL);
-    pthread_cond_init(&pool->work, NULL);
     pool->last = &pool->first;
     /* Signals belong to the program's own threads. */
     sigset_t all, before;
@@ -77,11 +75,10 @@ void bg_pool_free(bg_pool *pool)
         return;
     pthread_mutex_lock(&pool->lock);
     pool->closing = true;
-    pthread_cond_broadcast(&pool->work);
+    bg_wake_all(&pool->work);
     pthread_mutex_unlock(&pool->lock);
     for (int i = 0; i < pool->nthreads; i++)
         pthread_join(pool->threads[i], NULL);
-    pthread_cond_destroy(&pool->work);
     pthread_mutex_destroy(&pool->lock);
     free(pool);
 }
@@ -97,10 +94,10 @@ void bg_pool_submit(bg_pool *pool, bg_task *task)
     pthread_mutex_lock(&pool->lock);
     *pool->last = task;
     pool->last = &task->next;
-    bool wake = pool->idle > 0;
+    bool wake = bg_changed(&pool->work);
     pthread_mutex_unlock(&pool->lock);
     if (wake)
-        pthread_cond_signal(&pool->work);
+        bg_wake(&pool->work, 1);
 }
 
 bool bg_pool_waiting(bg_pool *pool)

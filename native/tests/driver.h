@@ -36,6 +36,7 @@ void test_qcow2_l2(void);
 void test_queue(void);
 void test_request(void);
 void test_sums(void);
+void test_wait(void);
 void test_zero(void);
 
 #endif

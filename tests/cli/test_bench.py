@@ -90,7 +90,8 @@ def test_bench_without_peers_measures_us_and_names_what_is_missing(
     assert sides(by_name["Python API, raw", "4 KiB random read"]) == [OURS, "preadv"]
     top = by_name["backup-top, raw", "4 KiB random write, depth 16"]
     assert sides(top) == [OURS, WITHOUT_FILTER]
-    assert all(len(side["series"]) == 4 and sum(side["series"]) > 0 for side in top["sides"])
+    # On a busy machine no request may have ended within the intervals.
+    assert [(len(side["series"]), min(side["rounds"]) > 0) for side in top["sides"]] == [(4, True)] * 2
     assert list(temporary.iterdir()) == []
 
 
