@@ -128,7 +128,7 @@ class _Plan:
         name_end = self._name_at + self._name_length
         if not self._name_at or end <= self._name_at:
             if end > len(self._cluster):
-                raise ValueError
+                raise ValueError("no room in the first cluster")
             return
         name = self._cluster[self._name_at : name_end]
         to = max(end, name_end)
@@ -140,7 +140,7 @@ class _Plan:
             middle = self._cluster[_NAME_AT + 8 : self._end] + bytes(end - self._end)
             self.writes.append(Write(_NAME_AT, end.to_bytes(8, "big") + middle + name))
         else:
-            raise ValueError
+            raise ValueError("no room in the first cluster")
 
 
 def _in_one_sector(offset: int, length: int) -> bool:
