@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 from blockgraph.bitmaps.bitmap import DirtyBitmap
 from blockgraph.formats.qcow2.bitmap_directory import MAX_BITS, ONES, TABLE_RESERVED, Entry, table_size
-from blockgraph.formats.qcow2.image import Image
+from blockgraph.formats.qcow2.image import Image, run_all
 from blockgraph.formats.qcow2.refcount import Refcounts
 from blockgraph.native import Bitmap, is_zero
 
 #: Bytes of bits read or written at once.
-_CHUNK = 4 << 20
+_CHUNK = 1 << 20
+#: Requests made together.
+_AT_ONCE = 16
 
 
 @dataclass
@@ -110,24 +112,37 @@ def _judge_table(image: Image, table: array[int]) -> str | None:
 async def load_bits(image: Image, stored: Stored, bits: Bitmap) -> None:
     """Mark in `bits`, which are clean, what is stored."""
     span = stored.entry.granularity * 8 * image.cluster_size
+
+    async def load(offset: int, place: int, clusters: int) -> None:
+        length = min(clusters * span, bits.size - offset)
+        data = await image.read(place, clusters << image.cluster_bits)
+        bits.deserialise(offset, memoryview(data)[: -(-length // (8 * bits.granularity))])
+
+    wanted: list[tuple[int, int, int]] = []
+    for first, place, clusters in _runs(image, stored):
+        offset = first * span
+        if place == ONES:
+            bits.set(offset, min(clusters * span, bits.size - offset))
+            continue
+        wanted.append((offset, place, clusters))
+        if len(wanted) == _AT_ONCE:
+            await run_all([load(*one) for one in wanted])
+            wanted.clear()
+    await run_all([load(*one) for one in wanted])
+
+
+def _runs(image: Image, stored: Stored) -> Iterator[tuple[int, int, int]]:
+    """(index in the table, place, clusters) of neighbours that lie in a row, or are all ones."""
     indexes, places = stored.indexes, stored.places
     at = 0
     while at < len(places):
         first, place = indexes[at], places[at]
         step = 0 if place == ONES else image.cluster_size
-        most = len(places) if place == ONES else at + max(1, _CHUNK >> image.cluster_bits)
+        most = len(places) if place == ONES else min(len(places), at + max(1, _CHUNK >> image.cluster_bits))
         end = at + 1
-        while end < min(most, len(places)) and (
-            indexes[end] == first + end - at and places[end] == place + (end - at) * step
-        ):
+        while end < most and indexes[end] == first + end - at and places[end] == place + (end - at) * step:
             end += 1
-        offset = first * span
-        length = min((end - at) * span, bits.size - offset)
-        if place == ONES:
-            bits.set(offset, length)
-        else:
-            data = await image.read(place, (end - at) << image.cluster_bits)
-            bits.deserialise(offset, memoryview(data)[: -(-length // (8 * bits.granularity))])
+        yield first, place, end - at
         at = end
 
 
@@ -183,6 +198,7 @@ async def store_bits(image: Image, bits: Bitmap, room: NewRoom) -> array[int]:
     span = bits.granularity * 8 * image.cluster_size
     table = array("Q", bytes(8 * table_size(bits.size, bits.granularity, image.cluster_size)))
     offset = 0
+    waiting: list[tuple[int, bytes]] = []
     while (run := bits.next_dirty(offset)) is not None:
         first = run[0] // span
         end = (run[0] + run[1]) // span
@@ -190,13 +206,16 @@ async def store_bits(image: Image, bits: Bitmap, room: NewRoom) -> array[int]:
             table[first:end] = array("Q", [ONES]) * (end - first)
             offset = end * span
             continue
-        host, clusters = await room.some(_mixed(bits, first, len(table), span, _CHUNK >> image.cluster_bits))
+        host, clusters = await room.some(_mixed(bits, first, len(table), span, max(1, _CHUNK >> image.cluster_bits)))
         offset = min((first + clusters) * span, bits.size)
         data = bits.serialise(first * span, offset - first * span)
-        await image.write(host, data.ljust(clusters << image.cluster_bits, b"\0"))
-        table[first : first + clusters] = array(
-            "Q", range(host, host + (clusters << image.cluster_bits), image.cluster_size)
-        )
+        waiting.append((host, data.ljust(clusters << image.cluster_bits, b"\0")))
+        places = range(host, host + (clusters << image.cluster_bits), image.cluster_size)
+        table[first : first + clusters] = array("Q", places)
+        if len(waiting) == _AT_ONCE:
+            await run_all([image.write(*one) for one in waiting])
+            waiting.clear()
+    await run_all([image.write(*one) for one in waiting])
     return table
 
 
