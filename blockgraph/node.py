@@ -465,13 +465,15 @@ class Node:
         request = await self.begin(low, high - low, serialising=True)
         try:
             if self.guard is not None:
-                await self.guard.before(low, high - low)
+                await self.guard.before_resize(size)
             for extents in list(self.maps if self.bitmaps else ()):
                 await extents.forget_bitmaps()
             await self.driver.truncate(size)
             for bitmap in self.bitmaps.values():
                 bitmap.truncate(size)
         finally:
+            if self.guard is not None:
+                await self.guard.resized()
             self.write_gen += 1
             for extents in self.maps:
                 self._revoked[extents] = extents.resized()

@@ -50,6 +50,8 @@ class DirtyBitmap:
         enabled: it records writes.
         persistent: its node's store keeps it.
         inconsistent: it missed writes, or may have: of no use but to be removed.
+        reason: why it is inconsistent.
+        version: grows with every change that is no write.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class DirtyBitmap:
         enabled: bool = True,
         persistent: bool = False,
         inconsistent: bool = False,
+        reason: str = "",
     ) -> None:
         self.name = name
         self.node = node
@@ -70,6 +73,8 @@ class DirtyBitmap:
         self.enabled = enabled
         self.persistent = persistent
         self.inconsistent = inconsistent
+        self.reason = reason
+        self.version = 0
         self._segments: list[Bitmap] = []
         self._views: list[View] = []
         self._ended: list[_Ended] = []
@@ -115,7 +120,7 @@ class DirtyBitmap:
         """
         if self.inconsistent:
             raise GraphError(
-                f"bitmap '{self.name}' is inconsistent: it may have missed writes",
+                f"bitmap '{self.name}' is inconsistent: {self.reason or 'it may have missed writes'}",
                 node=self.node,
                 op=op,
                 hint="remove it, and make a full backup next",
@@ -164,9 +169,11 @@ class DirtyBitmap:
 
     def _keep(self) -> Callable[[], None]:
         before = self._segments, self.recorder
+        self.version += 1
 
         def undo() -> None:
             self._segments, self.recorder = before
+            self.version += 1
 
         return undo
 
@@ -175,9 +182,11 @@ class DirtyBitmap:
         assert not self._views
         assert bits.granularity == self.granularity
         self.recorder = bits
+        self.version += 1
 
     def truncate(self, size: int) -> None:
         """Follow the disk to a new size; grown area is clean."""
+        self.version += 1
         for bits in (*self._segments, self.recorder):
             bits.truncate(size)
         for ended in self._ended:
@@ -197,6 +206,7 @@ class DirtyBitmap:
         if clears:
             self._ended.append(_Ended(view.segments, left))
         if self._ended and all(other.mode == "never" for other in self._views):
+            self.version += 1
             first = min(ended.segments for ended in self._ended)
             for segment in self._segments[:first]:
                 segment.clear()
