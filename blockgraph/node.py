@@ -472,9 +472,9 @@ class Node:
             for bitmap in self.bitmaps.values():
                 bitmap.truncate(size)
         finally:
+            self.write_gen += 1
             if self.guard is not None:
                 await self.guard.resized()
-            self.write_gen += 1
             for extents in self.maps:
                 self._revoked[extents] = extents.resized()
             await self.finish(request)

@@ -92,6 +92,8 @@ async def identify(node: Node, *, final: bool = False) -> Identity:
         IOFailure: it could not be read.
         OSError: it could not be synced.
     """
+    if final:
+        await node.flush()
     times = times_of(node)
     if times is None:
         return Identity(node.size(), None, await _sample(node))

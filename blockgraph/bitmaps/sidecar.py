@@ -442,6 +442,8 @@ class Sidecar:
 
     async def _resized(self) -> None:
         try:
+            # Until the image has its new size for sure, either counts.
+            await self._node.flush()
             async with self._saving, self._writing:
                 if self.crash_safe:
                     await self._commit(in_use=True, fresh=True)
@@ -554,7 +556,9 @@ class Sidecar:
                     None,
                 ):
                     entry = blank
-                if self._versions.get(bitmap.name) == version and entry is not blank:
+                # Marks do not count for a bitmap that records no more: what they stood for is stored with that.
+                stops = entry.enabled and not bitmap.enabled
+                if self._versions.get(bitmap.name) == version and entry is not blank and not stops:
                     numbers = self._numbers(entry, regions)
                 else:
                     numbers = range(entry.count)
