@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from blockgraph.bitmaps.actions import AddBitmap, BitmapName, ClearBitmap, Remov
 from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.bitmaps.sidecar import Sidecar
 from blockgraph.errors import BlockGraphError, CorruptImage, GraphError, IOFailure
-from blockgraph.graph.action import Abort
+from blockgraph.graph.action import Abort, Action
 
 GRANULE = 64 << 10
 SIZE = 64 << 20
@@ -58,6 +58,13 @@ async def written(path: Path, *offsets: int, name: str = "b0", **add: Any) -> No
         root = await graph.backend("disk", writable=True)
         for offset in offsets:
             await root.pwrite(offset, b"x")
+
+
+async def acted(graph: AsyncGraph, *actions: Action) -> None:
+    """One transaction."""
+    async with graph.transaction() as change:
+        for action in actions:
+            change.act(action)
 
 
 def dirty(graph: AsyncGraph, name: str = "b0") -> list[int]:
@@ -357,11 +364,13 @@ async def test_transaction_that_fails_never_stores_less_than_there_was(tmp_path:
                 await super().prepare(change)
 
         with pytest.raises(GraphError, match="asked to abort"):
-            async with graph.transaction() as change:
-                change.act(ClearBitmap(BitmapName("disk", "b0")))
-                change.act(RemoveBitmap(BitmapName("disk", "gone")))
-                change.act(AddBitmap(BitmapName("disk", "new"), persistent=True))
-                change.act(Kill())
+            await acted(
+                graph,
+                ClearBitmap(BitmapName("disk", "b0")),
+                RemoveBitmap(BitmapName("disk", "gone")),
+                AddBitmap(BitmapName("disk", "new"), persistent=True),
+                Kill(),
+            )
         async with after(path, left[0]) as other:
             assert dirty(other) == [0]
             assert "gone" in other.node("disk").bitmaps
@@ -375,9 +384,7 @@ async def test_attaching_that_fails_leaves_no_file(tmp_path: Path) -> None:
     path = new_disk(tmp_path)
     async with disk(path) as graph:
         with pytest.raises(GraphError, match="asked to abort"):
-            async with graph.transaction() as change:
-                change.act(AddBitmap(BitmapName("disk", "b0"), persistent=True, sidecar=True))
-                change.act(Abort())
+            await acted(graph, AddBitmap(BitmapName("disk", "b0"), persistent=True, sidecar=True), Abort())
         assert graph.node("disk").bitmap_store is None
         assert not graph.node("disk").bitmaps
     assert os.listdir(tmp_path) == ["disk"]
@@ -472,9 +479,9 @@ async def test_full_file_system_loses_nothing(small_tmpfs: Path, tmp_path: Path)
         await graph.add_bitmap("disk", "b0", granularity=512, persistent=True)
         root = await graph.backend("disk", writable=True)
         await root.pwrite(0, b"x")
-        with (small_tmpfs / "fill").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-            while True:
-                file.write(bytes(4096))
+        with suppress(OSError), (small_tmpfs / "fill").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
         with pytest.raises(BlockGraphError, match=r"side.*free space"):
             await graph.add_bitmap("disk", "b1", persistent=True)
         assert list(graph.node("disk").bitmaps) == ["b0"]
@@ -535,9 +542,7 @@ async def test_damaged_bits_make_their_bitmap_inconsistent(tmp_path: Path) -> No
 async def test_attach_is_an_action(tmp_path: Path) -> None:
     path = new_disk(tmp_path)
     async with disk(path) as graph:
-        async with graph.transaction() as change:
-            change.act(AttachSidecar("disk"))
-            change.act(AddBitmap(BitmapName("disk", "b0"), persistent=True))
+        await acted(graph, AttachSidecar("disk"), AddBitmap(BitmapName("disk", "b0"), persistent=True))
         root = await graph.backend("disk", writable=True)
         await root.pwrite(0, b"x")
     async with disk(path) as graph:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -103,10 +104,8 @@ def test_other_version_is_refused() -> None:
 
 @given(st.binary(min_size=SECTOR - 16, max_size=SECTOR - 16))
 def test_any_fields_are_accepted_or_refused(fields: bytes) -> None:
-    try:
+    with suppress(CorruptImage):
         unpack_slot(sealed(bytearray(b"BGBITMAP" + struct.pack("<II", 1, 0) + fields)))
-    except CorruptImage:
-        pass
 
 
 ENTRY = Entry(

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 """Power failures while a disk with a sidecar is written, cleared, resized and so on: no change is ever missed.
 
-After every event of the log several states of image and sidecar are made; in each the bitmaps are there, consistent, and
-mark all that was written since their last clear, also writes that the failure took.
+After every event of the log several states of image and sidecar are made; in each the bitmaps are there, consistent,
+and mark all that was written since their last clear, also writes that the failure took.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 """An image and its sidecar in memory, with one log of both: what power failures could leave of the two.
 
-A write is volatile until a later sync of its own file. At a failure each file has lost any subset of its volatile writes,
-some of them in part; the order between the files is that of the log.
+A write is volatile until a later sync of its own file. At a failure each file has lost any subset of its volatile
+writes, some of them in part; the order between the files is that of the log.
 """
 
 from __future__ import annotations
