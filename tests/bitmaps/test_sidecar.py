@@ -17,11 +17,12 @@ from helpers.loop import in_loop
 from helpers.sidecar import GRANULE, MIB, SIZE, acted, after, dirty, disk, new_disk, raw, session, sidecar, written
 
 import blockgraph
-from blockgraph.bitmaps import identity
+from blockgraph.bitmaps import identity, write_ahead
 from blockgraph.bitmaps.actions import AddBitmap, BitmapName, ClearBitmap, RemoveBitmap
 from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.errors import BlockGraphError, CorruptImage, GraphError, IOFailure
 from blockgraph.graph.action import Abort
+from blockgraph.resolve import Pins
 
 
 @in_loop
@@ -466,3 +467,38 @@ async def test_attach_is_an_action(tmp_path: Path) -> None:
         await root.pwrite(0, b"x")
     async with disk(path) as graph:
         assert dirty(graph) == [0]
+
+
+@in_loop
+async def test_native_copy_to_a_disk_marks_first(tmp_path: Path) -> None:
+    path = new_disk(tmp_path)
+    await written(path)
+    async with session(path) as (graph, kill):
+        root = await graph.backend("disk", writable=True)
+        await root.pwrite(0, b"x")
+        async with Pins() as pins:
+            leaf = await pins.write(graph.node("disk"), 30 * MIB, GRANULE)
+            assert leaf is not None
+            assert leaf.storage is graph.node("disk").children["file"].node
+            async with after(path, kill()) as other:
+                assert set(range(30 * 16, 31 * 16)) <= set(dirty(other))
+            await pins.commit()
+
+
+@in_loop
+async def test_busy_disk_is_asked_for_few_regions_in_a_turn(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_ahead, "BATCH", 5)
+    path = new_disk(tmpfs)
+    await written(path)
+    async with disk(path) as graph:
+        root = await graph.backend("disk", writable=True)
+        state = sidecar(graph)._guard.state
+        await root.write_zeroes(0, SIZE)
+        assert state.count(write_ahead.OPEN) == 64
+        await sidecar(graph).turn()
+        assert state.count(write_ahead.OPEN) == 59
+        await root.pwrite(SIZE - 1, b"x")
+        await sidecar(graph).turn()
+        assert state.count(write_ahead.OPEN) == 54
+        await sidecar(graph).turn()
+        assert state.count(write_ahead.OPEN) == 0, "nobody writes"
