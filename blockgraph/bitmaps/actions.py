@@ -8,7 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.bitmaps.bitmap import DirtyBitmap, Mode, View, check_granularity, check_name
+from blockgraph.bitmaps.epochs import Epochs
+from blockgraph.bitmaps.sidecar import Sidecar
+from blockgraph.bitmaps.sidecar_format import new_entry
+from blockgraph.bitmaps.store import LiveStore
 from blockgraph.errors import GraphError
 from blockgraph.graph.action import Action
 
@@ -56,11 +61,12 @@ def find_on(node: Node, name: str) -> DirtyBitmap:
 
 
 class BitmapAction(Action):
-    """An action on one bitmap; `undo` collects what takes it back."""
+    """An action on one bitmap; `undo` collects what takes it back, `kept` what is stored until it no longer can be."""
 
     def __init__(self, bitmap: BitmapName) -> None:
         self.bitmap = bitmap
         self._undo: list[Callable[[], None]] = []
+        self._kept: list[Callable[[], None]] = []
 
     def nodes(self) -> Sequence[str]:
         return (self.bitmap.node,)
@@ -68,10 +74,24 @@ class BitmapAction(Action):
     async def abort(self) -> None:
         for undo in reversed(self._undo):
             undo()
+        self.commit()
 
-    async def _store_changes(self, node: Node, bitmap: DirtyBitmap) -> None:
-        if bitmap.persistent and node.bitmap_store is not None:
-            await node.bitmap_store.begin()
+    def commit(self) -> None:
+        while self._kept:
+            self._kept.pop()()
+
+    async def _begin(self, node: Node, bitmap: DirtyBitmap) -> None:
+        """Before the bitmap changes."""
+        store = node.bitmap_store
+        if bitmap.persistent and store is not None:
+            await store.begin()
+            if isinstance(store, LiveStore):
+                self._kept.append(store.keep(bitmap))
+
+    async def _store(self, node: Node, bitmap: DirtyBitmap) -> None:
+        """After something was added to it."""
+        if bitmap.persistent and isinstance(node.bitmap_store, LiveStore):
+            await node.bitmap_store.store()
 
 
 class AddBitmap(BitmapAction):
@@ -81,19 +101,35 @@ class AddBitmap(BitmapAction):
         granularity: bytes per bit; None: the node's cluster size within 4 to 64 KiB, 64 KiB where it has none.
         enabled: it records writes.
         persistent: the node's store keeps it.
+        sidecar: with `persistent`, of a node that has no store yet: path of a sidecar file for it, or True for the
+            default path; see AttachSidecar.
+        epochs: it can tell what has changed since any checkpoint; see AdvanceEpoch.
     """
 
     def __init__(
-        self, bitmap: BitmapName, *, granularity: int | None = None, enabled: bool = True, persistent: bool = False
+        self,
+        bitmap: BitmapName,
+        *,
+        granularity: int | None = None,
+        enabled: bool = True,
+        persistent: bool = False,
+        sidecar: str | bool = False,
+        epochs: bool = False,
     ) -> None:
         super().__init__(bitmap)
+        self._attach: AttachSidecar | None = None
+        if sidecar:
+            self._attach = AttachSidecar(bitmap.node, None if sidecar is True else sidecar, shared=True)
         self._granularity = granularity
         self._enabled = enabled
         self._persistent = persistent
+        self._epochs = epochs
 
     async def prepare(self, change: Transaction) -> None:
         node = change.node(self.bitmap.node)
         name = self.bitmap.name
+        if self._attach is not None:
+            await self._attach.prepare(change)
         check_name(name, node=node.name)
         if name in node.bitmaps:
             raise GraphError(f"there already is a bitmap '{name}'", node=node.name, op="add")
@@ -102,6 +138,16 @@ class AddBitmap(BitmapAction):
         bitmap = DirtyBitmap(
             name, node.size(), granularity, node=node.name, enabled=self._enabled, persistent=self._persistent
         )
+        if self._epochs:
+            entry = new_entry(name, granularity, bitmap.size)
+            bitmap.epochs = Epochs(bitmap.size, granularity, 8 << entry.chunk_bits)
+            if self._persistent and node.bitmap_store is not None and not isinstance(node.bitmap_store, Sidecar):
+                raise GraphError(
+                    f"driver '{node.driver.name}' has no place for the epochs of a bitmap",
+                    node=node.name,
+                    op="add",
+                    hint="leave out 'persistent', or attach a sidecar",
+                )
         if self._persistent:
             if node.bitmap_store is None:
                 raise GraphError(
@@ -114,6 +160,12 @@ class AddBitmap(BitmapAction):
             await node.bitmap_store.begin()
         node.bitmaps[name] = bitmap
         self._undo.append(lambda: node.bitmaps.__delitem__(name))
+        await self._store(node, bitmap)
+
+    async def abort(self) -> None:
+        await super().abort()
+        if self._attach is not None:
+            await self._attach.abort()
 
 
 class RemoveBitmap(BitmapAction):
@@ -123,7 +175,7 @@ class RemoveBitmap(BitmapAction):
         node = change.node(self.bitmap.node)
         bitmap = find(change, self.bitmap)
         bitmap.check_free("remove")
-        await self._store_changes(node, bitmap)
+        await self._begin(node, bitmap)
         before = dict(node.bitmaps)
         del node.bitmaps[bitmap.name]
 
@@ -140,8 +192,28 @@ class ClearBitmap(BitmapAction):
     async def prepare(self, change: Transaction) -> None:
         bitmap = find(change, self.bitmap)
         bitmap.check_usable("clear")
-        await self._store_changes(change.node(self.bitmap.node), bitmap)
+        await self._begin(change.node(self.bitmap.node), bitmap)
         self._undo.append(bitmap.clear())
+
+
+class AdvanceEpoch(BitmapAction):
+    """A new checkpoint in a bitmap with epochs: its bits are stamped, at one instant, and begin anew.
+
+    Attributes:
+        checkpoint: its number, for `DirtyBitmap.since`, once the transaction has committed.
+    """
+
+    checkpoint: int
+
+    async def prepare(self, change: Transaction) -> None:
+        node, bitmap = change.node(self.bitmap.node), find(change, self.bitmap)
+        bitmap.check_usable("advance")
+        if bitmap.epochs is None:
+            raise GraphError(f"bitmap '{bitmap.name}' has no epochs", node=node.name, hint="add one with epochs")
+        await self._begin(node, bitmap)
+        self._undo.append(bitmap.advance())
+        self.checkpoint = bitmap.epochs.current
+        await self._store(node, bitmap)
 
 
 class EnableBitmap(BitmapAction):
@@ -154,10 +226,13 @@ class EnableBitmap(BitmapAction):
     async def prepare(self, change: Transaction) -> None:
         bitmap = find(change, self.bitmap)
         bitmap.check_usable("enable" if self._enabled else "disable")
-        await self._store_changes(change.node(self.bitmap.node), bitmap)
+        node = change.node(self.bitmap.node)
+        await self._begin(node, bitmap)
         before = bitmap.enabled
         bitmap.enabled = self._enabled
         self._undo.append(lambda: setattr(bitmap, "enabled", before))
+        if self._enabled and not before:
+            await self._store(node, bitmap)
 
 
 class MergeBitmaps(BitmapAction):
@@ -185,8 +260,10 @@ class MergeBitmaps(BitmapAction):
                     hint="only bitmaps of disks of the same size can be merged",
                 )
             added.append(source.contents())
-        await self._store_changes(change.node(self.bitmap.node), bitmap)
+        node = change.node(self.bitmap.node)
+        await self._begin(node, bitmap)
         self._undo.append(bitmap.merge(added))
+        await self._store(node, bitmap)
 
 
 @dataclass
