@@ -13,22 +13,27 @@ async with await blockgraph.aopen({"nodes": [...]}) as graph:   # in a running a
     await disk.pwrite(0, b"hello")
 ```
 
-A description's nodes are opened; its exports and jobs are started by `blockgraph run` (`blockgraph.session`).
+A description's nodes are opened, with their bitmaps; its exports and jobs are started by `blockgraph run`
+(`blockgraph.session`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from blockgraph import trace
 from blockgraph.backend import Backend
+from blockgraph.bitmaps import BitmapInfo
+from blockgraph.bitmaps.actions import BitmapName, EnsureBitmap
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
-from blockgraph.graph.description import Description
+from blockgraph.graph.action import Action
+from blockgraph.graph.bitmaps import BitmapOptions
+from blockgraph.graph.description import Description, NodeDescription
 from blockgraph.graph.graph import Graph
 from blockgraph.graph.load import Describable, load
 from blockgraph.graph.policy import OpenPolicy
@@ -66,13 +71,40 @@ async def aopen(source: Describable, *, policy: OpenPolicy | None = None) -> Asy
 async def open_description(description: Description, *, policy: OpenPolicy | None = None) -> AsyncGraph:
     """`aopen` for a description that is loaded and valid."""
     graph = AsyncGraph(policy)
+    first, rest = _with_bitmaps(description)
     try:
         async with graph.transaction() as change:
-            change.add_description(description)
+            change.add_nodes(first)
+            for bitmap in description.bitmaps:
+                change.act(_ensure(bitmap.options))
+        if rest:  # among them filters that read these bitmaps when they are opened
+            async with graph.transaction() as change:
+                change.add_nodes(rest)
     except BaseException:
         await graph.close()
         raise
     return graph
+
+
+def _with_bitmaps(description: Description) -> tuple[list[NodeDescription], list[NodeDescription]]:
+    """The nodes whose bitmaps are described, with those below them, and the others; without bitmaps all and none."""
+    if not description.bitmaps:
+        return description.nodes, []
+    model = description.model()
+    names = {bitmap.options.node for bitmap in description.bitmaps}
+    for name in tuple(names):
+        names |= model.descendants(name)
+    first = [node for node in description.nodes if node.name in names]
+    return first, [node for node in description.nodes if node.name not in names]
+
+
+def _ensure(options: BitmapOptions) -> EnsureBitmap:
+    return EnsureBitmap(
+        BitmapName(options.node, options.name),
+        granularity=options.granularity_bytes,
+        enabled=not options.disabled,
+        persistent=options.persistent,
+    )
 
 
 class SyncBackend:
@@ -185,6 +217,58 @@ class SyncGraph:
         """A root over a node; see `Graph.backend`."""
         root = self.graph.backend(node, writable=writable, resize=resize, extent_map_size=extent_map_size)
         return SyncBackend(self, self.call(root))
+
+    # Bitmaps; see the methods of `Graph`.
+
+    def bitmaps(self, node: str | None = None) -> list[BitmapInfo]:
+        """The bitmaps of a node, or of all nodes."""
+        return self._ask(lambda: self.graph.bitmaps(node))
+
+    def dirty_extents(self, node: str, name: str, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
+        """Offset and length of what is dirty in a range."""
+        return self._ask(lambda: self.graph.dirty_extents(node, name, offset, length))
+
+    def bitmap_digest(self, node: str, name: str) -> str:
+        """SHA-256 of the bits."""
+        return self.call(self.graph.bitmap_digest(node, name))
+
+    def add_bitmap(
+        self,
+        node: str,
+        name: str,
+        *,
+        granularity: int | None = None,
+        enabled: bool = True,
+        persistent: bool = False,
+    ) -> None:
+        """A new, empty bitmap."""
+        self.call(self.graph.add_bitmap(node, name, granularity=granularity, enabled=enabled, persistent=persistent))
+
+    def remove_bitmap(self, node: str, name: str) -> None:
+        """Remove a bitmap."""
+        self.call(self.graph.remove_bitmap(node, name))
+
+    def clear_bitmap(self, node: str, name: str) -> None:
+        """Nothing is marked any more."""
+        self.call(self.graph.clear_bitmap(node, name))
+
+    def enable_bitmap(self, node: str, name: str, *, enabled: bool = True) -> None:
+        """Record writes from now on, or no longer."""
+        self.call(self.graph.enable_bitmap(node, name, enabled=enabled))
+
+    def merge_bitmaps(self, node: str, name: str, sources: Iterable[tuple[str, str]]) -> None:
+        """Mark in a bitmap what is marked in one of the sources (node and name)."""
+        self.call(self.graph.merge_bitmaps(node, name, sources))
+
+    def act(self, *actions: Action) -> None:
+        """All of these (blockgraph.bitmaps.actions) at one instant, or none."""
+        self.call(self.graph.act(*actions))
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        async def ask() -> T:
+            return question()
+
+        return self.call(ask())
 
     def close(self) -> None:
         """Wait for requests, write back, close; idempotent."""

@@ -134,6 +134,8 @@ class Driver:
     zero_flags: Flag = Flag.NONE
     #: a write past the end makes the node larger, if the edge has RESIZE
     growable: bool = False
+    #: its image may keep dirty bitmaps: the driver may set `node.bitmap_store`
+    keeps_bitmaps: ClassVar[bool] = False
     #: see FirstWrites; None: the driver has none
     first_writes: FirstWrites | None = None
 

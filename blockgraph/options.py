@@ -29,6 +29,18 @@ class CacheOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_
     no_flush: bool = False
 
 
+class BitmapRef(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """A named dirty bitmap.
+
+    Attributes:
+        node: name of the node it belongs to.
+        name: its name.
+    """
+
+    node: str
+    name: str
+
+
 class NodeOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True):
     """Members every node description may have.
 

@@ -27,12 +27,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from blockgraph.errors import GraphError, NodeInUse
+from blockgraph.graph.bitmaps import NAME_HINT, granularity_problem, name_problem
 from blockgraph.native import Bitmap
-
-#: Longest name, bytes of UTF-8 (qcow2's limit).
-MAX_NAME = 1023
-MIN_GRANULARITY = 512
-MAX_GRANULARITY = 1 << 31
 
 #: What a view's owner wants at its end: "never" clears nothing; "on-success" when it has succeeded; "always" also
 #: when it has failed, but for what it had not done yet.
@@ -50,6 +46,7 @@ class DirtyBitmap:
         enabled: it records writes.
         persistent: its node's store keeps it.
         inconsistent: it missed writes, or may have: of no use but to be removed.
+        reason: why it is inconsistent.
     """
 
     def __init__(
@@ -62,6 +59,7 @@ class DirtyBitmap:
         enabled: bool = True,
         persistent: bool = False,
         inconsistent: bool = False,
+        reason: str = "it may have missed writes",
     ) -> None:
         self.name = name
         self.node = node
@@ -70,6 +68,7 @@ class DirtyBitmap:
         self.enabled = enabled
         self.persistent = persistent
         self.inconsistent = inconsistent
+        self.reason = reason
         self._segments: list[Bitmap] = []
         self._views: list[View] = []
         self._ended: list[_Ended] = []
@@ -115,7 +114,7 @@ class DirtyBitmap:
         """
         if self.inconsistent:
             raise GraphError(
-                f"bitmap '{self.name}' is inconsistent: it may have missed writes",
+                f"bitmap '{self.name}' is inconsistent: {self.reason}",
                 node=self.node,
                 op=op,
                 hint="remove it, and make a full backup next",
@@ -269,11 +268,8 @@ def check_name(name: str, *, node: str) -> None:
     Raises:
         GraphError: it is empty, too long, or has a NUL.
     """
-    length = len(name.encode("utf-8", "surrogateescape"))
-    if not 1 <= length <= MAX_NAME or "\0" in name:
-        raise GraphError(
-            f"bitmap name of {length} bytes", node=node, hint=f"a name has 1 to {MAX_NAME} bytes and no NUL character"
-        )
+    if (wrong := name_problem(name)) is not None:
+        raise GraphError(wrong, node=node, hint=NAME_HINT)
 
 
 def check_granularity(granularity: int, *, node: str) -> None:
@@ -282,7 +278,5 @@ def check_granularity(granularity: int, *, node: str) -> None:
     Raises:
         GraphError: not a power of two from 512 to 2 GiB.
     """
-    if not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY or granularity & (granularity - 1):
-        raise GraphError(
-            f"granularity {granularity} is not a power of two from {MIN_GRANULARITY} to {MAX_GRANULARITY}", node=node
-        )
+    if (wrong := granularity_problem(granularity)) is not None:
+        raise GraphError(wrong, node=node)

@@ -47,15 +47,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
-
 from blockgraph.block_copy import BlockCopy, CopyFailed, has_cow, reaches
 from blockgraph.driver import ChildSpec, Filter
 from blockgraph.errors import BlockGraphError, GraphError, IOFailure, SnapshotBroken
 from blockgraph.extent import Extent, Status
 from blockgraph.flags import Flag
 from blockgraph.native import Bitmap
-from blockgraph.options import NodeOptions, NodeRef
+from blockgraph.options import BitmapRef, NodeOptions, NodeRef
 from blockgraph.perm import ALL, Perm, Role
 
 if TYPE_CHECKING:
@@ -66,18 +64,6 @@ MIN_CLUSTER = 64 << 10
 
 #: Largest, bytes: what a bitmap can count.
 MAX_CLUSTER = 2 << 30
-
-
-class BitmapRef(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """A named dirty bitmap.
-
-    Attributes:
-        node: name of the node it belongs to.
-        name: its name.
-    """
-
-    node: str
-    name: str
 
 
 class BackupTopOptions(NodeOptions, kw_only=True, frozen=True):

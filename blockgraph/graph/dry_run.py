@@ -19,7 +19,7 @@ import msgspec
 
 from blockgraph.driver import Protocol
 from blockgraph.errors import BlockGraphError, GraphError, IOFailure
-from blockgraph.graph import jobs, sizes
+from blockgraph.graph import bitmaps, jobs, sizes
 from blockgraph.graph.description import Description, add_nodes
 from blockgraph.graph.load import flatten_node
 from blockgraph.graph.model import Model, NodeVertex
@@ -74,6 +74,8 @@ class _DryRun:
             await node.driver.open()
             await self._implied(node, vertex)
             await node.driver.attached()
+            if node.bitmap_store is not None:
+                node.bitmaps = {bitmap.name: bitmap for bitmap in await node.bitmap_store.load()}
         except BlockGraphError as error:
             if error.node == name and error.file is None:
                 error.file = node.driver.filename()
@@ -127,6 +129,11 @@ class _DryRun:
             for name, node in self._nodes.items()
             if isinstance(node.driver, Protocol) and node.driver.filename() is not None
         ]
+        held = {
+            name: {bitmap.name: bitmap.granularity for bitmap in node.bitmaps.values()}
+            for name, node in self._nodes.items()
+        }
+        self.problems += bitmaps.check_opened(self.model, self._description, held)
         self.problems += _not_writable(candidate, files)
         self.problems += _locked_against_each_other(candidate, files)
 

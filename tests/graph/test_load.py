@@ -224,7 +224,7 @@ def test_node_problem_alone_is_told_once_with_its_path(name: str) -> None:
 
 SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "section-unknown": ({"node": []}, "node: unknown section 'node'; did you mean 'nodes'?"),
-    "section-not-yet": ({"bitmaps": []}, "bitmaps: section 'bitmaps' is not available yet; remove it"),
+    "section-not-yet": ({"secrets": []}, "secrets: section 'secrets' is not available yet; remove it"),
     "section-type": ({"exports": {}}, "exports: expected a list, found a table"),
     "export-type": (
         {"exports": [{"type": "nbt", "id": "x", "node-name": "m"}]},

@@ -155,6 +155,18 @@ class NbdServer:
         if self._threads:
             export.backend.use_map()
 
+    def reserve(self, name: str) -> None:
+        """Keep the name free for an export that is about to be added: nobody else can take it before `release`.
+
+        Raises:
+            GraphError: there is one of that name.
+        """
+        self._exports.reserve(name)
+
+    def release(self, name: str) -> None:
+        """Undo `reserve`."""
+        self._exports.release(name)
+
     async def remove_export(self, name: str, *, hard: bool = False) -> None:
         """Stop serving an export; afterwards its backend is not used any more.
 
@@ -164,15 +176,33 @@ class NbdServer:
             GraphError: no such export, or it has clients and `hard` is not given; nothing was changed.
         """
         export = self._exports.get(name)
-        users = {connection for connection in self._connections if connection.export is export}
+        self.withdraw(export, hard=hard)
+        users = self._users(export)
+        self.disconnect(export)
+        await self._wait(users)
+
+    def withdraw(self, export: NbdExport, *, hard: bool) -> None:
+        """The first half of removing an export: no client finds it any more; `add_export` undoes it.
+
+        Raises:
+            GraphError: as remove_export.
+        """
+        self._exports.get(export.name)
+        users = self._users(export)
         if users and not hard:
             raise GraphError(
-                f"NBD export '{name}' has {len(users)} client(s)", hint="disconnect them, or remove it in mode 'hard'"
+                f"NBD export '{export.name}' has {len(users)} client(s)",
+                hint="disconnect them, or remove it in mode 'hard'",
             )
         self._exports.remove(export)
-        for connection in users:
+
+    def disconnect(self, export: NbdExport) -> None:
+        """The second half: its clients are disconnected; what is in flight goes on, its results go nowhere."""
+        for connection in self._users(export):
             connection.abort()
-        await self._wait(users)
+
+    def _users(self, export: NbdExport) -> set[_Connection]:
+        return {connection for connection in self._connections if connection.export is export}
 
     # Clients.
 
@@ -326,19 +356,30 @@ def _processors() -> int:
     return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
-async def start_server(options: NbdServerOptions) -> NbdServer:
-    """The server of a graph's `nbd-server` section, listening.
+def make_server(options: NbdServerOptions) -> NbdServer:
+    """The server of a graph's `nbd-server` section, which does not listen yet.
 
     Raises:
-        OptionError, BlockGraphError: credentials or address can not be used.
+        OptionError, BlockGraphError: the credentials can not be used.
     """
     credentials = options.tls_creds
-    server = NbdServer(
+    return NbdServer(
         tls=None if credentials is None else server_context(credentials),
         tls_required=credentials is not None and credentials.required,
         max_connections=options.max_connections,
         threads=options.threads,
     )
+
+
+async def start_server(options: NbdServerOptions, server: NbdServer | None = None) -> NbdServer:
+    """The server of a graph's `nbd-server` section, listening.
+
+    Args:
+        server: made by `make_server`; None: a new one.
+    Raises:
+        OptionError, BlockGraphError: credentials or address can not be used.
+    """
+    server = server or make_server(options)
     if isinstance(options.addr, UnixAddress):
         await server.listen_unix(options.addr.path)
     else:
