@@ -132,7 +132,7 @@ class EnsureBitmap(AddBitmap):
             return
         check_agrees(bitmap, self._granularity)
         if bitmap.inconsistent:
-            log.warning("node '%s': bitmap '%s' is inconsistent: %s", bitmap.node, bitmap.name, bitmap.reason)
+            log.warning("%s", bitmap.why_unusable("add"))
 
 
 def check_agrees(bitmap: DirtyBitmap, granularity: int | None) -> None:

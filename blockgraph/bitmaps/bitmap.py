@@ -59,7 +59,7 @@ class DirtyBitmap:
         enabled: bool = True,
         persistent: bool = False,
         inconsistent: bool = False,
-        reason: str = "it may have missed writes",
+        reason: str = "",
     ) -> None:
         self.name = name
         self.node = node
@@ -113,12 +113,16 @@ class DirtyBitmap:
             GraphError: it is inconsistent.
         """
         if self.inconsistent:
-            raise GraphError(
-                f"bitmap '{self.name}' is inconsistent: {self.reason}",
-                node=self.node,
-                op=op,
-                hint="remove it, and make a full backup next",
-            )
+            raise self.why_unusable(op)
+
+    def why_unusable(self, op: str) -> GraphError:
+        """What is told of an inconsistent bitmap."""
+        return GraphError(
+            f"bitmap '{self.name}' is inconsistent: {self.reason or 'it may have missed writes'}",
+            node=self.node,
+            op=op,
+            hint="remove it, and make a full backup next",
+        )
 
     def check_free(self, op: str) -> None:
         """Refuse what no view may be open for.

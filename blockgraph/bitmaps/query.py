@@ -58,7 +58,7 @@ def info(bitmap: DirtyBitmap) -> BitmapInfo:
         tuple(bitmap.holders),
         bitmap.persistent,
         bitmap.inconsistent,
-        bitmap.reason if bitmap.inconsistent else "",
+        (bitmap.reason or "it may have missed writes") if bitmap.inconsistent else "",
     )
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "info": "show what an image is",
     "map": "show where the bytes of an image lie",
     "create": "make a new image",
+    "bitmap": "change and list the dirty bitmaps of an image",
     "bench": "measure blockgraph on this machine, beside the tools that are installed",
     "demo": "back up a busy disk and prove that the backup is right",
 }

@@ -29,7 +29,11 @@ MAX_NAME = 1023
 MIN_GRANULARITY = 512
 MAX_GRANULARITY = 1 << 31
 
-_Bytes = Annotated[int, msgspec.Meta(ge=MIN_GRANULARITY, le=MAX_GRANULARITY)]
+_POWERS = [1 << shift for shift in range(MIN_GRANULARITY.bit_length() - 1, MAX_GRANULARITY.bit_length())]
+_Bytes = Annotated[int, msgspec.Meta(ge=MIN_GRANULARITY, le=MAX_GRANULARITY, extra_json_schema={"enum": _POWERS})]
+_NAME = {"minLength": 1, "maxLength": MAX_NAME, "pattern": "^[^\\u0000]*$"}
+_Name = Annotated[str, msgspec.Meta(extra_json_schema=_NAME)]
+_File = Annotated[str, msgspec.Meta(extra_json_schema={"minLength": 1})]
 _Text = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": SIZE_PATTERN})]
 
 
@@ -51,11 +55,11 @@ class BitmapOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown
     """
 
     node: str
-    name: str
+    name: _Name
     granularity: _Bytes | _Text | None = None
     persistent: bool = False
     disabled: bool = False
-    sidecar: bool | str = False
+    sidecar: bool | _File = False
     crash_safe: bool | None = None
     epochs: bool = False
 
@@ -203,14 +207,14 @@ def _check_one(model: Model, bitmap: BitmapDescription) -> Iterator[Problem]:
             yield problem(wrong, "granularity")
     if options.sidecar == "":
         yield problem("a file needs a name", "sidecar", "give one, or true")
-    kept = options.persistent or options.sidecar is not False
     if options.persistent and options.sidecar is False and model.has(options.node):
         driver = model.node(options.node).driver
         if not driver.keeps_bitmaps and not model.node(options.node).broken:
             message = f"driver '{driver.name}' has no place for persistent bitmaps"
             yield problem(message, "persistent", "set sidecar = true instead")
-    if not kept and options.crash_safe:
+    if options.crash_safe and not (options.persistent or options.sidecar):
         yield problem("only a bitmap that is kept can be crash-safe", "crash-safe", "set persistent or sidecar")
+        return
     if options.sidecar and options.crash_safe is False and options.epochs:
         yield problem("epochs are kept by crash-safe bitmaps only", "epochs", "leave crash-safe out")
     for member in ("sidecar", "crash-safe", "epochs"):

@@ -27,7 +27,9 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 BEYOND = {
     "alignment", "cycle", "dangling", "detect-zeroes", "dotted-twice", "force-share",
     "name-none", "name-twice", "read-only-file", "relation", "target-size", "window",
-    "export-dangling", "export-id-twice", "export-name-twice", "job-filter-name", "job-id-twice",
+    "bitmap-dangling", "bitmap-name-long", "bitmap-no-place", "bitmap-twice", "bitmap-crash-safe",
+    "bitmap-granularity-large", "export-bitmap", "export-bitmap-dangling", "export-bitmap-of-another",
+    "export-bitmap-twice", "export-dangling", "export-id-twice", "export-name-twice", "job-filter-name", "job-id-twice",
     "job-target-is-device", "job-target-missing", "job-target-size", "server-missing", "server-port",
 }  # fmt: skip
 
