@@ -174,9 +174,9 @@ class StorageDaemon:
         self.command("block-export-add", type="nbd", id="guest", node_name=export, writable=True)
         return _uri(path, export)
 
-    def backup(self, device: str, target: str) -> None:
-        """Run a blockdev-backup job to its end."""
-        self.command("blockdev-backup", job_id="b", device=device, target=target, sync="full")
+    def backup(self, device: str, target: str, **options: str) -> None:
+        """Run a blockdev-backup job to its end; a full one, if the options do not say otherwise."""
+        self.command("blockdev-backup", **{"job_id": "b", "device": device, "target": target, "sync": "full"} | options)
         done = self.wait_event("BLOCK_JOB_COMPLETED")
         if "error" in done:
             raise RuntimeError(done["error"])

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from blockgraph.errors import BlockGraphError, IOFailure
@@ -51,6 +51,9 @@ _GUEST_CHUNK = 1 << 20
 
 #: Pieces of source that are held at a time.
 _MAX_LEAVES = 512
+
+#: Runs that are copied at a time. More gain nothing, and a guest that writes to the first waits for the last.
+_MAX_RUNS = 64
 
 
 class CopyFailed(Exception):
@@ -157,6 +160,8 @@ class BlockCopy:
         self._bytes_moved = 0
         self._bytes_for_guest = 0
         self._claims: dict[int, Claim] = {}
+        self._runs = _MAX_RUNS
+        self._choosing = asyncio.Lock()
         self._set_mode()
 
     @property
@@ -282,34 +287,63 @@ class BlockCopy:
                 self._bytes_for_guest += claim.end - claim.offset
 
     async def copy_next(self, offset: int, chunk: int) -> tuple[int, int] | None:
-        """Copy the next run that is still to be copied at or after `offset`: about `chunk` bytes of data with the
+        """Copy the next runs that are still to be copied at or after `offset`: about `chunk` bytes of data with the
         zeroes before and between them, however many. What the source holds is asked once.
 
         Returns: where to go on, and how many bytes of data were moved; None: nothing was left there.
         Raises:
             CopyFailed: the bits are set again.
         """
-        area = self.bitmap.next_dirty(offset)
-        if area is None:
+        if self.bitmap.next_dirty(offset) is None:
             return None
         async with Pins() as pins:
-            leaves = await self._leaves(pins, area[0], area[0] + area[1], chunk)
-            end = leaves[-1].offset + leaves[-1].length
+            with ExitStack() as claims:
+                async with self._choosing:  # else all of them would look at the same run, for one to have it
+                    end, leaves, runs = await self._claim_next(pins, claims, offset, chunk)
+                try:
+                    blank = await self._blank_end(leaves)
+                    rest = await self._copy_leaves(pins, leaves)
+                    await pins.release()
+                    await self._copy_rest(rest, blank)
+                except CopyFailed:
+                    if runs > 1:
+                        self._runs = 1  # what fails must not keep back what does not
+                    raise
+        self._runs = min(2 * self._runs, _MAX_RUNS)
+        return end, sum(leaf.length for leaf in leaves if not self._empty(leaf))
+
+    async def _claim_next(self, pins: Pins, claims: ExitStack, offset: int, chunk: int) -> tuple[int, list[Leaf], int]:
+        """Claim runs, in ascending order; returns where to go on, what they hold, and their number."""
+        leaves: list[Leaf] = []
+        runs, data, position = 0, 0, offset
+        while runs < self._runs and data < chunk and len(leaves) < _MAX_LEAVES:
+            area = self.bitmap.next_dirty(position)
+            if area is None:
+                break
+            try:
+                found = await self._leaves(pins, area[0], sum(area), chunk - data)
+            except CopyFailed:
+                if runs:
+                    break  # it comes again when it is the first
+                raise
+            end = found[-1].offset + found[-1].length
             # What guest writes took meanwhile is theirs; what is still set has not changed since we looked.
             claim = self._take(area[0], end, None)
             if claim is None:
-                return end, 0
-            with self._copying(claim):
-                if self.serialising:
-                    await pins.release()
-                    await self._hold_target(pins, claim.offset, claim.end)
-                    leaves = await self._leaves(pins, claim.offset, claim.end)
-                leaves = _clip(leaves, claim.offset, claim.end)
-                blank = await self._blank_end(leaves)
-                rest = await self._copy_leaves(pins, leaves)
+                return end, leaves, runs
+            claims.enter_context(self._copying(claim))
+            runs, position = runs + 1, claim.end
+            if self.serialising:
                 await pins.release()
-                await self._copy_rest(rest, blank)
-        return claim.end, sum(leaf.length for leaf in leaves if not self._empty(leaf))
+                await self._hold_target(pins, claim.offset, claim.end)
+                found = await self._leaves(pins, claim.offset, claim.end)
+            found = _clip(found, claim.offset, claim.end)
+            leaves += found
+            data += sum(leaf.length for leaf in found if not self._empty(leaf))
+            # Serialising requests wait for what is pinned and not claimed: nothing there may be asked for again.
+            if self.serialising or claim.end < end:
+                break
+        return position, leaves, runs
 
     async def _hold_target(self, pins: Pins, offset: int, end: int) -> None:
         """Let nobody read the target through to the source while the copy that comes between them is made."""

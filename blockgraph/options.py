@@ -17,18 +17,6 @@ import msgspec
 NodeRef = str | dict[str, Any]
 
 
-class CacheOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True):
-    """How the host caches.
-
-    Attributes:
-        direct: bypass the host's page cache (O_DIRECT).
-        no_flush: ignore flushes. Data may be lost when the host fails.
-    """
-
-    direct: bool = False
-    no_flush: bool = False
-
-
 class BitmapRef(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """A named dirty bitmap.
 
@@ -39,6 +27,18 @@ class BitmapRef(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen
 
     node: str
     name: str
+
+
+class CacheOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True):
+    """How the host caches.
+
+    Attributes:
+        direct: bypass the host's page cache (O_DIRECT).
+        no_flush: ignore flushes. Data may be lost when the host fails.
+    """
+
+    direct: bool = False
+    no_flush: bool = False
 
 
 class NodeOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True):

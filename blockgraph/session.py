@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: MIT
 """Session: a graph description that runs, with its exports and jobs. `blockgraph run` is this with a terminal.
 
-Start: open the nodes with their bitmaps, give every export its backend and its views of bitmaps, start the jobs (their
-points in time are taken before any client can write), then listen. End: stop listening and let requests end, cancel
-jobs that still run, write back and close.
+Start: open the nodes with their bitmaps, give every export its backend and its views of bitmaps, start the jobs, those
+of a group in one transaction (their points in time are taken before any client can write), then listen. End: stop
+listening and let requests end, cancel jobs that still run, write back and close.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -24,6 +24,7 @@ from blockgraph.graph.description import Description
 from blockgraph.graph.policy import OpenPolicy
 from blockgraph.jobs.job import Job, JobEvent
 from blockgraph.jobs.manager import JobManager
+from blockgraph.jobs.options import BackupOptions
 from blockgraph.native.extent_map import DEFAULT_MEMORY, MIN_MEMORY
 
 # Options are checked without loading the native core.
@@ -63,7 +64,8 @@ class Session:
 
     Attributes:
         graph: the nodes.
-        jobs: the jobs that were started, in the order of the description; ended ones too.
+        jobs: the jobs that were started, in the order of the description, those of a group after its first; ended
+            ones too.
         manager: starts further jobs.
         exports: what is served, by id.
         server: the NBD server; None when nothing is exported.
@@ -110,8 +112,8 @@ class Session:
             self.server = make_server(description.nbd_server)
             async with self.graph.transaction() as change:
                 added = [AddExport(change, self.server, export.options) for export in description.exports]
-        for job in description.jobs:
-            self.jobs.append(await self.manager.backup(job.options))
+        for together in _transactions([job.options for job in description.jobs]):
+            self.jobs += await self.manager.backups(together)
         if description.nbd_server is not None:
             await start_server(description.nbd_server, self.server)
             for export in added:
@@ -181,3 +183,14 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _transactions(jobs: list[BackupOptions]) -> Iterator[list[BackupOptions]]:
+    """The jobs of each group together, at the place of the first of them."""
+    groups: set[str] = set()
+    for job in jobs:
+        if job.group is None:
+            yield [job]
+        elif job.group not in groups:
+            groups.add(job.group)
+            yield [other for other in jobs if other.group == job.group]

@@ -36,6 +36,24 @@ void bg_bitmap_free(bg_bitmap *b)
     free(b);
 }
 
+/* Visit the non-zero words of level 0 in order: the first at or after word `from`, or words[0]. */
+static uint64_t next_word(const bg_levels *levels, uint64_t from)
+{
+    uint64_t bit = levels_next_set(levels, from * 64);
+    return bit == levels->nbits ? levels->words[0] : bit / 64;
+}
+
+static void and_not_words(bg_levels *into, const bg_levels *from)
+{
+    for (uint64_t w = next_word(from, 0); w < from->words[0]; w = next_word(from, w + 1)) {
+        uint64_t old = into->level[0][w], now = old & ~from->level[0][w];
+        if (now != old) {
+            word_store(&into->level[0][w], now);
+            levels_word_changed(into, w, old);
+        }
+    }
+}
+
 int bg_bitmap_copy(bg_bitmap *b, bg_bitmap **out)
 {
     bg_bitmap *copy;
@@ -176,20 +194,43 @@ static void merge_runs(bg_bitmap *into, const bg_bitmap *from)
     }
 }
 
+static void lock_both(bg_bitmap *a, bg_bitmap *b)
+{
+    pthread_mutex_lock(a < b ? &a->lock : &b->lock);
+    pthread_mutex_lock(a < b ? &b->lock : &a->lock);
+}
+
+static void unlock_both(bg_bitmap *a, bg_bitmap *b)
+{
+    pthread_mutex_unlock(&a->lock);
+    pthread_mutex_unlock(&b->lock);
+}
+
 int bg_bitmap_merge(bg_bitmap *into, bg_bitmap *from)
 {
     if (into == from)
         return 0;
-    bg_bitmap *low = into < from ? into : from, *high = into < from ? from : into;
-    pthread_mutex_lock(&low->lock);
-    pthread_mutex_lock(&high->lock);
+    lock_both(into, from);
     int ret = into->size == from->size ? 0 : -EINVAL;
     if (ret == 0 && into->shift == from->shift)
         levels_or(&into->levels, &from->levels);
     else if (ret == 0)
         merge_runs(into, from);
-    pthread_mutex_unlock(&high->lock);
-    pthread_mutex_unlock(&low->lock);
+    unlock_both(into, from);
+    return ret;
+}
+
+int bg_bitmap_subtract(bg_bitmap *into, bg_bitmap *from)
+{
+    if (into == from)
+        return bg_bitmap_clear(into);
+    lock_both(into, from);
+    int ret = into->size == from->size && into->shift == from->shift ? 0 : -EINVAL;
+    if (ret == 0) {
+        and_not_words(&into->levels, &from->levels);
+        cleared();
+    }
+    unlock_both(into, from);
     return ret;
 }
 

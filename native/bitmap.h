@@ -111,6 +111,11 @@ int64_t bg_bitmap_extents_by(size_t decoder, bg_bitmap *bitmap, int64_t offset, 
 int bg_bitmap_merge(bg_bitmap *into, bg_bitmap *from);
 
 /*
+ * Clear in `into` whatever is set in `from`; sizes and granularities must be equal (-EINVAL).
+ */
+int bg_bitmap_subtract(bg_bitmap *into, bg_bitmap *from);
+
+/*
  * The bits of [offset, offset + length) as bytes, bit 0 lowest: offset a multiple of 8 granules, length too
  * unless the range ends at the disk's end. bg_bitmap_serialised gives the number of bytes for such a range, or -EINVAL.
  * `bytes` must be exactly that number. Bits past the disk's end are written as 0 and ignored when read.

@@ -166,7 +166,7 @@ class DirtyBitmap:
         return undo
 
     def _keep(self) -> Callable[[], None]:
-        before = self._segments, self.recorder
+        before = list(self._segments), self.recorder
 
         def undo() -> None:
             self._segments, self.recorder = before
@@ -255,9 +255,12 @@ class View:
         assert self._open, "a view ends once"
         self._open = False
         clears = self.mode == "always" or (self.mode == "on-success" and succeeded)
-        if clears and not succeeded and left is None:
-            left = self.bits
-        self.bitmap._end(self, clears=clears, left=None if succeeded else left)
+        if succeeded:
+            left = None
+        elif clears:
+            left = (left or self.bits).copy()
+            left.truncate(self.bitmap.size)
+        self.bitmap._end(self, clears=clears, left=left)
 
     def drop(self) -> None:
         """It was never taken: nothing is cleared, whatever the mode says."""

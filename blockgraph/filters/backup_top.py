@@ -151,7 +151,7 @@ class BackupTop(Filter):
             native=not self.options.cbw_timeout,  # nobody can give up waiting for a native copy
             released=self._released,
         )
-        self._release_unwanted(bitmap)
+        self._release_unwanted()
         self._kept = self.target.node
         self._access = bitmap.copy()
         self._frozen: list[_FrozenRead] = []
@@ -161,12 +161,18 @@ class BackupTop(Filter):
         if self._ready:
             await self.copy.forget_maps()
 
-    def _release_unwanted(self, bitmap: Bitmap) -> None:
+    def keep_only(self, bits: Bitmap) -> None:
+        """Keep only what is set in `bits`, of any granularity. For whoever has just inserted this node, which is still
+        drained: no request has come yet."""
+        self.copy.bitmap.clear()
+        self.copy.bitmap.merge(bits)
+        self._access = self.copy.bitmap.copy()
+        self._release_unwanted()
+
+    def _release_unwanted(self) -> None:
         """What is not to be copied the guest may overwrite at once."""
-        position = 0
-        while (clean := bitmap.next_clean(position)) is not None:
-            self.copy.done.set(*clean)
-            position = sum(clean)
+        self.copy.done.fill()
+        self.copy.done.subtract(self.copy.bitmap)
 
     def _released(self, offset: int, end: int) -> None:
         for extents in self.node.maps:

@@ -39,6 +39,9 @@ class Action:
     def commit(self) -> None:
         """It counts. Must not fail."""
 
+    def dropped(self) -> None:
+        """The transaction has not happened, whether it came to `prepare` or not; called last. Must not fail."""
+
 
 class Abort(Action):
     """Fails: a transaction with it changes nothing, whatever else is in it."""

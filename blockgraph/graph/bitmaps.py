@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from blockgraph.graph.description import BitmapDescription, Description
     from blockgraph.graph.model import Model
 
+#: Edges through which a node shows bytes of nodes below it.
+SHOWN = Role.FILTERED | Role.COW
+
 #: Longest name, bytes of UTF-8 (qcow2's limit).
 MAX_NAME = 1023
 MIN_GRANULARITY = 512
@@ -179,6 +182,10 @@ def _references(model: Model, description: Description, known: _Known) -> Iterat
     for export in description.exports:
         for index, wanted in enumerate(export.options.bitmaps):
             yield from _refers(model, known, export.options.node_name, wanted, f"{export.where}.bitmaps[{index}]")
+    for job in description.jobs:
+        bitmap = job.options.bitmap
+        if isinstance(bitmap, str) or (bitmap is not None and model.has(bitmap.node)):  # else told with the job
+            yield from _refers(model, known, job.options.device, bitmap, f"{job.where}.bitmap", Role.FILTERED)
     for vertex in model.nodes():
         option = getattr(vertex.options, "bitmap", None)
         if isinstance(option, BitmapRef):
@@ -222,9 +229,11 @@ def _check_one(model: Model, bitmap: BitmapDescription) -> Iterator[Problem]:
             yield problem(f"'{member}' is not available yet", member, "leave it out")
 
 
-def _refers(model: Model, known: _Known, top: str, wanted: str | BitmapRef, path: str) -> Iterator[Problem]:
+def _refers(
+    model: Model, known: _Known, top: str, wanted: str | BitmapRef, path: str, roles: Role = SHOWN
+) -> Iterator[Problem]:
     if isinstance(wanted, str):
-        name, nodes = wanted, [node for node in shown_below(model, top) if model.has(node)]
+        name, nodes = wanted, [node for node in shown_below(model, top, roles) if model.has(node)]
     else:
         name, nodes = wanted.name, [wanted.node]
         if not model.has(wanted.node):
@@ -245,14 +254,18 @@ def _refers(model: Model, known: _Known, top: str, wanted: str | BitmapRef, path
     )
 
 
-def shown_below(model: Model, top: str) -> list[str]:
-    """The node, and those below it whose bytes it shows: through filters, backing files, and raw without a window."""
+def shown_below(model: Model, top: str, roles: Role = SHOWN) -> list[str]:
+    """The node, and those below it whose bytes it shows: through filters, backing files, and raw.
+
+    Args:
+        roles: of the edges that are followed.
+    """
     found = [top]
     while model.has(found[-1]):
         vertex = model.node(found[-1])
         edges = model.children(found[-1]).values()
-        below = [edge for edge in edges if edge.role & (Role.FILTERED | Role.COW)]
-        if not below and vertex.driver.transparent:
+        below = [edge for edge in edges if edge.role & roles]
+        if not below and roles is SHOWN and vertex.driver.transparent:
             below = [edge for edge in edges if edge.role & Role.PRIMARY]
         if not below or below[0].child in found:
             break

@@ -111,8 +111,11 @@ class Graph:
         """
         async with self._changing:
             change = Transaction(self, forced=forced)
-            yield change
-            await change.commit()
+            try:
+                yield change
+                await change.commit()
+            finally:
+                change.over()
 
     async def add_node(self, description: Mapping[str, Any]) -> Node:
         """Open a node (and those described inside it)."""

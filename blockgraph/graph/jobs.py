@@ -9,11 +9,14 @@ the target has another size) belong to the description: they would stop the job 
 from __future__ import annotations
 
 from blockgraph.errors import GraphError, OptionError
-from blockgraph.graph.convert import convert
+from blockgraph.graph import sizes
+from blockgraph.graph.convert import closest, convert, quote
 from blockgraph.graph.description import Description, JobDescription
 from blockgraph.graph.model import Model, root_key
 from blockgraph.graph.problem import Problem
 from blockgraph.graph.validate import NODE_NAME
+from blockgraph.jobs.sync import LATE_BITMAP, LATE_BITMAP_HINT, bitmap_use
+from blockgraph.options import BitmapRef
 from blockgraph.perm import Role
 from blockgraph.registry import get_driver
 
@@ -25,10 +28,11 @@ def with_filters(model: Model, description: Description) -> tuple[Model, list[Pr
 
     Returns: the same model when there are no jobs that change it.
     """
-    problems: list[Problem] = []
+    problems = _groups(description)
     candidate = model
     for job in description.jobs:
         problems += _check(model, job)
+        problems += _bitmap(model, job)
         if _inserts(model, job):
             if candidate is model:
                 candidate = model.copy()
@@ -71,6 +75,88 @@ def _check(model: Model, job: JobDescription) -> list[Problem]:
                 ),
                 path=f"{job.where}.sync",
                 hint="use sync 'full' or 'none', or give the target another backing node",
+            )
+        ]
+    return []
+
+
+def _groups(description: Description) -> list[Problem]:
+    """Jobs of one group that do not fit each other, and groups of nobody."""
+    problems: list[Problem] = []
+    first: dict[str, JobDescription] = {}
+    for job in description.jobs:
+        options = job.options
+        where = f"{job.where}.completion-mode"
+        if options.completion_mode == "grouped" and options.group is None:
+            problems.append(
+                Problem(
+                    kind=OptionError,
+                    message="completion-mode 'grouped' needs member 'group'",
+                    path=where,
+                    hint="give the jobs that shall succeed or fail together the same 'group'",
+                )
+            )
+        elif options.completion_mode == "grouped" and options.sync == "none":
+            problems.append(
+                Problem(
+                    kind=OptionError,
+                    message="with sync 'none' a job ends by being cancelled, and would cancel the rest of its group",
+                    path=where,
+                    hint="use completion-mode 'individual'",
+                )
+            )
+        if options.group is None:
+            continue
+        other = first.setdefault(options.group, job)
+        if other.options.completion_mode != options.completion_mode:
+            problems.append(
+                Problem(
+                    kind=OptionError,
+                    message=(
+                        f"group {quote(options.group)} has completion-mode '{other.options.completion_mode}' in "
+                        f"{other.where} and '{options.completion_mode}' here"
+                    ),
+                    path=where,
+                    related=(other.where,),
+                )
+            )
+    return problems
+
+
+def _bitmap(model: Model, job: JobDescription) -> list[Problem]:
+    """As far as a description tells: what a node's bitmaps are is known when it runs."""
+    options = job.options
+    try:
+        use = bitmap_use(options)
+    except OptionError as error:
+        where = f"{job.where}.{error.path}"
+        return [Problem(kind=OptionError, message=error.reason, path=where, value=error.value, hint=error.hint)]
+    if use is None or not model.has(options.device):
+        return []
+    where = f"{job.where}.bitmap"
+    if model.node(options.device).driver.name == _FILTER:
+        return [Problem(kind=GraphError, message=LATE_BITMAP, path=where, hint=LATE_BITMAP_HINT)]
+    if not isinstance(options.bitmap, BitmapRef):
+        return []
+    name = options.bitmap.node
+    if not model.has(name):
+        names = [vertex.name for vertex in model.nodes()]
+        return [
+            Problem(
+                kind=GraphError,
+                message=f"job '{job.id}' refers to node {quote(name)}, which does not exist",
+                path=f"{where}.node",
+                value=name,
+                closest=closest(name, names),
+            )
+        ]
+    known = sizes.known(model)
+    if name in known and options.device in known and known[name] != known[options.device]:
+        return [
+            Problem(
+                kind=GraphError,
+                message=f"the bitmap's node has {known[name]} bytes but the device has {known[options.device]}",
+                path=where,
             )
         ]
     return []

@@ -47,6 +47,7 @@ class Transaction:
 
     Attributes:
         candidate: the graph as it will be.
+        unflushed: names of nodes that failed to flush, when forced.
     """
 
     def __init__(self, graph: Graph, *, forced: bool = False) -> None:
@@ -59,6 +60,7 @@ class Transaction:
         self._reopened: dict[str, NodeOptions] = {}
         self._undo: list[Callable[[], None]] = []
         self._actions: list[Action] = []
+        self.unflushed: set[str] = set()
 
     # Edits.
 
@@ -224,6 +226,12 @@ class Transaction:
                 await finish(self._opening.undo())
             raise
 
+    def over(self) -> None:
+        """Nothing more comes."""
+        if not self._committed:
+            for action in reversed(self._actions):
+                action.dropped()
+
     def _check(self) -> None:
         for edge in self.candidate.dangling():
             if self.graph.model.has(edge.child):
@@ -293,6 +301,7 @@ class Transaction:
             except BlockGraphError as error:
                 if not self._forced:
                     raise
+                self.unflushed.add(node.name)
                 if self.candidate.has(node.name):  # else it is told when the node is closed
                     log.error("node '%s' could not be flushed: %s", node.name, error)
 

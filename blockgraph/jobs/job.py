@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: MIT
 """Job: a task with a state table, verbs, progress and an end that can be held back.
 
-run ──► waiting ──► pending ──► prepare ──► commit | abort ──► clean ──► concluded ──► null
+run ──► waiting ──► pending ──► prepare ──► commit | abort ──► clean ──► settle ──► concluded ──► null
 
-A subclass gives `start`, `run`, and what of `prepare`, `commit`, `abort`, `clean` it needs.
+A subclass gives `start`, `run`, and what of the other steps it needs. How a job ends is decided with its group.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import errno
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from blockgraph.errors import BlockGraphError, JobError
+from blockgraph.jobs.group import JobGroup
 from blockgraph.jobs.progress import Progress
 from blockgraph.jobs.states import TRANSITIONS, VERBS, JobState, Verb
 
@@ -53,6 +54,8 @@ class Job:
         cancelled: it was cancelled.
         io_status: of a job that stopped itself: "failed" or "nospace"; the first error counts.
         listeners: called with every JobEvent.
+        group: the jobs that it concludes with, itself among them.
+        body: for the group: the task that `cancel` cancels.
     """
 
     type: ClassVar[str]
@@ -70,11 +73,11 @@ class Job:
         self._user_paused = False
         self._resumed = asyncio.Event()
         self._pause_asked = asyncio.Event()
-        self._finalized = asyncio.Event()
         self._ending = False
         self._over = asyncio.Event()
-        self._body: asyncio.Task[None] | None = None
-        self._life: asyncio.Task[None] | None = None
+        self.body: asyncio.Task[Any] | None = None
+        self.group = JobGroup()
+        self.group.jobs.append(self)
 
     # What a subclass gives.
 
@@ -99,6 +102,20 @@ class Job:
 
     async def clean(self) -> None:
         """Give back what `start` took."""
+
+    def settle(self, succeeded: bool) -> None:
+        """The very end. Must not fail.
+
+        Args:
+            succeeded: this job, and every other of its group.
+        """
+
+    def check_group(self) -> None:
+        """Refuse to share the fate of other jobs.
+
+        Raises:
+            JobError: why.
+        """
 
     def set_speed(self, speed: int) -> None:
         """Change the limit, bytes per second."""
@@ -140,28 +157,27 @@ class Job:
         self._resumed.set()
 
     def cancel(self) -> None:
-        """End the job; what it took is given back. Await `wait` for the end."""
+        """End the job, and its group; what it took is given back. Await `wait` for the end."""
         self.check(Verb.CANCEL)
         if self._ending:
             raise JobError("is concluding already", op=f"job '{self.id}'")
-        if self.cancelled:
-            return
-        self.cancelled = True
-        if self._user_paused:
-            self._resume()
-        self._finalized.set()
-        if self._body is not None:
-            self._body.cancel()
+        if not self.cancelled:
+            self.group.cancel()
 
     def finalize(self) -> None:
-        """Let a pending job conclude."""
+        """Let a pending job conclude, and its group."""
         self.check(Verb.FINALIZE)
-        self._finalized.set()
+        self.group.finalize()
 
     def dismiss(self) -> None:
         """Forget a concluded job."""
         self.check(Verb.DISMISS)
-        self._enter(JobState.NULL)
+        self.enter(JobState.NULL)
+
+    @property
+    def failed(self) -> bool:
+        """It failed, or was cancelled."""
+        return self.cancelled or self.error is not None
 
     @property
     def ending(self) -> bool:
@@ -182,70 +198,57 @@ class Job:
         try:
             await self.start()
         except BaseException:
-            self._enter(JobState.NULL)
-            self._over.set()
+            self.never_was()
             raise
-        self._life = asyncio.create_task(self._live(), name=f"job {self.id}")
+        self.group.launch()
 
-    async def _live(self) -> None:
-        self._enter(JobState.RUNNING)
-        self._body = asyncio.create_task(self._work(), name=f"job {self.id} work")
-        if self.cancelled:  # before it had begun
-            self._body.cancel()
-        failure: BlockGraphError | None = None
-        try:
-            await self._body
-        except asyncio.CancelledError:
-            self.cancelled = True
-        except BlockGraphError as error:
-            failure = error
-        except Exception as error:  # a bug in a job must not leave its filter behind
-            log.exception("job '%s' failed unexpectedly", self.id)
-            failure = self._unexpected(error)
-        self.error = failure
-        try:
-            await self._finish()
-        finally:
-            self._over.set()
+    def never_was(self) -> None:
+        """It could not start."""
+        self.enter(JobState.NULL)
+        self._over.set()
 
-    def _unexpected(self, error: Exception) -> JobError:
-        return JobError(f"unexpected {type(error).__name__}: {error}", op=f"job '{self.id}'")
+    # For the group.
 
-    async def _work(self) -> None:
+    async def work(self) -> None:
+        """From running to waiting."""
         await self.run()
         await self.pause_point()  # paused at the very end: it stays until it is resumed
-        self._enter(JobState.WAITING)
-        self._enter(JobState.PENDING)
-        if not self.auto_finalize:
-            await self._finalized.wait()
-        await self.prepare()
+        self.enter(JobState.WAITING)
 
-    async def _finish(self) -> None:
+    def stop(self) -> None:
+        """Be cancelled."""
+        self.cancelled = True
+        if self._user_paused:
+            self._resume()
+        if self.body is not None:
+            self.body.cancel()
+
+    def ends(self, *, failed: bool) -> None:
+        """Its fate is decided."""
         self._ending = True
-        failed = self.cancelled or self.error is not None
-        if failed and self.state is JobState.PAUSED:
-            self._enter(JobState.RUNNING)
-        if failed:
-            self._enter(JobState.ABORTING)
-        for step in (self.abort if failed else self.commit, self.clean):
-            try:
-                await step()
-            except BlockGraphError as error:
-                log.error("job '%s': %s", self.id, error)
-                self.error = self.error or error
-            except Exception as error:  # the job must end all the same
-                log.exception("job '%s' failed unexpectedly at its end", self.id)
-                self.error = self.error or self._unexpected(error)
+        if not failed:
+            return
+        if self.state is JobState.PAUSED:
+            self.enter(JobState.RUNNING)
+        self.enter(JobState.ABORTING)
+
+    def conclude(self) -> None:
+        """Everything is done; tell it."""
         text = str(self.error) if self.error else None
         if self.cancelled and self.error is None:
             self._tell(JobEvent(self.id, "cancelled", self.state))
         else:
             self._tell(JobEvent(self.id, "completed", self.state, text))
-        self._enter(JobState.CONCLUDED)
+        self.enter(JobState.CONCLUDED)
         if self.auto_dismiss:
-            self._enter(JobState.NULL)
+            self.enter(JobState.NULL)
 
-    def _enter(self, state: JobState) -> None:
+    def over(self) -> None:
+        """Nothing of it runs any more."""
+        self._over.set()
+
+    def enter(self, state: JobState) -> None:
+        """Go to the next state."""
         assert state in TRANSITIONS[self.state], f"{self.state} -> {state}"
         self.state = state
         self._tell(JobEvent(self.id, "state", state))
@@ -267,9 +270,9 @@ class Job:
     async def pause_point(self) -> None:
         """Stay here while the job is paused."""
         while self._user_paused:
-            self._enter(JobState.PAUSED)
+            self.enter(JobState.PAUSED)
             await self._resumed.wait()
-            self._enter(JobState.RUNNING)
+            self.enter(JobState.RUNNING)
 
     def stop_on(self, error: BlockGraphError) -> None:
         """Pause the job by itself because of an error; only the user resumes it."""

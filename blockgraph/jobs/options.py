@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from blockgraph.options import NodeRef
+from blockgraph.options import BitmapRef, NodeRef
 
 #: What to do when a job's own I/O fails.
 OnError = Literal["report", "ignore", "stop", "enospc"]
@@ -25,6 +25,28 @@ class BackupOptions(
 ):
     """Copy a disk as it is when the job starts, while it is being written.
 
+    With a dirty bitmap (`sync`, `bitmap-mode`, `bitmap-use`; what it marks is what it marks when the job starts):
+
+        full, top, no bitmap           everything; everything that the top layer has
+        full, top, use "reset"         the same. What the bitmap marks at the end is what its mode says: this begins a
+                                       chain of incremental backups. Mode "never" is refused, it would have no effect
+        full, top, use "reduce"        of that, only what the bitmap marks; any mode
+        none                           only what the guest overwrites
+        none and a bitmap              of that, only what the bitmap marks. Modes "never" (the default) and "always":
+                                       such a job never succeeds, it is cancelled
+        bitmap                         what the bitmap marks; any mode
+        incremental                    bitmap, with mode "on-success"
+        differential                   bitmap, with mode "never"
+
+        mode              bitmap after success         bitmap after failure, and after being cancelled
+        on-success        what was written since       old marks, and what was written since
+        never             old marks, and what was written since
+        always            what was written since       what was not copied, and what was written since
+
+    "Since" is since the start. Clusters of a target without a backing node are written whole, where they are larger
+    than a bitmap's granules. Several jobs may use one bitmap at a time: it is cleared when the last of them that clears
+    has ended, and then has what was written since the earliest start among those that succeeded.
+
     Attributes:
         job_id: unique among jobs; the device's name when omitted.
         device: name of the node to back up. A backup-top node: its target is completed, `target` is omitted.
@@ -32,7 +54,16 @@ class BackupOptions(
         mode: "existing": the target is there. "create": make the image that `target` describes (raw or qcow2 over a
             file that does not exist yet), of the device's size.
         sync: "full" copies everything, "top" what the top layer has allocated, "none" only what the guest overwrites
-            (until the job is cancelled).
+            (until the job is cancelled), "bitmap", "incremental" and "differential" what `bitmap` marks; see above.
+        bitmap: name of a dirty bitmap of the device (or of the nodes below it, when it is a filter), or {node, name}
+            of a bitmap of a node of the same size.
+        bitmap_mode: "on-success", "never" or "always"; see above. Required with sync "full", "top" and "bitmap".
+        bitmap_use: with sync "full" or "top": "reset" (default, as in QEMU) copies what the bitmap does not mark, too;
+            "reduce" does not.
+        group: jobs that name the same group start in one transaction, at one instant, or not at all.
+        completion_mode: of the jobs of a group: "individual" (default): each ends for itself. "grouped": all succeed
+            or none does. The first failure cancels the others; none clears its bitmap "on-success" unless all
+            succeed; one with auto-finalize=false holds all; finalizing one finalizes all.
         speed: bytes per second, 0: as fast as it goes. What guest writes copy is not slowed down.
         on_source_error, on_target_error: "report" fails the job, "ignore" tries again later, "stop" pauses the job
             until it is resumed, "enospc" stops when the target is full and reports everything else.
@@ -48,7 +79,12 @@ class BackupOptions(
     device: str
     target: NodeRef | None = None
     mode: Literal["existing", "create"] = "existing"
-    sync: Literal["full", "top", "none"]
+    sync: Literal["full", "top", "none", "bitmap", "incremental", "differential"]
+    bitmap: str | BitmapRef | None = None
+    bitmap_mode: Literal["on-success", "never", "always"] | None = None
+    bitmap_use: Literal["reset", "reduce"] | None = None
+    group: str | None = None
+    completion_mode: Literal["individual", "grouped"] = "individual"
     speed: Annotated[int, msgspec.Meta(ge=0)] = 0
     on_source_error: OnError = "report"
     on_target_error: OnError = "report"

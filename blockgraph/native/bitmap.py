@@ -224,6 +224,18 @@ class Bitmap:
         if lib.bg_bitmap_merge(self._bitmap, other._bitmap) < 0:
             raise ValueError(f"bitmaps of disks of {self.size} and {other.size} bytes can not be merged")
 
+    def subtract(self, other: Bitmap) -> None:
+        """Unmark whatever is marked in `other`.
+
+        Raises:
+            ValueError: sizes or granularities differ.
+        """
+        if lib.bg_bitmap_subtract(self._bitmap, other._bitmap) < 0:
+            raise ValueError(
+                f"bitmaps of {self.size} and {other.size} bytes with granularities {self.granularity} and "
+                f"{other.granularity} can not be subtracted"
+            )
+
     def copy(self) -> Bitmap:
         """A new bitmap, equal and independent."""
         out = ffi.new("bg_bitmap **")

@@ -165,6 +165,16 @@ class BitmapMachine(RuleBasedStateMachine):
         self.real.merge(other)
 
     @rule(data=st.data())
+    def subtract(self, data: st.DataObject) -> None:
+        other = Bitmap(self.model.size, self.model.granularity)
+        for _ in range(3):
+            start, end = self.draw_range(data)
+            other.set(start, end - start)
+        for start, length in other.dirty_extents():
+            self.model.dirty.difference_update(self.model.touched(start, length))
+        self.real.subtract(other)
+
+    @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
         size = data.draw(st.integers(0, 2 * self.model.size + self.model.granularity))
         if size // self.model.granularity > 9000:
@@ -403,6 +413,8 @@ def test_bitmap_of_impossible_shape_is_refused(size: int, granularity: int, word
         pytest.param("deserialise", (40_000, b"a"), "not inside", id="deserialise-past-end"),
         pytest.param("truncate", (-1,), "size", id="truncate-negative"),
         pytest.param("merge", (Bitmap(9_999, 4096),), "9999 bytes", id="merge-other-size"),
+        pytest.param("subtract", (Bitmap(9_999, 4096),), "9999 bytes", id="subtract-other-size"),
+        pytest.param("subtract", (Bitmap(10_000, 8192),), "4096 and 8192", id="subtract-other-granularity"),
     ],
 )
 def test_bitmap_with_argument_out_of_range_raises_and_is_unchanged(
