@@ -465,7 +465,7 @@ class Node:
         request = await self.begin(low, high - low, serialising=True)
         try:
             if self.guard is not None:
-                await self.guard.before(low, high - low)
+                await self.guard.before_resize(size)
             for extents in list(self.maps if self.bitmaps else ()):
                 await extents.forget_bitmaps()
             await self.driver.truncate(size)
@@ -473,6 +473,8 @@ class Node:
                 bitmap.truncate(size)
         finally:
             self.write_gen += 1
+            if self.guard is not None:
+                await self.guard.resized()
             for extents in self.maps:
                 self._revoked[extents] = extents.resized()
             await self.finish(request)

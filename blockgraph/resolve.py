@@ -141,6 +141,8 @@ class Pins:
                 return await self._give_up(special, mine)
             self._held.append((node, await node.begin(offset, length, owner=self)))
             self._written.append((node, offset, length))
+            if node.guard is not None:
+                await node.guard.before(offset, length)
             extent = (await node.map(offset, length)).clip(offset, length)
             if extent.status is not Status.DATA or not extent.writable:
                 if self._allocated(node, offset):

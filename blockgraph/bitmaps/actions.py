@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.bitmaps.bitmap import DirtyBitmap, Mode, View, check_granularity, check_name
+from blockgraph.bitmaps.store import LiveStore
 from blockgraph.errors import GraphError
 from blockgraph.graph.action import Action
 
@@ -59,11 +61,12 @@ def find_on(node: Node, name: str) -> DirtyBitmap:
 
 
 class BitmapAction(Action):
-    """An action on one bitmap; `undo` collects what takes it back."""
+    """An action on one bitmap; `undo` collects what takes it back, `kept` what is stored until it no longer can be."""
 
     def __init__(self, bitmap: BitmapName) -> None:
         self.bitmap = bitmap
         self._undo: list[Callable[[], None]] = []
+        self._kept: list[Callable[[], None]] = []
 
     def nodes(self) -> Sequence[str]:
         return (self.bitmap.node,)
@@ -71,10 +74,24 @@ class BitmapAction(Action):
     async def abort(self) -> None:
         for undo in reversed(self._undo):
             undo()
+        self.commit()
 
-    async def _store_changes(self, node: Node, bitmap: DirtyBitmap) -> None:
-        if bitmap.persistent and node.bitmap_store is not None:
-            await node.bitmap_store.begin()
+    def commit(self) -> None:
+        while self._kept:
+            self._kept.pop()()
+
+    async def _begin(self, node: Node, bitmap: DirtyBitmap) -> None:
+        """Before the bitmap changes."""
+        store = node.bitmap_store
+        if bitmap.persistent and store is not None:
+            await store.begin()
+            if isinstance(store, LiveStore):
+                self._kept.append(store.keep(bitmap))
+
+    async def _store(self, node: Node, bitmap: DirtyBitmap) -> None:
+        """After something was added to it."""
+        if bitmap.persistent and isinstance(node.bitmap_store, LiveStore):
+            await node.bitmap_store.store()
 
 
 class AddBitmap(BitmapAction):
@@ -84,12 +101,23 @@ class AddBitmap(BitmapAction):
         granularity: bytes per bit; None: the node's cluster size within 4 to 64 KiB, 64 KiB where it has none.
         enabled: it records writes.
         persistent: the node's store keeps it.
+        sidecar: with `persistent`, of a node that has no store yet: path of a sidecar file for it, or True for the
+            default path; see AttachSidecar.
     """
 
     def __init__(
-        self, bitmap: BitmapName, *, granularity: int | None = None, enabled: bool = True, persistent: bool = False
+        self,
+        bitmap: BitmapName,
+        *,
+        granularity: int | None = None,
+        enabled: bool = True,
+        persistent: bool = False,
+        sidecar: str | bool = False,
     ) -> None:
         super().__init__(bitmap)
+        self._attach: AttachSidecar | None = None
+        if sidecar:
+            self._attach = AttachSidecar(bitmap.node, None if sidecar is True else sidecar, shared=True)
         self._granularity = granularity
         self._enabled = enabled
         self._persistent = persistent
@@ -97,6 +125,8 @@ class AddBitmap(BitmapAction):
     async def prepare(self, change: Transaction) -> None:
         node = change.node(self.bitmap.node)
         name = self.bitmap.name
+        if self._attach is not None:
+            await self._attach.prepare(change)
         check_name(name, node=node.name)
         if name in node.bitmaps:
             raise GraphError(f"there already is a bitmap '{name}'", node=node.name, op="add")
@@ -117,6 +147,12 @@ class AddBitmap(BitmapAction):
             await node.bitmap_store.begin()
         node.bitmaps[name] = bitmap
         self._undo.append(lambda: node.bitmaps.__delitem__(name))
+        await self._store(node, bitmap)
+
+    async def abort(self) -> None:
+        await super().abort()
+        if self._attach is not None:
+            await self._attach.abort()
 
 
 class EnsureBitmap(AddBitmap):
@@ -157,7 +193,7 @@ class RemoveBitmap(BitmapAction):
         node = change.node(self.bitmap.node)
         bitmap = find(change, self.bitmap)
         bitmap.check_free("remove")
-        await self._store_changes(node, bitmap)
+        await self._begin(node, bitmap)
         before = dict(node.bitmaps)
         del node.bitmaps[bitmap.name]
 
@@ -174,7 +210,7 @@ class ClearBitmap(BitmapAction):
     async def prepare(self, change: Transaction) -> None:
         bitmap = find(change, self.bitmap)
         bitmap.check_usable("clear")
-        await self._store_changes(change.node(self.bitmap.node), bitmap)
+        await self._begin(change.node(self.bitmap.node), bitmap)
         self._undo.append(bitmap.clear())
 
 
@@ -188,10 +224,13 @@ class EnableBitmap(BitmapAction):
     async def prepare(self, change: Transaction) -> None:
         bitmap = find(change, self.bitmap)
         bitmap.check_usable("enable" if self._enabled else "disable")
-        await self._store_changes(change.node(self.bitmap.node), bitmap)
+        node = change.node(self.bitmap.node)
+        await self._begin(node, bitmap)
         before = bitmap.enabled
         bitmap.enabled = self._enabled
         self._undo.append(lambda: setattr(bitmap, "enabled", before))
+        if self._enabled and not before:
+            await self._store(node, bitmap)
 
 
 class MergeBitmaps(BitmapAction):
@@ -219,8 +258,10 @@ class MergeBitmaps(BitmapAction):
                     hint="only bitmaps of disks of the same size can be merged",
                 )
             added.append(source.contents())
-        await self._store_changes(change.node(self.bitmap.node), bitmap)
+        node = change.node(self.bitmap.node)
+        await self._begin(node, bitmap)
         self._undo.append(bitmap.merge(added))
+        await self._store(node, bitmap)
 
 
 @dataclass

@@ -47,6 +47,7 @@ class DirtyBitmap:
         persistent: its node's store keeps it.
         inconsistent: it missed writes, or may have: of no use but to be removed.
         reason: why it is inconsistent.
+        version: grows with every change that is no write.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class DirtyBitmap:
         self.persistent = persistent
         self.inconsistent = inconsistent
         self.reason = reason
+        self.version = 0
         self._segments: list[Bitmap] = []
         self._views: list[View] = []
         self._ended: list[_Ended] = []
@@ -167,9 +169,11 @@ class DirtyBitmap:
 
     def _keep(self) -> Callable[[], None]:
         before = list(self._segments), self.recorder
+        self.version += 1
 
         def undo() -> None:
             self._segments, self.recorder = before
+            self.version += 1
 
         return undo
 
@@ -178,9 +182,11 @@ class DirtyBitmap:
         assert not self._views
         assert bits.granularity == self.granularity
         self.recorder = bits
+        self.version += 1
 
     def truncate(self, size: int) -> None:
         """Follow the disk to a new size; grown area is clean."""
+        self.version += 1
         for bits in (*self._segments, self.recorder):
             bits.truncate(size)
         for ended in self._ended:
@@ -200,6 +206,7 @@ class DirtyBitmap:
         if clears:
             self._ended.append(_Ended(view.segments, left))
         if self._ended and all(other.mode == "never" for other in self._views):
+            self.version += 1
             first = min(ended.segments for ended in self._ended)
             for segment in self._segments[:first]:
                 segment.clear()

@@ -32,3 +32,13 @@ class WriteGuard(Protocol):
 
     def run(self, offset: int) -> GuardRun:
         """The widest run around `offset`. Fast: asked at every fault."""
+
+    async def before_resize(self, size: int) -> None:
+        """The node is about to become `size` bytes long; `resized` follows, whether it did or not.
+
+        Raises:
+            IOFailure: it may not.
+        """
+
+    async def resized(self) -> None:
+        """The node, and its bitmaps, have the size they have now. Must not fail."""

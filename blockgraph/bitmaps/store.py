@@ -10,9 +10,11 @@ Between `begin` and `save` a crash leaves bitmaps that nobody may use, unless th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blockgraph.bitmaps.bitmap import DirtyBitmap
 
 
@@ -51,3 +53,25 @@ class BitmapStore(Protocol):
         Raises:
             IOFailure: it is as `begin` left it; the user needs a full backup next.
         """
+
+
+@runtime_checkable
+class LiveStore(BitmapStore, Protocol):
+    """A store whose stored form is of use after a crash, too: what it says is a superset of what has changed.
+
+    Whoever takes something away from a bitmap calls `keep` first, and gives up what it kept when the change can no
+    longer be undone; whoever adds something calls `store` afterwards, and has not succeeded before that returns.
+    """
+
+    def keep(self, bitmap: DirtyBitmap) -> Callable[[], None]:
+        """Whatever is stored from now on also has what the bitmap has now, until the returned function is called."""
+
+    async def store(self) -> None:
+        """What the bitmaps hold, beyond what is written to the node, is durable.
+
+        Raises:
+            IOFailure: it may not be.
+        """
+
+    async def close(self) -> None:
+        """The node closes: nothing is written any more."""

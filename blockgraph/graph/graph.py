@@ -30,6 +30,7 @@ from blockgraph.bitmaps.actions import (
     RemoveBitmap,
     find_on,
 )
+from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.bitmaps.query import BitmapInfo, digest, info
 from blockgraph.errors import BlockGraphError, OutOfRange
 from blockgraph.finish import finish
@@ -316,19 +317,37 @@ class Graph:
         granularity: int | None = None,
         enabled: bool = True,
         persistent: bool = False,
+        sidecar: str | bool = False,
     ) -> DirtyBitmap:
         """A new, empty dirty bitmap on a node. It has every write that is not over when this returns.
 
         Args:
             granularity: bytes per bit, a power of two; None: the node's cluster size within 4 to 64 KiB, or 64 KiB.
             enabled: it records writes.
-            persistent: the node's image keeps it.
+            persistent: the node's image keeps it, or the sidecar file that it has.
+            sidecar: with `persistent`, for a node without a place for bitmaps: the file that keeps them, or True for
+                the image's name with ".bitmaps". It is made when it is missing, and found by itself from then on.
         Raises:
             GraphError: the name is taken or too long, the granularity is none, or there is no place for it.
         """
         bitmap = BitmapName(node, name)
-        await self.act(AddBitmap(bitmap, granularity=granularity, enabled=enabled, persistent=persistent))
+        await self.act(
+            AddBitmap(bitmap, granularity=granularity, enabled=enabled, persistent=persistent, sidecar=sidecar)
+        )
         return self.bitmap(node, name)
+
+    async def attach_sidecar(self, node: str, path: str | None = None, *, crash_safe: bool | None = None) -> None:
+        """Keep the persistent bitmaps of a node in a file beside its image, and take over those that are there.
+
+        Args:
+            path: None: the image's name with ".bitmaps". Made with the first bitmap, when it is missing.
+            crash_safe: what changes is marked in the file before it changes, so that bitmaps survive a crash.
+                None: as the file says, and so in a new one.
+        Raises:
+            GraphError: the node has a place for them already, or is no file.
+            CorruptImage: the file is damaged, or something else.
+        """
+        await self.act(AttachSidecar(node, path, crash_safe=crash_safe))
 
     async def remove_bitmap(self, node: str, name: str) -> None:
         """Remove a bitmap, also from the image that keeps it.

@@ -14,6 +14,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from blockgraph.bitmaps.attach import find_sidecar
+from blockgraph.bitmaps.store import LiveStore
 from blockgraph.errors import BlockGraphError, GraphError
 from blockgraph.graph.description import add_nodes
 from blockgraph.graph.load import convert_options, flatten_node
@@ -124,7 +126,10 @@ class Opening:
         """
         for name in self.opened:
             node = self._candidate.node(name).node
-            if node is not None and node.bitmap_store is not None:
+            assert node is not None
+            if await find_sidecar(node):
+                continue
+            if node.bitmap_store is not None:
                 node.bitmaps = {bitmap.name: bitmap for bitmap in await node.bitmap_store.load()}
 
     def _add_implied(self, node: Node) -> None:
@@ -161,6 +166,8 @@ async def close_node(node: Node) -> BlockGraphError | None:
 
 async def _close(node: Node, told: BlockGraphError | None = None) -> BlockGraphError | None:
     """Close; returns the first failure. What was `told` already fails here again and is not logged twice."""
+    if isinstance(node.bitmap_store, LiveStore):
+        await node.bitmap_store.close()
     try:
         await node.driver.close()
     except BlockGraphError as error:

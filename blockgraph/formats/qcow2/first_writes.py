@@ -80,6 +80,7 @@ class FirstWrites:
             and below.driver.request_alignment == 1
             and not below.read_only
             and below.options.detect_zeroes == "off"
+            and below.guard is None
             and not any(bitmap.recording for bitmap in below.bitmaps.values())
         )
 
