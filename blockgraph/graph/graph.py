@@ -244,7 +244,8 @@ class Graph:
         for name in model.topological():
             vertex = model.get(name)
             if isinstance(vertex, NodeVertex) and vertex.node is not None:
-                failure = failure or await close_node(vertex.node)
+                error = await close_node(vertex.node)
+                failure = failure or error
         if failure is not None:
             raise failure
 

@@ -21,6 +21,8 @@ Options, under QEMU's names (BlockdevOptionsQcow2):
 * `pass-discard-request`: clusters that the guest discards or zeroes are discarded in the file too; default: when
   `discard` is "unmap".
 * `pass-discard-other`: so are clusters that are freed for other reasons; default false.
+* `bitmaps`: "drop": do without the persistent bitmaps that the image has; they are lost with the first write. Meant for
+  images whose bitmap directory is damaged. Default: "keep".
 
 Example:
 
@@ -32,7 +34,10 @@ Example:
 Metadata is changed in memory and written back at a flush, at close, or when much is dirty, in an order that keeps the
 image consistent through a crash at any point (see `writeback`). The dirty bit of an image with lazy refcounts that was
 not closed makes the refcounts be rebuilt before the first write; with the corrupt bit it opens read-only only.
-Persistent bitmaps are marked stale (autoclear bit) before the first write.
+
+Persistent bitmaps of version 3 images are loaded when the node opens, marked as in use before the first write or change
+of one, and saved when the node closes or becomes read-only (see `bitmaps`). Whoever is killed in between leaves them
+inconsistent: they can be removed, and a full backup is needed. QEMU and blockgraph read what the other has saved.
 
 First writes to clusters are native where one extent map leads here and the file is a plain one (see `first_writes`).
 
@@ -45,7 +50,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping as MappingABC
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
@@ -55,6 +60,7 @@ from blockgraph.errors import CorruptImage, OptionError, ReadOnly
 from blockgraph.extent import BlockStatus, Extent, Status
 from blockgraph.flags import Flag
 from blockgraph.formats.qcow2.allocation import BusyClusters, NewClusters, allocate
+from blockgraph.formats.qcow2.bitmaps import StoredBitmaps
 from blockgraph.formats.qcow2.compressed import CompressedClusters
 from blockgraph.formats.qcow2.first_writes import FirstWrites
 from blockgraph.formats.qcow2.header import AUTOCLEAR, MAX_CLUSTER_BITS, Autoclear, Incompatible, parse_header
@@ -96,13 +102,15 @@ class Qcow2Options(NodeOptions, kw_only=True, frozen=True):
     refcount_cache_size: _Size | None = None
     pass_discard_request: bool | None = None
     pass_discard_other: bool = False
+    bitmaps: Literal["keep", "drop"] = "keep"
 
 
 class Qcow2(Format):
     """See the module's text.
 
     Attributes:
-        image, refcounts, mapping, writeback: the parts of an open image.
+        image, refcounts, mapping, writeback, stored_bitmaps: the parts of an open image.
+        starting: held while writing begins, or ends before the node does.
         busy: guest clusters that are being changed.
     """
 
@@ -123,6 +131,8 @@ class Qcow2(Format):
     refcounts: Refcounts
     mapping: Mapping
     writeback: WriteBack
+    stored_bitmaps: StoredBitmaps
+    starting: asyncio.Lock
     first_writes: FirstWrites | None = None
 
     # Control path.
@@ -130,7 +140,7 @@ class Qcow2(Format):
     async def open(self) -> None:
         self._opened = False
         self._writing = False
-        self._start = asyncio.Lock()
+        self.starting = asyncio.Lock()
         self.busy = BusyClusters()
         below = self.file.node
         first = bytearray(min(below.size(), 1 << MAX_CLUSTER_BITS))
@@ -154,6 +164,8 @@ class Qcow2(Format):
         self._span_bits = self.image.cluster_bits + self.image.l2_bits
         await self.refcounts.open()
         await self.mapping.open()
+        self.stored_bitmaps = StoredBitmaps(self, bytes(first[: self.image.cluster_size]))
+        self.node.bitmap_store = self.stored_bitmaps
         self._set_discard()
         self._opened = True
 
@@ -214,6 +226,7 @@ class Qcow2(Format):
     async def close(self) -> None:
         if getattr(self, "_opened", False):
             self._opened = False
+            self.stored_bitmaps.closing()
             if self._writing and self.image.damaged is None:
                 await self.writeback.close()
 
@@ -243,32 +256,47 @@ class Qcow2(Format):
         if options.read_only:
             self._writing = False
 
-    async def _begin_writing(self) -> None:
+    async def begin_writing(self) -> None:
         """Before the first write: what the image promises to others who wrote it is withdrawn or put right."""
-        async with self._start:
+        async with self.starting:
             if self._writing:
                 return
-            image, header = self.image, self.image.header
+            image, header, bitmaps = self.image, self.image.header, self.stored_bitmaps
+            await bitmaps.look()
             if header.incompatible & Incompatible.DIRTY:
-                await rebuild(image, self.refcounts, self.mapping, self.writeback)
-            offsets = [0, *self.refcounts.table_offsets(), *self.mapping.l1_offsets()]
-            for at, clusters in (
-                (header.l1_offset, -(-header.l1_size * 8 >> image.cluster_bits)),
-                (header.reftable_offset, header.reftable_clusters),
-            ):
+                bitmaps.check_counted()
+                await rebuild(image, self.refcounts, self.mapping, self.writeback, bitmaps.ranges())
+            offsets = self.metadata()
+            for at, clusters in bitmaps.ranges():
                 offsets += range(at, at + (clusters << image.cluster_bits), image.cluster_size)
             twice = self.refcounts.overlaps.fill(offsets)
             if twice is not None:
                 raise await image.damage(f"two tables share the cluster at host offset {twice:#x}")
-            if header.autoclear:
-                if header.autoclear & Autoclear.BITMAPS:
-                    log.warning("node '%s': its persistent bitmaps are stale from now on", self.node.name)
-                header.autoclear = 0
-                await image.write(AUTOCLEAR, bytes(8))
+            keep = header.autoclear & Autoclear.BITMAPS if bitmaps.maintained else 0
+            if header.autoclear != keep:
+                header.autoclear = keep
+                await image.write(AUTOCLEAR, keep.to_bytes(8, "big"))
                 await self.file.flush()
+            await bitmaps.mark()
             if self.first_writes is None:
                 self.first_writes = self.mapping.first_writes = FirstWrites(self)
             self._writing = True
+
+    def stop_writing(self) -> None:
+        """The next write, of which none is in flight, begins anew."""
+        self._writing = False
+        self.node.revoke(0, self._size)
+
+    def metadata(self) -> list[int]:
+        """Host offsets of all clusters with the header, the L1 table, L2 tables, the refcount table and its blocks."""
+        image, header = self.image, self.image.header
+        offsets = [0, *self.refcounts.table_offsets(), *self.mapping.l1_offsets()]
+        for at, clusters in (
+            (header.l1_offset, -(-header.l1_size * 8 >> image.cluster_bits)),
+            (header.reftable_offset, header.reftable_clusters),
+        ):
+            offsets += range(at, at + (clusters << image.cluster_bits), image.cluster_size)
+        return offsets
 
     # Facts.
 
@@ -340,7 +368,7 @@ class Qcow2(Format):
 
     async def allocate(self, offset: int, length: int) -> Allocation:
         if not self._writing:
-            await self._begin_writing()
+            await self.begin_writing()
         return await allocate(self, offset, length)
 
     async def _pwrite_new(self, offset: int, buf: memoryview) -> Extent:
@@ -414,7 +442,7 @@ class Qcow2(Format):
         if self.image.header.version < 3 and (self.backed or not unmap):
             raise self.unsupported("pwrite_zeroes")
         if not self._writing:
-            await self._begin_writing()
+            await self.begin_writing()
         first, last = self._whole_clusters(offset, offset + length)
         bits, end = self.image.cluster_bits, offset + length
         edges = [(offset, first << bits), (last << bits, end)] if first < last else [(offset, end)]
@@ -442,7 +470,7 @@ class Qcow2(Format):
         if self.image.header.version < 3 and self.backed:
             raise self.unsupported("discard")
         if not self._writing:
-            await self._begin_writing()
+            await self.begin_writing()
         await rewrite(self, *self._whole_clusters(offset, offset + length), Mode.DISCARD)
 
     async def flush(self) -> None:
@@ -453,6 +481,6 @@ class Qcow2(Format):
             await super().flush()
 
     async def truncate(self, size: int) -> None:
-        if not self._writing:
-            await self._begin_writing()
+        await self.begin_writing()
+        self.stored_bitmaps.check_resize(size)
         await resize(self, size)

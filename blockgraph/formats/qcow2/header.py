@@ -79,6 +79,8 @@ class Extension(enum.IntEnum):
     BITMAPS = 0x23852875
     ENCRYPTION = 0x0537BE77
     DATA_FILE = 0x44415441
+    #: Ours: room that a bitmaps extension left, and takes again. Nobody else knows it, so everybody ignores it.
+    UNUSED = 0x62675F30
 
 
 #: Compatible feature: refcount updates may be postponed.
@@ -131,9 +133,9 @@ class Header:
                 return data.decode("utf-8", "replace")
         return None
 
-    def has_extension(self, kind: Extension) -> bool:
-        """The image has a header extension of that type."""
-        return any(found == kind for found, _ in self.extensions)
+    def extension(self, kind: Extension) -> bytes | None:
+        """Data of the header extension of that type; None: there is none."""
+        return next((data for found, data in self.extensions if found == kind), None)
 
     def pack(self) -> bytes:
         """The header with extensions and backing file name, from byte 0 on; at most one cluster.
@@ -181,6 +183,17 @@ class Header:
 def l1_entries(size: int, cluster_bits: int) -> int:
     """L1 entries that a disk of `size` bytes needs."""
     return -(-size >> (2 * cluster_bits - 3))
+
+
+def walk_extensions(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Type, offset (of its type and length, 8 bytes) and length of each extension from `at` up to the end mark, or to
+    `end`, which a damaged one may pass."""
+    while at + 8 <= end:
+        kind, length = struct.unpack_from(">II", data, at)
+        if kind == Extension.END:
+            return
+        yield kind, at, length
+        at += 8 + length + -length % 8
 
 
 def parse_header(data: bytes, file_size: int, node: str, unsupported: list[str] | None = None) -> Header:
@@ -288,12 +301,8 @@ class _Parser:
         end = min(header.cluster_size, len(self._data))
         if header.length <= name_at < end:
             end = name_at
-        at = header.length
-        while at + 8 <= end:
-            kind, length = struct.unpack_from(">II", self._data, at)
-            if kind == Extension.END:
-                return
-            if length > end - at - 8:
+        for kind, at, length in walk_extensions(self._data, header.length, end):
+            if at + 8 + length > end:
                 raise CorruptImage(
                     f"header extension {kind:#010x} is {length} bytes long: past the end of the first cluster",
                     node=self._node,
@@ -301,7 +310,6 @@ class _Parser:
                     hint=_RESTORE,
                 )
             header.extensions.append((kind, self._data[at + 8 : at + 8 + length]))
-            at += 8 + length + -length % 8
 
     def _check_features(self, header: Header) -> None:
         bits = header.incompatible

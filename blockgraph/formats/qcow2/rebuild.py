@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections.abc import Iterable
 
 from blockgraph.errors import CorruptImage
-from blockgraph.formats.qcow2.header import INCOMPATIBLE, Extension, Incompatible
+from blockgraph.formats.qcow2.header import INCOMPATIBLE, Incompatible
 from blockgraph.formats.qcow2.image import Image
 from blockgraph.formats.qcow2.mapping import L2Table, Mapping
 from blockgraph.formats.qcow2.refcount import Refcounts
@@ -20,16 +21,24 @@ from blockgraph.native import L2Kind
 log = logging.getLogger(__name__)
 
 
-async def rebuild(image: Image, refcounts: Refcounts, mapping: Mapping, writeback: WriteBack) -> None:
+async def rebuild(
+    image: Image,
+    refcounts: Refcounts,
+    mapping: Mapping,
+    writeback: WriteBack,
+    bitmaps: Iterable[tuple[int, int]],
+) -> None:
     """Count all references, put the counts into the refcount blocks and clear the dirty bit.
 
+    Args:
+        bitmaps: (host offset, clusters) of what persistent bitmaps take.
     Raises:
         CorruptImage: clusters are used twice, or the image has parts that are not walked here; nothing was written.
         NoSpace: the refcount table is too small.
     """
     log.warning("node '%s': was not closed by its last user, rebuilding its refcounts", image.node.name)
-    if image.header.has_extension(Extension.BITMAPS) or image.header.snapshots:
-        raise _refuse(image, "refcounts are stale, and it has bitmaps or snapshots")
+    if image.header.snapshots:
+        raise _refuse(image, "refcounts are stale, and it has snapshots")
     counts = _Counts(image)
     header = image.header
     counts.add(0, 1)
@@ -39,6 +48,8 @@ async def rebuild(image: Image, refcounts: Refcounts, mapping: Mapping, writebac
     for offset in refcounts.table_offsets():
         image.check_table("a refcount table entry", offset)
         counts.add(offset, image.cluster_size)
+    for offset, clusters in bitmaps:
+        counts.add(offset, clusters << image.cluster_bits)
     index = mapping.next_table(0)
     while index < mapping.l1_size:
         host = mapping.l1_entry(index)
