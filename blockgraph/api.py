@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -29,6 +29,7 @@ from blockgraph import trace
 from blockgraph.backend import Backend
 from blockgraph.bitmaps import BitmapInfo
 from blockgraph.bitmaps.actions import BitmapName, EnsureBitmap
+from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
 from blockgraph.graph.action import Action
@@ -76,7 +77,8 @@ async def open_description(description: Description, *, policy: OpenPolicy | Non
         async with graph.transaction() as change:
             change.add_nodes(first)
             for bitmap in description.bitmaps:
-                change.act(_ensure(bitmap.options))
+                for action in _bitmap_actions(bitmap.options):
+                    change.act(action)
         if rest:  # among them filters that read these bitmaps when they are opened
             async with graph.transaction() as change:
                 change.add_nodes(rest)
@@ -98,12 +100,15 @@ def _with_bitmaps(description: Description) -> tuple[list[NodeDescription], list
     return first, [node for node in description.nodes if node.name not in names]
 
 
-def _ensure(options: BitmapOptions) -> EnsureBitmap:
-    return EnsureBitmap(
+def _bitmap_actions(options: BitmapOptions) -> Iterator[Action]:
+    if options.sidecar:
+        path = None if options.sidecar is True else options.sidecar
+        yield AttachSidecar(options.node, path, crash_safe=options.crash_safe, shared=True)
+    yield EnsureBitmap(
         BitmapName(options.node, options.name),
         granularity=options.granularity_bytes,
         enabled=not options.disabled,
-        persistent=options.persistent,
+        persistent=options.persistent or bool(options.sidecar),
     )
 
 
@@ -240,9 +245,18 @@ class SyncGraph:
         granularity: int | None = None,
         enabled: bool = True,
         persistent: bool = False,
+        sidecar: str | bool = False,
     ) -> None:
         """A new, empty bitmap."""
-        self.call(self.graph.add_bitmap(node, name, granularity=granularity, enabled=enabled, persistent=persistent))
+        self.call(
+            self.graph.add_bitmap(
+                node, name, granularity=granularity, enabled=enabled, persistent=persistent, sidecar=sidecar
+            )
+        )
+
+    def attach_sidecar(self, node: str, path: str | None = None, *, crash_safe: bool | None = None) -> None:
+        """Keep the persistent bitmaps of a node in a file beside its image, and take over those that are there."""
+        self.call(self.graph.attach_sidecar(node, path, crash_safe=crash_safe))
 
     def remove_bitmap(self, node: str, name: str) -> None:
         """Remove a bitmap."""

@@ -7,6 +7,7 @@ Options as `qemu-img bitmap`. Several changes, in the order given, are made toge
     blockgraph bitmap disk.qcow2 --disable b0                        # stop recording
     blockgraph bitmap disk.qcow2 --add --merge b0 --merge b1 sum     # both together, in a new bitmap
     blockgraph bitmap disk.qcow2 --list
+    blockgraph bitmap disk.img --sidecar disk.img.bitmaps --add b0   # a raw image's are in a file beside it
 
 Backing files are not opened. A format that is not given is told by the image's magic, as for `info`: what a guest may
 have planted in a raw disk reaches nothing but that disk.
@@ -30,6 +31,7 @@ from blockgraph.bitmaps.actions import (
     MergeBitmaps,
     RemoveBitmap,
 )
+from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.bitmaps.query import BitmapInfo
 from blockgraph.cli.images import NODE, probe, protocol
 from blockgraph.cli.text import size_argument
@@ -102,6 +104,11 @@ def register(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument(
         "-f", "--format", choices=("raw", "qcow2"), help="format of IMAGE; told by its magic if omitted"
     )
+    parser.add_argument(
+        "--sidecar",
+        metavar="PATH",
+        help="file with the bitmaps of IMAGE; made if missing; default: IMAGE.bitmaps if it is there",
+    )
     parser.add_argument("--list", action=_List, name=name, help="show the bitmaps of IMAGE, after the changes")
     parser.add_argument("--json", action="store_true", help="with --list: print JSON")
     parser.set_defaults(run=run, wrong=parser.error)
@@ -140,6 +147,8 @@ async def _opened(args: Namespace, *, writable: bool) -> AsyncIterator[Graph]:
     graph = Graph()
     try:
         await _open(graph, NODE, args.image, args.format, writable=writable)
+        if args.sidecar is not None:
+            await graph.act(AttachSidecar(NODE, args.sidecar, shared=True))
         if args.source_file:
             await _open(graph, SOURCE, args.source_file, args.source_format, writable=False)
         yield graph
@@ -150,7 +159,7 @@ async def _opened(args: Namespace, *, writable: bool) -> AsyncIterator[Graph]:
 async def _open(graph: Graph, node: str, filename: str, image_format: str | None, *, writable: bool) -> None:
     file = {**protocol(filename, force_share=False), "read-only": not writable}
     driver = image_format or probe(filename)
-    description = {"driver": driver, "node-name": node, "read-only": not writable, "file": file}
+    description: dict[str, Any] = {"driver": driver, "node-name": node, "read-only": not writable, "file": file}
     await graph.add_node(description | ({"backing": None} if driver == "qcow2" else {}))
     await graph.backend(node, writable=writable, share=Perm.CONSISTENT_READ, name=node)
 

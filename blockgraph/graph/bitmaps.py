@@ -100,8 +100,10 @@ def check(model: Model, description: Description) -> list[Problem]:
     """What is wrong with the bitmaps of a description, and with what refers to bitmaps."""
     problems: list[Problem] = []
     first: dict[tuple[str, str], str] = {}
+    sidecars: dict[str, BitmapDescription] = {}
     for bitmap in description.bitmaps:
         problems += _check_one(model, bitmap)
+        problems += _same_sidecar(sidecars.setdefault(bitmap.options.node, bitmap), bitmap)
         key = bitmap.options.node, bitmap.options.name
         if key in first:
             problems.append(
@@ -173,7 +175,7 @@ class _Known:
         """The node has the bitmap, or its image may have it."""
         vertex = self._model.node(node)
         return name in self.names.get(node, ()) or (
-            node not in self._opened and (vertex.driver.keeps_bitmaps or vertex.broken)
+            node not in self._opened and (vertex.driver.bitmap_place != "nowhere" or vertex.broken)
         )
 
 
@@ -190,6 +192,22 @@ def _references(model: Model, description: Description, known: _Known) -> Iterat
         option = getattr(vertex.options, "bitmap", None)
         if isinstance(option, BitmapRef):
             yield from _refers(model, known, vertex.name, option, f"{vertex.where}.bitmap")
+
+
+def _same_sidecar(first: BitmapDescription, other: BitmapDescription) -> Iterator[Problem]:
+    """A node has one place for its bitmaps, and all that are there are crash-safe, or none is."""
+    for member, one, two, free in (
+        ("sidecar", first.options.sidecar, other.options.sidecar, (True, False)),
+        ("crash-safe", first.options.crash_safe, other.options.crash_safe, (None,)),
+    ):
+        if one != two and one not in free and two not in free:
+            yield Problem(
+                kind=OptionError,
+                message=f"the bitmaps of node '{other.options.node}' have one place, and {first.where} says otherwise",
+                path=f"{other.where}.{member}",
+                value=two,
+                related=(first.where,),
+            )
 
 
 def _check_one(model: Model, bitmap: BitmapDescription) -> Iterator[Problem]:
@@ -214,19 +232,20 @@ def _check_one(model: Model, bitmap: BitmapDescription) -> Iterator[Problem]:
             yield problem(wrong, "granularity")
     if options.sidecar == "":
         yield problem("a file needs a name", "sidecar", "give one, or true")
-    if options.persistent and options.sidecar is False and model.has(options.node):
+    if model.has(options.node) and not model.node(options.node).broken:
         driver = model.node(options.node).driver
-        if not driver.keeps_bitmaps and not model.node(options.node).broken:
+        if options.persistent and not options.sidecar and driver.bitmap_place == "nowhere":
             message = f"driver '{driver.name}' has no place for persistent bitmaps"
             yield problem(message, "persistent", "set sidecar = true instead")
-    if options.crash_safe and not (options.persistent or options.sidecar):
-        yield problem("only a bitmap that is kept can be crash-safe", "crash-safe", "set persistent or sidecar")
-        return
-    if options.sidecar and options.crash_safe is False and options.epochs:
-        yield problem("epochs are kept by crash-safe bitmaps only", "epochs", "leave crash-safe out")
-    for member in ("sidecar", "crash-safe", "epochs"):
-        if getattr(options, member.replace("-", "_")):
-            yield problem(f"'{member}' is not available yet", member, "leave it out")
+        if options.sidecar and driver.bitmap_place == "image":
+            yield problem(f"driver '{driver.name}' keeps bitmaps in the image", "sidecar", "set persistent instead")
+        if options.crash_safe and not options.sidecar and driver.bitmap_place == "image":
+            message = f"bitmaps that driver '{driver.name}' keeps in the image are not crash-safe"
+            yield problem(message, "crash-safe", "leave it out")
+    if options.crash_safe is not None and not (options.persistent or options.sidecar):
+        yield problem("is of use with bitmaps that are kept only", "crash-safe", "set sidecar = true, or leave it out")
+    if options.epochs:
+        yield problem("'epochs' is not available yet", "epochs", "leave it out")
 
 
 def _refers(

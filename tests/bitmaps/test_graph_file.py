@@ -38,7 +38,7 @@ class Keeping(Memory):
     """
 
     name: ClassVar[str] = "keeping"
-    keeps_bitmaps = True
+    bitmap_place = "image"
     kept: ClassVar[dict[str, list[DirtyBitmap]]] = {}
 
     async def open(self) -> None:

@@ -311,7 +311,26 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bitmap-crash-safe": (
         {"bitmaps": [{"node": "m", "name": "b", "crash-safe": True}]},
-        "bitmaps[0].crash-safe: only a bitmap that is kept can be crash-safe; set persistent or sidecar",
+        "bitmaps[0].crash-safe: is of use with bitmaps that are kept only; set sidecar = true, or leave it out",
+    ),
+    "bitmap-epochs": (
+        {"bitmaps": [{"node": "m", "name": "b", "epochs": True}]},
+        "bitmaps[0].epochs: 'epochs' is not available yet; leave it out",
+    ),
+    "bitmap-two-sidecars": (
+        {"bitmaps": [{"node": "m", "name": name, "sidecar": name} for name in "ab"]},
+        "bitmaps[1].sidecar: the bitmaps of node 'm' have one place, and bitmaps[0] says otherwise",
+    ),
+    "bitmap-two-promises": (
+        {"bitmaps": [{"node": "m", "name": str(how), "sidecar": True, "crash-safe": how} for how in (True, False)]},
+        "bitmaps[1].crash-safe: the bitmaps of node 'm' have one place, and bitmaps[0] says otherwise",
+    ),
+    "job-bitmap": (
+        {
+            "jobs": [{"type": "backup", "device": "m", "target": MEMORY, "sync": "incremental", "bitmap": "b00"}],
+            "bitmaps": [{"node": "m", "name": "b0"}],
+        },
+        "jobs[0].bitmap: there is no bitmap 'b00' on node 'm'; did you mean 'b0'?",
     ),
     "bitmap-sidecar-nameless": (
         {"bitmaps": [{"node": "m", "name": "b", "sidecar": ""}]},
