@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 """`blockgraph info IMAGE`: what an image is.
 
-Reads its header only, so damaged tables do not matter; features that blockgraph does not have are named, and what the
-header says is shown all the same.
+Reads its header and the directory of its bitmaps only, so damaged tables do not matter; features that blockgraph does
+not have are named, and what the header says is shown all the same.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from argparse import Namespace, _SubParsersAction
 from copy import copy
 from typing import Any
 
+from blockgraph.backend import Backend
 from blockgraph.cli.images import NODE, add_image_arguments, looked_at, probe
 from blockgraph.cli.text import align
 from blockgraph.errors import BlockGraphError, GraphError
+from blockgraph.formats.qcow2.bitmap_directory import Flags, parse_directory, parse_extension
 from blockgraph.formats.qcow2.header import (
     MAX_CLUSTER_BITS,
     Autoclear,
@@ -33,6 +35,9 @@ from blockgraph.text import format_size
 
 #: Bit of the compatible features: refcounts may be stale while the image is open.
 _LAZY_REFCOUNTS = 1
+
+#: As QEMU calls the flags of a bitmap.
+_FLAGS = {Flags.IN_USE: "in-use", Flags.AUTO: "auto"}
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -105,13 +110,43 @@ async def image_info(args: Namespace) -> dict[str, Any]:
             data = await file.pread(0, min(file.size(), 1 << MAX_CLUSTER_BITS))
             try:
                 unsupported: list[str] = []
-                info |= _qcow2_info(parse_header(data, file.size(), NODE, unsupported), args.image)
+                header = parse_header(data, file.size(), NODE, unsupported)
             except BlockGraphError as error:
                 error.node = args.image
                 raise
+            info |= _qcow2_info(header, args.image)
+            try:
+                bitmaps = await _bitmaps(file, header)
+            except ValueError as error:
+                info["bitmaps-damaged"] = str(error)
+            else:
+                if bitmaps:
+                    info["format-specific"]["data"]["bitmaps"] = bitmaps
             if unsupported:
                 info["unsupported"] = unsupported
     return info
+
+
+async def _bitmaps(file: Backend, header: Header) -> list[dict[str, Any]]:
+    """The image's persistent bitmaps; stale ones do not count.
+
+    Raises:
+        ValueError: what is wrong with their directory.
+    """
+    data = header.extension(Extension.BITMAPS)
+    if data is None or not header.autoclear & Autoclear.BITMAPS:
+        return []
+    place = parse_extension(data, header.cluster_size, -(-file.size() // header.cluster_size) * header.cluster_size)
+    inside = min(place.size, file.size() - place.offset)
+    raw = (await file.pread(place.offset, inside)).ljust(place.size, b"\0")
+    return [
+        {
+            "flags": [name for flag, name in _FLAGS.items() if entry.flags & flag],
+            "name": entry.name.decode("utf-8", "replace"),
+            "granularity": entry.granularity,
+        }
+        for entry in parse_directory(raw, place.count)
+    ]
 
 
 def _qcow2_info(header: Header, filename: str) -> dict[str, Any]:
@@ -142,9 +177,8 @@ def _qcow2_info(header: Header, filename: str) -> dict[str, Any]:
     }
     if header.encryption:
         info["encrypted"] = True
-    # Not among qemu-img's members (nor is "unsupported"): it lists snapshots and bitmaps one by one.
+    # Not among qemu-img's members (nor are "bitmaps-damaged" and "unsupported"): it lists snapshots one by one.
     info["snapshot-count"] = header.snapshots
-    info["bitmaps-valid"] = bool(header.autoclear & Autoclear.BITMAPS)
     if header.backing_file is not None:
         name = header.backing_file
         info["backing-filename"] = name
@@ -172,16 +206,26 @@ def describe(info: dict[str, Any]) -> str:
         rows.append(("backing format", info.get("backing-filename-format", "not named (QEMU would guess it)")))
     if info.get("snapshot-count"):
         rows.append(("snapshots", str(info["snapshot-count"])))
-    if info.get("bitmaps-valid"):
-        rows.append(("bitmaps", "yes"))
+    if "bitmaps-damaged" in info:
+        rows.append(("bitmaps", f"damaged: {info['bitmaps-damaged']}"))
     if info.get("encrypted"):
         rows.append(("encrypted", "yes"))
     if info["dirty-flag"]:
         rows.append(("dirty", "yes: refcounts may be stale, a writer rebuilds them first"))
     for name, value in info.get("format-specific", {}).get("data", {}).items():
+        if name == "bitmaps":
+            rows += [("bitmap", _describe_bitmap(bitmap)) for bitmap in value]
+            continue
         text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
         rows.append((name.replace("-", " "), text))
     if "unsupported" in info:
         note = "; it can not be opened here: convert it with 'qemu-img convert'"
         rows.append(("not supported", ", ".join(info["unsupported"]) + note))
     return align(rows)
+
+
+def _describe_bitmap(bitmap: dict[str, Any]) -> str:
+    state = "recording" if "auto" in bitmap["flags"] else "disabled"
+    if "in-use" in bitmap["flags"]:
+        state = "in use, or not saved by its last user: of no use"
+    return f"'{bitmap['name']}', granularity {format_size(bitmap['granularity'])}, {state}"

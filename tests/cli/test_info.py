@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.qcow2_bitmaps import entries_at, extension_at
 
 from blockgraph.cli import main
 from blockgraph.formats.qcow2.header import Incompatible
 
 #: What blockgraph tells beyond qemu-img.
-OWN = {"snapshot-count", "bitmaps-valid", "unsupported"}
+OWN = {"snapshot-count", "bitmaps-damaged", "unsupported"}
 #: What QEMU tells in its own way: all snapshots, all bitmaps.
 THEIRS = {"snapshots"}
 
@@ -97,6 +98,30 @@ def test_info_counts_snapshots(
     assert found["snapshot-count"] == 2
     expected = theirs(qemu_img, image)
     assert {k: v for k, v in found.items() if k not in OWN} == {k: v for k, v in expected.items() if k not in THEIRS}
+
+
+def test_info_lists_bitmaps_as_qemu_img_does(
+    require_tool: Callable[[str], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    qemu_img, image = require_tool("qemu-img"), tmp_path / "a.qcow2"
+    make(qemu_img, "-f", "qcow2", image, "1M")
+    for options in (["--add", "-g", "4096"], ["--add", "--disable"], ["--add", "-g", "1M"]):
+        subprocess.run([qemu_img, "bitmap", *options, image, f"b{len(options)}{options[-1]}"], check=True)
+    data = bytearray(image.read_bytes())
+    data[entries_at(data)[2] + 15] |= 1
+    image.write_bytes(data)
+    found = ours(capsys, image)
+    assert {key: value for key, value in found.items() if key not in OWN} == theirs(qemu_img, image)
+    assert main(["info", str(image)]) == 0
+    text = capsys.readouterr().out
+    assert "'b34096', granularity 4 KiB, recording" in text
+    assert "'b2--disable', granularity 64 KiB, disabled" in text
+    assert "'b31M', granularity 1 MiB, in use, or not saved" in text
+    data[extension_at(data) + 3] = 4
+    image.write_bytes(data)
+    assert "the header names 4" in ours(capsys, image)["bitmaps-damaged"]
+    assert main(["info", str(image)]) == 0
+    assert "bitmaps:          damaged: the directory has 3 bitmaps" in capsys.readouterr().out
 
 
 def test_info_of_circular_chain_ends_with_an_error(
