@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 """How a node gets its sidecar: because there is one beside its image, or because somebody asks.
 
-A `raw` node over a whole file or device looks for "FILE.bitmaps" when it is opened. Any other node gets one by
+A `raw` node over a whole file or device looks for "FILE.bitmaps" when it is opened, and so does a format with a place
+for bitmaps of its own, which the sidecar then makes safe against crashes (`CrashSafeStore`). Any other node gets one by
 `AttachSidecar`, which has to name the file where the node has none itself.
 """
 
@@ -13,12 +14,14 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from blockgraph.bitmaps.identity import storage_of, whole
+from blockgraph.bitmaps.crash_safe import CrashSafeStore
+from blockgraph.bitmaps.identity import storage_of
 from blockgraph.bitmaps.sidecar import SUFFIX, Sidecar
 from blockgraph.errors import CorruptImage, GraphError
 from blockgraph.graph.action import Action
 
 if TYPE_CHECKING:
+    from blockgraph.bitmaps.store import BitmapStore
     from blockgraph.graph.transaction import Transaction
     from blockgraph.node import Node
 
@@ -38,17 +41,20 @@ def default_path(node: Node) -> str | None:
 async def find_sidecar(node: Node) -> bool:
     """Give a node that was just opened the sidecar beside its image. False: there is none.
 
-    A damaged one is left alone, and the node has no place for bitmaps.
+    A damaged one is left alone, and the node has no place for bitmaps, or only its own.
 
     Raises:
         IOFailure: it can not be read, or is in use elsewhere while this node may write.
     """
-    if node.driver.name != "raw" or not whole(node) or node.children["file"].node.driver.name not in _FILES:
+    storage = storage_of(node)
+    if storage is None or storage is node or storage.driver.name not in _FILES:
+        return False
+    if node.bitmap_store is None and (node.driver.name != "raw" or node.children["file"].node is not storage):
         return False
     path = default_path(node)
     if path is None:
         return False
-    sidecar = Sidecar(node, path)
+    sidecar = Sidecar(node, path) if node.bitmap_store is None else CrashSafeStore(node, path, node.bitmap_store)
     if not sidecar.file.exists():
         return False
     try:
@@ -70,7 +76,7 @@ class AttachSidecar(Action):
 
     Args:
         path: None: the image's name with ".bitmaps".
-        crash_safe: see `Sidecar`.
+        crash_safe: see `Sidecar`; of no choice where the image has a place for bitmaps.
         shared: a node that has this very sidecar already is fine.
     """
 
@@ -84,6 +90,7 @@ class AttachSidecar(Action):
         self._node: Node | None = None
         self._sidecar: Sidecar | None = None
         self._existed = True
+        self._former: BitmapStore | None = None
         self._loaded: list[str] = []
 
     def nodes(self) -> Sequence[str]:
@@ -98,8 +105,8 @@ class AttachSidecar(Action):
         if path is None:
             raise GraphError("has no file to put a sidecar beside", node=node.name, hint="name the sidecar file")
         store = node.bitmap_store
-        if store is not None:
-            if self._shared and isinstance(store, Sidecar) and _same(store.path, path):
+        if isinstance(store, Sidecar):
+            if self._shared and _same(store.path, path):
                 if self._crash_safe not in (None, store.crash_safe):
                     raise GraphError(
                         f"sidecar '{path}' is {'' if store.crash_safe else 'not '}crash-safe",
@@ -108,8 +115,10 @@ class AttachSidecar(Action):
                         hint="ask for what it is, or remove its bitmaps and the file",
                     )
                 return
-            place = f"in sidecar '{store.path}'" if isinstance(store, Sidecar) else "in its image"
-            raise GraphError(f"already keeps its bitmaps {place}", node=node.name, op="attach")
+            raise GraphError(f"already keeps its bitmaps in sidecar '{store.path}'", node=node.name, op="attach")
+        if store is not None:
+            await self._wrap(node, path, store)
+            return
         self._sidecar = Sidecar(node, path, crash_safe=self._crash_safe)
         self._existed = self._sidecar.file.exists()
         loaded = await self._sidecar.load()
@@ -126,9 +135,20 @@ class AttachSidecar(Action):
         self._node = node
         node.bitmap_store = self._sidecar
 
+    async def _wrap(self, node: Node, path: str, store: BitmapStore) -> None:
+        if self._crash_safe is False:
+            raise GraphError(
+                "keeps its bitmaps in its image: a sidecar is of use only with crash-safe", node=node.name, op="attach"
+            )
+        self._sidecar = wrapped = CrashSafeStore(node, path, store)
+        self._existed = wrapped.file.exists()
+        await wrapped.adopt()
+        self._node, self._former = node, store
+        node.bitmap_store = wrapped
+
     async def abort(self) -> None:
         if self._node is not None:
-            self._node.bitmap_store = None
+            self._node.bitmap_store = self._former
             for name in self._loaded:
                 del self._node.bitmaps[name]
         if self._sidecar is not None:

@@ -160,22 +160,7 @@ class Sidecar:
             CorruptImage: the file is damaged, or no sidecar.
             IOFailure: it can not be read; another process or node has it, and this node may write.
         """
-        if not self._node.read_only and self.file.exists():
-            self.file.open_locked()
-        try:
-            fd, busy = self.file.borrow()
-        except FileNotFoundError:
-            return []
-        try:
-            self._now = await read_contents(self.file, fd)
-            self.reason = "another process or node is writing the image" if busy else await self._why()
-            bitmaps = [await self._load(fd, entry) for entry in self._now.entries.values()]
-        except CorruptImage as error:
-            raise self._corrupt(error.reason) from None
-        except MemoryError:
-            raise self._corrupt("there is no memory for its bitmaps") from None
-        finally:
-            self.file.give_back(fd)
+        bitmaps = await self._read()
         self.recovered = self._now.slot.in_use and self.reason is None and bool(bitmaps)
         if self.recovered:
             log.warning(
@@ -187,6 +172,27 @@ class Sidecar:
         if any(not bitmap.inconsistent for bitmap in bitmaps):
             self._watch()
         return bitmaps
+
+    async def _read(self, *, unfit: bool = True) -> list[DirtyBitmap]:
+        """The file's bitmaps; those that do not fit the image only with `unfit`."""
+        if not self._node.read_only and self.file.exists():
+            self.file.open_locked()
+        try:
+            fd, busy = self.file.borrow()
+        except FileNotFoundError:
+            return []
+        try:
+            self._now = await read_contents(self.file, fd)
+            self.reason = "another process or node is writing the image" if busy else await self._why()
+            if self.reason is not None and not unfit:
+                return []
+            return [await self._load(fd, entry) for entry in self._now.entries.values()]
+        except CorruptImage as error:
+            raise self._corrupt(error.reason) from None
+        except MemoryError:
+            raise self._corrupt("there is no memory for its bitmaps") from None
+        finally:
+            self.file.give_back(fd)
 
     def _corrupt(self, reason: str) -> CorruptImage:
         return CorruptImage(

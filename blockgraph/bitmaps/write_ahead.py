@@ -80,7 +80,7 @@ class WriteAhead:
         self._resized = resized
         self.set_regions(region_bits(node.size()), node.size())
         self._hand = 0
-        self._last = -1
+        self._last = -2
         self._wanted: set[int] = set()
         self._batch: asyncio.Future[None] | None = None
         self._marking: asyncio.Task[None] | None = None

@@ -8,7 +8,7 @@ any other is added, empty, before a write can reach the node. Nothing here loads
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -51,7 +51,8 @@ class BitmapOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown
         persistent: the node's image keeps it when the node is closed.
         disabled: it does not record writes until it is enabled.
         sidecar: keep it in a file beside the image, for images that have no place for bitmaps: the file's name, or
-            true for the image's name with ".bitmaps" behind it.
+            true for the image's name with ".bitmaps" behind it. A qcow2 image keeps its bitmaps itself: there true
+            makes them crash-safe.
         crash_safe: every granule is marked durably before a write to it counts as flushed, so that the bitmap can be
             used after a crash; default: true with a sidecar, else false.
         epochs: remember for each granule the checkpoint in which it was last written.
@@ -237,15 +238,26 @@ def _check_one(model: Model, bitmap: BitmapDescription) -> Iterator[Problem]:
         if options.persistent and not options.sidecar and driver.bitmap_place == "nowhere":
             message = f"driver '{driver.name}' has no place for persistent bitmaps"
             yield problem(message, "persistent", "set sidecar = true instead")
-        if options.sidecar and driver.bitmap_place == "image":
-            yield problem(f"driver '{driver.name}' keeps bitmaps in the image", "sidecar", "set persistent instead")
-        if options.crash_safe and not options.sidecar and driver.bitmap_place == "image":
-            message = f"bitmaps that driver '{driver.name}' keeps in the image are not crash-safe"
-            yield problem(message, "crash-safe", "leave it out")
+        if driver.bitmap_place == "image":
+            yield from _crash_safe_image(options, driver.name, problem)
     if options.crash_safe is not None and not (options.persistent or options.sidecar):
         yield problem("is of use with bitmaps that are kept only", "crash-safe", "set sidecar = true, or leave it out")
     if options.epochs:
         yield problem("'epochs' is not available yet", "epochs", "leave it out")
+
+
+def _crash_safe_image(
+    options: BitmapOptions, driver: str, problem: Callable[[str, str, str], Problem]
+) -> Iterator[Problem]:
+    """An image that keeps bitmaps itself needs a sidecar to have them after a crash, and for nothing else."""
+    if isinstance(options.sidecar, str):
+        yield problem(f"driver '{driver}' looks for a sidecar beside the image only", "sidecar", "set it to true")
+    if options.sidecar and options.crash_safe is False:
+        message = f"driver '{driver}' keeps bitmaps in the image: a sidecar is of use only to make them crash-safe"
+        yield problem(message, "crash-safe", "leave it out, or set persistent instead of sidecar")
+    if options.crash_safe and not options.sidecar:
+        message = f"bitmaps that driver '{driver}' keeps in the image are crash-safe only with a sidecar beside it"
+        yield problem(message, "crash-safe", "set sidecar = true")
 
 
 def _refers(

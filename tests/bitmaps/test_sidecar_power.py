@@ -66,7 +66,7 @@ class Machine:
                 case _:
                     works.append(self.disk.discard(offset, length))
         if rng.random() < 0.5:
-            works.append(self.sidecar.turn())
+            works += [self.sidecar.turn() for _ in range(rng.randint(1, 4))]
         if rng.random() < 0.3:
             works.append(self.disk.flush())
         await asyncio.gather(*works)

@@ -53,23 +53,23 @@ class Power:
         self.events: list[Event] = []
         self.base: dict[File, bytes] = {"image": b"", "sidecar": b""}
 
-    async def hesitate(self) -> None:
-        """Let others go first, or not."""
-        for _ in range(self.rng.choice((0, 0, 1, 3))):
+    async def hesitate(self, file: File) -> None:
+        """Let others go first, or not; an image may be much slower than its sidecar."""
+        for _ in range(self.rng.choice((0, 0, 1, 3, 80 if file == "image" else 5))):
             await asyncio.sleep(0)
 
     @asynccontextmanager
     async def write(self, file: File, offset: int, data: bytes) -> AsyncIterator[None]:
         """Inside, without waiting, the write is done."""
-        await self.hesitate()
+        await self.hesitate(file)
         self.events.append(Event(file, offset, data))
         yield
-        await self.hesitate()
+        await self.hesitate(file)
 
     async def sync(self, file: File) -> None:
         """Makes durable what was complete when it began, once it has ended."""
         began = len(self.events)
-        await self.hesitate()
+        await self.hesitate(file)
         self.events.append(Event(file, covers=began))
 
     def left(self, file: File, count: int, rng: random.Random) -> bytes:
@@ -118,7 +118,7 @@ class LoggedDisk(Memory):
         await self.power.sync("image")
 
     async def truncate(self, size: int) -> None:
-        await self.power.hesitate()
+        await self.power.hesitate("image")
         self.power.events.append(Event("image", size=size))
         await super().truncate(size)
 
