@@ -42,11 +42,13 @@ def test_readme_program_runs(number: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_tour_runs(tmp_path: Path) -> None:
-    (graph,), (commands,) = blocks("toml"), blocks("sh")
+@pytest.mark.parametrize("number", range(len(blocks("toml"))))
+def test_readme_tour_runs(number: int, tmp_path: Path) -> None:
+    graph, commands = blocks("toml")[number], blocks("sh")[number]
     tomllib.loads(graph)
-    (tmp_path / "graph.toml").write_text(graph)
-    load(tmp_path / "graph.toml")
+    file = tmp_path / graph.split(maxsplit=2)[1]
+    file.write_text(graph)
+    load(file)
     program = shutil.which("blockgraph", path=str(Path(sys.executable).parent))
     assert program is not None
     for line in commands.strip().splitlines():

@@ -10,8 +10,8 @@
 ```
 
 What the image says counts; only bitmaps that it calls inconsistent, or does not have yet, are taken from the sidecar,
-and only while that fits the image (`identity`). So a program that knows nothing of sidecars can use the image at any time: what it changes is
-noticed, within the limits that `identity` tells.
+and only while that fits the image (`identity`). So a program that knows nothing of sidecars can use the image at any
+time: what it changes is noticed, within the limits that `identity` tells.
 """
 
 from __future__ import annotations
