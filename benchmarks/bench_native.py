@@ -113,6 +113,52 @@ def test_bitmap_iteration_in_python(benchmark: BenchmarkFixture) -> None:
     compare(benchmark, lambda: sum(1 for _ in bitmap.dirty_extents()), in_turn, peer="next_dirty in turn")
 
 
+def full() -> Bitmap:
+    bitmap = Bitmap(DISK, GRANULARITY)
+    bitmap.fill()
+    return bitmap
+
+
+CONTENTS = pytest.mark.parametrize(
+    "make", [lambda: dirty(64), lambda: dirty(1), full], ids=["4-MiB-runs", "single-granules", "full"]
+)
+
+
+@CONTENTS
+def test_bitmap_merge(benchmark: BenchmarkFixture, zeroed: memoryview, make: Callable[[], Bitmap]) -> None:
+    """Two words are read and one is written: beside reading as much memory. Wanted: within a factor of 2, in 100 ms."""
+    other, half = make(), Bitmap(DISK, GRANULARITY)
+    half.set(0, DISK // 2)
+
+    def ours() -> float:
+        into = half.copy()
+        return timed(lambda: into.merge(other))
+
+    compared = ratio(ours, lambda: timed(lambda: [is_zero(zeroed) for _ in range(3)]))
+    what = f"merge of 64 TiB bitmaps, {other.count() * 100 // DISK} % dirty"
+    report(benchmark, compared, ours, figure="4.2", what=what, peer="memory", wanted=0.5)
+
+
+@pytest.mark.parametrize("granularity", [GRANULARITY // 2, 2 * GRANULARITY], ids=["finer", "coarser"])
+@CONTENTS
+def test_bitmap_merge_of_another_granularity(
+    benchmark: BenchmarkFixture, zeroed: memoryview, make: Callable[[], Bitmap], granularity: int
+) -> None:
+    other = make()
+
+    def ours() -> float:
+        into = Bitmap(DISK, granularity)
+        return timed(lambda: into.merge(other))
+
+    compare(benchmark, ours, lambda: [is_zero(zeroed) for _ in range(3)], figure="4.2", peer="memory")
+
+
+@CONTENTS
+def test_bitmap_count(benchmark: BenchmarkFixture, zeroed: memoryview, make: Callable[[], Bitmap]) -> None:
+    bitmap = make()
+    compare(benchmark, bitmap.count, lambda: is_zero(zeroed), figure="4.2", what="count", peer="memory", wanted=0.5)
+
+
 @pytest.mark.parametrize("size", [64 * 1024, 128 * MIB], ids=["cached", "memory"])
 def test_zero_detection_of_zeroes(benchmark: BenchmarkFixture, size: int) -> None:
     """Beside memchr (bytes.find), which libc has in hand-written vector code and which reads the same bytes."""

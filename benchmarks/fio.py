@@ -32,12 +32,14 @@ class Figures(NamedTuple):
         iops: requests per second.
         mib_s: MiB per second.
         p50_us, p99_us: completion latencies, microseconds.
+        requests: how many there were.
     """
 
     iops: float
     mib_s: float
     p50_us: float
     p99_us: float
+    requests: int
 
 
 def fio(uri: str, *options: str) -> Figures:
@@ -63,6 +65,7 @@ def parse(output: str) -> Figures:
         side["bw_bytes"] / (1 << 20),
         percentile["50.000000"] / 1000,
         percentile["99.000000"] / 1000,
+        side["total_ios"],
     )
 
 

@@ -49,14 +49,41 @@ def graph_file(directory: Path, nodes: Nodes, export: str, **options: Any) -> tu
 def ours(directory: Path, nodes: Nodes, export: str = "disk", **options: Any) -> Iterator[str]:
     """`blockgraph run`. `options` are more members of the export."""
     path, uri = graph_file(directory, nodes, export, **options)
+    with _running(path):
+        yield uri
+
+
+@contextmanager
+def ours_with_bitmaps(
+    directory: Path, disks: dict[str, dict[str, Any]], counts: dict[str, int]
+) -> Iterator[tuple[list[str], int]]:
+    """`blockgraph run` with an export for each disk (name: node) and so many bitmaps on it; the URIs and its pid."""
+    path, address = directory / "graph.json", directory / "ours.sock"
+    exports = [{"type": "nbd", "id": name, "node-name": name, "writable": True} for name in disks]
+    bitmaps = [{"node": name, "name": f"b{number}"} for name in disks for number in range(counts[name])]
+    server = {"addr": {"type": "unix", "path": str(address)}}
+    graph = {"nodes": list(disks.values()), "bitmaps": bitmaps, "exports": exports, "nbd-server": server}
+    path.write_text(json.dumps(graph))
+    with _running(path) as pid:
+        yield [_uri(address, name) for name in disks], pid
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that the threads of a process have run."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+@contextmanager
+def _running(path: Path) -> Iterator[int]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "blockgraph", "run", str(path)], stdout=subprocess.PIPE, text=True, cwd=directory
+        [sys.executable, "-m", "blockgraph", "run", str(path)], stdout=subprocess.PIPE, text=True, cwd=path.parent
     )
     try:
         assert process.stdout is not None
         if not any(line == "ready\n" for line in process.stdout):
             raise RuntimeError("blockgraph run ended before it was ready")
-        yield uri
+        yield process.pid
     finally:
         _end(process)
 

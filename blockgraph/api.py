@@ -13,7 +13,8 @@ async with await blockgraph.aopen({"nodes": [...]}) as graph:   # in a running a
     await disk.pwrite(0, b"hello")
 ```
 
-A description's nodes are opened; its exports and jobs are started by `blockgraph run` (`blockgraph.session`).
+A description's nodes are opened, with their bitmaps; its exports and jobs are started by `blockgraph run`
+(`blockgraph.session`).
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ import asyncio
 import concurrent.futures
 import errno
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from blockgraph import trace
 from blockgraph.backend import Backend
+from blockgraph.bitmaps import BitmapInfo
+from blockgraph.bitmaps.actions import BitmapName, EnsureBitmap
+from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.errors import IOFailure
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
-from blockgraph.graph.description import Description
+from blockgraph.graph.action import Action
+from blockgraph.graph.bitmaps import BitmapOptions
+from blockgraph.graph.description import Description, NodeDescription
 from blockgraph.graph.graph import Graph
 from blockgraph.graph.load import Describable, load
 from blockgraph.graph.policy import OpenPolicy
@@ -72,13 +78,44 @@ async def aopen(source: Describable, *, policy: OpenPolicy | None = None) -> Asy
 async def open_description(description: Description, *, policy: OpenPolicy | None = None) -> AsyncGraph:
     """`aopen` for a description that is loaded and valid."""
     graph = AsyncGraph(policy)
+    first, rest = _with_bitmaps(description)
     try:
         async with graph.transaction() as change:
-            change.add_description(description)
+            change.add_nodes(first)
+            for bitmap in description.bitmaps:
+                for action in _bitmap_actions(bitmap.options):
+                    change.act(action)
+        if rest:  # among them filters that read these bitmaps when they are opened
+            async with graph.transaction() as change:
+                change.add_nodes(rest)
     except BaseException:
         await graph.close()
         raise
     return graph
+
+
+def _with_bitmaps(description: Description) -> tuple[list[NodeDescription], list[NodeDescription]]:
+    """The nodes whose bitmaps are described, with those below them, and the others; without bitmaps all and none."""
+    if not description.bitmaps:
+        return description.nodes, []
+    model = description.model()
+    names = {bitmap.options.node for bitmap in description.bitmaps}
+    for name in tuple(names):
+        names |= model.descendants(name)
+    first = [node for node in description.nodes if node.name in names]
+    return first, [node for node in description.nodes if node.name not in names]
+
+
+def _bitmap_actions(options: BitmapOptions) -> Iterator[Action]:
+    if options.sidecar:
+        path = None if options.sidecar is True else options.sidecar
+        yield AttachSidecar(options.node, path, crash_safe=options.crash_safe, shared=True)
+    yield EnsureBitmap(
+        BitmapName(options.node, options.name),
+        granularity=options.granularity_bytes,
+        enabled=not options.disabled,
+        persistent=options.persistent or bool(options.sidecar),
+    )
 
 
 class SyncBackend:
@@ -208,6 +245,67 @@ class SyncGraph:
         """A root over a node; see `Graph.backend`."""
         root = self.graph.backend(node, writable=writable, resize=resize, extent_map_size=extent_map_size)
         return SyncBackend(self, self.call(root))
+
+    # Bitmaps; see the methods of `Graph`.
+
+    def bitmaps(self, node: str | None = None) -> list[BitmapInfo]:
+        """The bitmaps of a node, or of all nodes."""
+        return self._ask(lambda: self.graph.bitmaps(node))
+
+    def dirty_extents(self, node: str, name: str, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
+        """Offset and length of what is dirty in a range."""
+        return self._ask(lambda: self.graph.dirty_extents(node, name, offset, length))
+
+    def bitmap_digest(self, node: str, name: str) -> str:
+        """SHA-256 of the bits."""
+        return self.call(self.graph.bitmap_digest(node, name))
+
+    def add_bitmap(
+        self,
+        node: str,
+        name: str,
+        *,
+        granularity: int | None = None,
+        enabled: bool = True,
+        persistent: bool = False,
+        sidecar: str | bool = False,
+    ) -> None:
+        """A new, empty bitmap."""
+        self.call(
+            self.graph.add_bitmap(
+                node, name, granularity=granularity, enabled=enabled, persistent=persistent, sidecar=sidecar
+            )
+        )
+
+    def attach_sidecar(self, node: str, path: str | None = None, *, crash_safe: bool | None = None) -> None:
+        """Keep the persistent bitmaps of a node in a file beside its image, and take over those that are there."""
+        self.call(self.graph.attach_sidecar(node, path, crash_safe=crash_safe))
+
+    def remove_bitmap(self, node: str, name: str) -> None:
+        """Remove a bitmap."""
+        self.call(self.graph.remove_bitmap(node, name))
+
+    def clear_bitmap(self, node: str, name: str) -> None:
+        """Nothing is marked any more."""
+        self.call(self.graph.clear_bitmap(node, name))
+
+    def enable_bitmap(self, node: str, name: str, *, enabled: bool = True) -> None:
+        """Record writes from now on, or no longer."""
+        self.call(self.graph.enable_bitmap(node, name, enabled=enabled))
+
+    def merge_bitmaps(self, node: str, name: str, sources: Iterable[tuple[str, str]]) -> None:
+        """Mark in a bitmap what is marked in one of the sources (node and name)."""
+        self.call(self.graph.merge_bitmaps(node, name, sources))
+
+    def act(self, *actions: Action) -> None:
+        """All of these (blockgraph.bitmaps.actions) at one instant, or none."""
+        self.call(self.graph.act(*actions))
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        async def ask() -> T:
+            return question()
+
+        return self.call(ask())
 
     def close(self) -> None:
         """Wait for requests, write back, close; idempotent. Calls of other threads then fail, later ones too."""

@@ -135,6 +135,9 @@ class Driver:
     zero_flags: Flag = Flag.NONE
     #: a write past the end makes the node larger, if the edge has RESIZE
     growable: bool = False
+    #: where persistent dirty bitmaps may be found when a node is opened: in the image (the driver then sets
+    #: `node.bitmap_store`), in a sidecar file beside it, or nowhere
+    bitmap_place: ClassVar[Literal["image", "sidecar", "nowhere"]] = "nowhere"
     #: see FirstWrites; None: the driver has none
     first_writes: FirstWrites | None = None
 

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: MIT
 """Session: a graph description that runs, with its exports and jobs. `blockgraph run` is this with a terminal.
 
-Start: open the nodes, take the address (a job must not have overwritten its target before it turns out to be in use),
-give every export its backend, start the jobs, those of a group in one transaction (their points in time are taken
-before any client can write), then serve the clients, of which the first may be waiting. End: stop listening and let
-requests end, cancel jobs that still run, write back and close.
+Start: open the nodes with their bitmaps, take the address (a job must not have overwritten its target before it turns
+out to be in use), give every export its backend and its views of bitmaps, start the jobs, those of a group in one
+transaction (their points in time are taken before any client can write), then serve the clients, of which the first
+may be waiting. End: stop listening and let requests end, cancel jobs that still run, write back and close.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Self
 
 from blockgraph.api import AsyncGraph, open_description
 from blockgraph.backend import Backend
-from blockgraph.errors import BlockGraphError, OptionError
-from blockgraph.exports.nbd import NbdExport, NbdServer, start_server
+from blockgraph.errors import BlockGraphError, GraphError, OptionError
+from blockgraph.exports.nbd import AddExport, NbdExport, NbdServer, RemoveExport, start_server
 from blockgraph.exports.options import DEFAULT_EXTENT_MAP, MIN_EXTENT_MAP, NbdExportOptions
 from blockgraph.graph.description import Description
 from blockgraph.graph.policy import OpenPolicy
@@ -27,7 +27,6 @@ from blockgraph.jobs.job import Job, JobEvent
 from blockgraph.jobs.manager import JobManager
 from blockgraph.jobs.options import BackupOptions
 from blockgraph.native.extent_map import DEFAULT_MEMORY, MIN_MEMORY
-from blockgraph.perm import ALL, Perm
 
 # Options are checked without loading the native core.
 assert (MIN_EXTENT_MAP, DEFAULT_EXTENT_MAP) == (MIN_MEMORY, DEFAULT_MEMORY)
@@ -42,12 +41,23 @@ class RunningExport:
         backend: its root.
         uri: where clients find it.
         export: what the server has; its `stats` tell what it has done.
+        added: how it came to be.
     """
 
-    options: NbdExportOptions
-    backend: Backend
     uri: str
-    export: NbdExport
+    added: AddExport
+
+    @property
+    def options(self) -> NbdExportOptions:
+        return self.added.options
+
+    @property
+    def backend(self) -> Backend:
+        return self.added.backend
+
+    @property
+    def export(self) -> NbdExport:
+        return self.added.export
 
 
 class Session:
@@ -98,30 +108,52 @@ class Session:
     async def _start(self, description: Description) -> None:
         if description.exports and description.nbd_server is None:
             raise OptionError("exports of type 'nbd' need a section 'nbd-server'", path="exports")
+        added = []
         if description.nbd_server is not None:
             self.server = await start_server(description.nbd_server, accepting=False)
-        backends = [await self._attach(export.options) for export in description.exports]
+            async with self.graph.transaction() as change:
+                added = [AddExport(change, self.server, export.options) for export in description.exports]
         for together in _transactions([job.options for job in description.jobs]):
             self.jobs += await self.manager.backups(together)
-        if self.server is None:
-            return
-        for export, backend in zip(description.exports, backends, strict=True):
-            options = export.options
-            name = options.export_name
-            served = NbdExport(name, backend, description=options.description, writable=options.writable)
-            self.server.add_export(served)
-            self.exports[options.id] = RunningExport(options, backend, self.server.uri(name), served)
-        self.server.accept()
+        if self.server is not None:
+            for export in added:
+                self._serves(export)
+            self.server.accept()
 
-    async def _attach(self, options: NbdExportOptions) -> Backend:
-        return await self.graph.backend(
-            options.node_name,
-            name=f"export-{options.id}",
-            writable=options.writable,
-            share=ALL & ~Perm.RESIZE,
-            owner=f"export '{options.id}'",
-            extent_map_size=options.extent_map_bytes,
-        )
+    def _serves(self, added: AddExport) -> None:
+        assert self.server is not None
+        uri = self.server.uri(added.options.export_name)
+        self.exports[added.options.id] = RunningExport(uri, added)
+
+    async def add_export(self, options: NbdExportOptions) -> RunningExport:
+        """Serve one more node; for one transaction with other changes see blockgraph.exports.nbd.AddExport.
+
+        Raises:
+            GraphError: the id or the name is taken, there is no such node or bitmap, there is no server, or the
+                permissions can not be had.
+        """
+        if self.server is None:
+            raise GraphError("there is no NBD server", op="export", hint="describe one in the section 'nbd-server'")
+        if options.id in self.exports:
+            raise GraphError(f"there already is an export '{options.id}'")
+        async with self.graph.transaction() as change:
+            added = AddExport(change, self.server, options)
+        self._serves(added)
+        return self.exports[options.id]
+
+    async def remove_export(self, id: str, *, hard: bool = False) -> None:
+        """Serve it no longer, and give its bitmaps free.
+
+        Args:
+            hard: disconnect its clients.
+        Raises:
+            GraphError: there is none of that id, or it has clients and `hard` is not given.
+        """
+        if id not in self.exports:
+            raise GraphError(f"there is no export '{id}'")
+        async with self.graph.transaction(forced=True) as change:
+            RemoveExport(change, self.exports[id].added, hard=hard)
+        del self.exports[id]
 
     async def wait_jobs(self) -> None:
         """Until every job has concluded."""
@@ -130,7 +162,7 @@ class Session:
     async def close(self) -> None:
         """End everything in order; the first failure is raised when all is closed."""
         failure: BlockGraphError | None = None
-        steps = [self.manager.close, self.graph.close]
+        steps = [self.manager.close, self._end_views, self.graph.close]
         if self.server is not None:
             steps.insert(0, self.server.close)
         for step in steps:
@@ -140,6 +172,10 @@ class Session:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+    async def _end_views(self) -> None:
+        for export in self.exports.values():
+            export.added.end_views()
 
     async def __aenter__(self) -> Self:
         return self

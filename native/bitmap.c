@@ -43,18 +43,6 @@ static uint64_t next_word(const bg_levels *levels, uint64_t from)
     return bit == levels->nbits ? levels->words[0] : bit / 64;
 }
 
-/* OR all words of `from` into `into`, which has at least as many. */
-static void or_words(bg_levels *into, const bg_levels *from)
-{
-    for (uint64_t w = next_word(from, 0); w < from->words[0]; w = next_word(from, w + 1)) {
-        uint64_t old = into->level[0][w], now = old | from->level[0][w];
-        if (now != old) {
-            word_store(&into->level[0][w], now);
-            levels_word_changed(into, w, old);
-        }
-    }
-}
-
 static void and_not_words(bg_levels *into, const bg_levels *from)
 {
     for (uint64_t w = next_word(from, 0); w < from->words[0]; w = next_word(from, w + 1)) {
@@ -72,7 +60,7 @@ int bg_bitmap_copy(bg_bitmap *b, bg_bitmap **out)
     pthread_mutex_lock(&b->lock);
     int ret = bg_bitmap_new((int64_t)b->size, (int64_t)1 << b->shift, &copy);
     if (ret == 0) {
-        or_words(&copy->levels, &b->levels);
+        levels_or(&copy->levels, &b->levels);
         *out = copy;
     }
     pthread_mutex_unlock(&b->lock);
@@ -122,11 +110,19 @@ static bool is_marked(const bg_bitmap *b, uint64_t first, uint64_t last)
 
 void bg_bitmap_mark(bg_bitmap *b, int64_t offset, int64_t length)
 {
+    bg_bitmap_mark_all(&b, 1, offset, length);
+}
+
+void bg_bitmap_mark_all(bg_bitmap *const *bitmaps, size_t count, int64_t offset, int64_t length)
+{
     if (length <= 0)
         return;
     __sync_synchronize(); /* see the header */
-    if (!is_marked(b, (uint64_t)offset >> b->shift, (uint64_t)(offset + length - 1) >> b->shift))
-        bg_bitmap_set(b, offset, length);
+    for (size_t i = 0; i < count; i++) {
+        bg_bitmap *b = bitmaps[i];
+        if (!is_marked(b, (uint64_t)offset >> b->shift, (uint64_t)(offset + length - 1) >> b->shift))
+            bg_bitmap_set(b, offset, length);
+    }
 }
 
 int bg_bitmap_reset(bg_bitmap *b, int64_t offset, int64_t length)
@@ -217,7 +213,7 @@ int bg_bitmap_merge(bg_bitmap *into, bg_bitmap *from)
     lock_both(into, from);
     int ret = into->size == from->size ? 0 : -EINVAL;
     if (ret == 0 && into->shift == from->shift)
-        or_words(&into->levels, &from->levels);
+        levels_or(&into->levels, &from->levels);
     else if (ret == 0)
         merge_runs(into, from);
     unlock_both(into, from);
@@ -251,7 +247,7 @@ int bg_bitmap_truncate(bg_bitmap *b, int64_t size)
         if (ret == 0) {
             if (nbits < b->levels.nbits)
                 levels_clear(&b->levels, nbits, b->levels.nbits - 1);
-            or_words(&levels, &b->levels);
+            levels_or(&levels, &b->levels);
             levels_free(&b->levels);
             b->levels = levels;
         }

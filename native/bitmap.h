@@ -61,6 +61,9 @@ int bg_bitmap_set(bg_bitmap *bitmap, int64_t offset, int64_t length);
  */
 void bg_bitmap_mark(bg_bitmap *bitmap, int64_t offset, int64_t length);
 
+/* The same for several bitmaps: the barrier, most of the cost, is one. */
+void bg_bitmap_mark_all(bg_bitmap *const *bitmaps, size_t count, int64_t offset, int64_t length);
+
 /* Unmark. -EINVAL unless offset is a multiple of the granularity, and the end is too or is the disk's end. */
 int bg_bitmap_reset(bg_bitmap *bitmap, int64_t offset, int64_t length);
 

@@ -38,12 +38,16 @@ void levels_free(bg_levels *levels);
 void levels_set(bg_levels *levels, uint64_t first, uint64_t last);
 void levels_clear(bg_levels *levels, uint64_t first, uint64_t last);
 void levels_fill(bg_levels *levels);
+/* Set whatever is set in `from`, which has no more bits. */
+void levels_or(bg_levels *into, const bg_levels *from);
 void levels_clear_all(bg_levels *levels);
 /* The first set (clear) bit >= from, or nbits. Clear bits are looked for below `limit` only. */
 uint64_t levels_next_set(const bg_levels *levels, uint64_t from);
 uint64_t levels_next_clear(const bg_levels *levels, uint64_t from, uint64_t limit);
 /* A word of level 0 was written directly and was `old` before: bring the count and the summaries in line. */
 void levels_word_changed(bg_levels *levels, uint64_t word, uint64_t old);
+/* Word `bit` of the level below `level` is not zero any more: bring the summaries from `level` on in line. */
+void levels_summary_set(bg_levels *levels, unsigned level, uint64_t bit);
 
 /* bg_bitmap_mark reads words of level 0 without the mutex. Readers that hold it need nothing special. */
 static inline void word_store(uint64_t *word, uint64_t value)

@@ -131,15 +131,19 @@ void levels_clear(bg_levels *levels, uint64_t first, uint64_t last)
     summaries_clear(levels, 1, first / 64, last / 64);
 }
 
+void levels_summary_set(bg_levels *levels, unsigned level, uint64_t bit)
+{
+    for (; level < levels->nlevels && words_set(levels->level[level], bit, bit); level++)
+        bit /= 64;
+}
+
 void levels_word_changed(bg_levels *levels, uint64_t word, uint64_t old)
 {
     uint64_t now = levels->level[0][word];
     levels->set += (uint64_t)__builtin_popcountll(now);
     levels->set -= (uint64_t)__builtin_popcountll(old);
     if (now && !old) {
-        uint64_t bit = word;
-        for (unsigned i = 1; i < levels->nlevels && words_set(levels->level[i], bit, bit); i++)
-            bit /= 64;
+        levels_summary_set(levels, 1, word);
     } else if (old && !now) {
         summaries_clear(levels, 1, word, word);
     }

@@ -156,8 +156,8 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
 static void mark(bg_map *map, int64_t offset, int64_t length)
 {
     const bitmap_list *list = atomic_load(&map->bitmaps);
-    for (size_t i = 0; list && i < list->count; i++)
-        bg_bitmap_mark(list->bitmaps[i], offset, length);
+    if (list && list->count)
+        bg_bitmap_mark_all(list->bitmaps, list->count, offset, length);
 }
 
 void bg_map_wrote(bg_map *map, int slot)

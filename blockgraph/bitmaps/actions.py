@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from blockgraph.graph.transaction import Transaction
     from blockgraph.native import Bitmap
     from blockgraph.node import Node
+
+log = logging.getLogger(__name__)
 
 #: Bounds of the granularity that is chosen when none is given, bytes.
 _LEAST, _MOST = 4 << 10, 64 << 10
@@ -166,6 +169,37 @@ class AddBitmap(BitmapAction):
         await super().abort()
         if self._attach is not None:
             await self._attach.abort()
+
+
+class EnsureBitmap(AddBitmap):
+    """The bitmap that the node has already, or a new one.
+
+    Args: as AddBitmap; of one that is there only the granularity counts: it must be what is asked for.
+    """
+
+    async def prepare(self, change: Transaction) -> None:
+        bitmap = change.node(self.bitmap.node).bitmaps.get(self.bitmap.name)
+        if bitmap is None:
+            await super().prepare(change)
+            return
+        check_agrees(bitmap, self._granularity)
+        if bitmap.inconsistent:
+            log.warning("%s", bitmap.why_unusable("add"))
+
+
+def check_agrees(bitmap: DirtyBitmap, granularity: int | None) -> None:
+    """Refuse a bitmap that is there already with another granularity.
+
+    Raises:
+        GraphError: names both.
+    """
+    if granularity not in (None, bitmap.granularity):
+        raise GraphError(
+            f"bitmap '{bitmap.name}' is there already, with granularity {bitmap.granularity} and not {granularity}",
+            node=bitmap.node,
+            op="add",
+            hint="ask for the granularity that it has, or remove it first",
+        )
 
 
 class RemoveBitmap(BitmapAction):

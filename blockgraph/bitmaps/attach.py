@@ -97,13 +97,23 @@ class AttachSidecar(Action):
         return (self._name,)
 
     async def prepare(self, change: Transaction) -> None:
-        node = change.node(self._name)
+        await self.attach(change.node(self._name))
+
+    async def attach(self, node: Node) -> None:
+        """`prepare`, without a transaction."""
         path = self._path or default_path(node)
         if path is None:
             raise GraphError("has no file to put a sidecar beside", node=node.name, hint="name the sidecar file")
         store = node.bitmap_store
         if isinstance(store, Sidecar):
             if self._shared and _same(store.path, path):
+                if self._crash_safe not in (None, store.crash_safe):
+                    raise GraphError(
+                        f"sidecar '{path}' is {'' if store.crash_safe else 'not '}crash-safe",
+                        node=node.name,
+                        op="attach",
+                        hint="ask for what it is, or remove its bitmaps and the file",
+                    )
                 return
             raise GraphError(f"already keeps its bitmaps in sidecar '{store.path}'", node=node.name, op="attach")
         if store is not None:

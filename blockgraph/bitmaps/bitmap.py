@@ -27,15 +27,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from blockgraph.errors import GraphError, NodeInUse
+from blockgraph.graph.bitmaps import NAME_HINT, granularity_problem, name_problem
 from blockgraph.native import Bitmap
 
 if TYPE_CHECKING:
     from blockgraph.bitmaps.epochs import Epochs
-
-#: Longest name, bytes of UTF-8 (qcow2's limit).
-MAX_NAME = 1023
-MIN_GRANULARITY = 512
-MAX_GRANULARITY = 1 << 31
 
 #: What a view's owner wants at its end: "never" clears nothing; "on-success" when it has succeeded; "always" also
 #: when it has failed, but for what it had not done yet.
@@ -124,12 +120,16 @@ class DirtyBitmap:
             GraphError: it is inconsistent.
         """
         if self.inconsistent:
-            raise GraphError(
-                f"bitmap '{self.name}' is inconsistent: {self.reason or 'it may have missed writes'}",
-                node=self.node,
-                op=op,
-                hint="remove it, and make a full backup next",
-            )
+            raise self.why_unusable(op)
+
+    def why_unusable(self, op: str) -> GraphError:
+        """What is told of an inconsistent bitmap."""
+        return GraphError(
+            f"bitmap '{self.name}' is inconsistent: {self.reason or 'it may have missed writes'}",
+            node=self.node,
+            op=op,
+            hint="remove it, and make a full backup next",
+        )
 
     def check_free(self, op: str) -> None:
         """Refuse what no view may be open for.
@@ -331,11 +331,8 @@ def check_name(name: str, *, node: str) -> None:
     Raises:
         GraphError: it is empty, too long, or has a NUL.
     """
-    length = len(name.encode("utf-8", "surrogateescape"))
-    if not 1 <= length <= MAX_NAME or "\0" in name:
-        raise GraphError(
-            f"bitmap name of {length} bytes", node=node, hint=f"a name has 1 to {MAX_NAME} bytes and no NUL character"
-        )
+    if (wrong := name_problem(name)) is not None:
+        raise GraphError(wrong, node=node, hint=NAME_HINT)
 
 
 def check_granularity(granularity: int, *, node: str) -> None:
@@ -344,7 +341,5 @@ def check_granularity(granularity: int, *, node: str) -> None:
     Raises:
         GraphError: not a power of two from 512 to 2 GiB.
     """
-    if not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY or granularity & (granularity - 1):
-        raise GraphError(
-            f"granularity {granularity} is not a power of two from {MIN_GRANULARITY} to {MAX_GRANULARITY}", node=node
-        )
+    if (wrong := granularity_problem(granularity)) is not None:
+        raise GraphError(wrong, node=node)

@@ -29,8 +29,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from blockgraph.bitmaps.bitmap import MAX_GRANULARITY, MAX_NAME, MIN_GRANULARITY
 from blockgraph.errors import CorruptImage
+from blockgraph.graph.bitmaps import MAX_GRANULARITY, MAX_NAME, MIN_GRANULARITY
 
 MAGIC = b"BGBITMAP"
 VERSION = 1

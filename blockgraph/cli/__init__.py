@@ -24,6 +24,7 @@ COMMANDS = {
     "info": "show what an image is",
     "map": "show where the bytes of an image lie",
     "create": "make a new image",
+    "bitmap": "change and list the dirty bitmaps of an image",
     "verify": "read the backups of a chain and compare them with their checksums",
     "restore": "write a disk as it was at a point in time",
     "bench": "measure blockgraph on this machine, beside the tools that are installed",

@@ -11,6 +11,9 @@ JSON has the members of `qemu-img map --output=json`:
     data            occupies storage
     offset          where in the file of that layer; omitted where there is no such place
 
+With `--bitmap NAME` it shows which ranges are dirty in a persistent dirty bitmap instead; members are start, length and
+dirty.
+
 Two differences: the end of a raw image is not rounded up to sectors; and the table for people shows compressed
 clusters instead of ending with an error at the first.
 """
@@ -24,6 +27,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from blockgraph.bitmaps.actions import find_on
 from blockgraph.cli.images import add_image_arguments, looked_at
 from blockgraph.cli.text import size_argument
 from blockgraph.driver import Format
@@ -87,6 +91,7 @@ def register(subparsers: _SubParsersAction[Any]) -> None:
     add_image_arguments(parser)
     parser.add_argument("--start-offset", type=size_argument, default=0, metavar="BYTES", help="begin here")
     parser.add_argument("--max-length", type=size_argument, metavar="BYTES", help="show no more than this")
+    parser.add_argument("--bitmap", metavar="NAME", help="show what is dirty in this bitmap of the image instead")
     parser.set_defaults(run=run)
 
 
@@ -100,6 +105,9 @@ async def _run(args: Namespace) -> None:
     async with looked_at(args) as backend:
         size = backend.size()
         end = size if args.max_length is None else min(size, args.start_offset + args.max_length)
+        if args.bitmap is not None:
+            print(_dirty(backend.node, args.bitmap, args.start_offset, end, as_json=args.json))
+            return
         entries = image_map(backend.node, args.start_offset, end)
         if not args.json:
             print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
@@ -114,6 +122,17 @@ async def _run(args: Namespace) -> None:
         if opening == "[":  # an empty range is one empty entry
             print(opening + MapEntry(args.start_offset, 0, 0, False, False, False).to_json(), end="")
         print("]")
+
+
+def _dirty(node: Node, name: str, start: int, end: int, *, as_json: bool) -> str:
+    bitmap = find_on(node, name)
+    bitmap.check_usable("map")
+    extents = bitmap.contents().dirty_extents(min(start, end), end)
+    if as_json:
+        rows = [f'{{ "start": {offset}, "length": {length}, "dirty": true}}' for offset, length in extents]
+        return "[" + ",\n".join(rows) + "]"
+    head = f"{'Offset':<16}Length"
+    return "\n".join([head, *(f"{_hex(offset):<16}{_hex(length)}" for offset, length in extents)])
 
 
 async def image_map(top: Node, start: int, end: int) -> AsyncIterator[MapEntry]:

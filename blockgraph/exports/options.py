@@ -11,6 +11,7 @@ from typing import Annotated
 
 import msgspec
 
+from blockgraph.options import BitmapRef
 from blockgraph.text import SIZE_PATTERN, parse_size
 
 _MAX_STRING = 4096  # of the NBD protocol, bytes
@@ -34,6 +35,11 @@ class NbdExportOptions(
         name: by which clients ask for it, at most 4096 bytes; the node's name when omitted.
         description: shown to clients, at most 4096 bytes.
         writable: clients may write.
+        bitmaps: dirty bitmaps that clients can ask for, as contexts qemu:dirty-bitmap:NAME: what each holds at the
+            instant at which the export starts, whatever is written later. A name is looked for on the node and on
+            those below it that it shows (through filters and backing files); or a table of node and name.
+        allocation_depth: clients can ask for the context qemu:allocation-depth: which layer of a backing chain has
+            the bytes.
         extent_map_size: most memory for remembering where the disk's bytes live, which serves requests without Python;
             at least 256k. A fragmented disk needs about 32 bytes for each run of its clusters, others next to nothing;
             what has not been used for longest is forgotten. Bytes, or a string such as "64M", the default.
@@ -44,6 +50,8 @@ class NbdExportOptions(
     name: str | None = None
     description: str = ""
     writable: bool = False
+    bitmaps: tuple[str | BitmapRef, ...] = ()
+    allocation_depth: bool = False
     extent_map_size: _Bytes | _Text = DEFAULT_EXTENT_MAP
 
     @property
@@ -64,6 +72,12 @@ class NbdExportOptions(
             raise ValueError(f"extent-map-size: {error}") from None
         if size < MIN_EXTENT_MAP:
             raise ValueError(f"extent-map-size is {size} bytes, and at least {MIN_EXTENT_MAP} are needed")
+        names: set[str] = set()
+        for wanted in self.bitmaps:
+            name = wanted if isinstance(wanted, str) else wanted.name
+            if name in names:
+                raise ValueError(f"bitmaps: two are named '{name}', and clients could not tell them apart")
+            names.add(name)
         for member, value in (("name", self.name or ""), ("description", self.description)):
             if len(value.encode()) > _MAX_STRING:
                 raise ValueError(f"{member} is longer than {_MAX_STRING} bytes")

@@ -66,6 +66,7 @@ class Raw(Format):
     children: ClassVar = {"file": ChildSpec(Role.DATA | Role.PRIMARY)}
     Options: ClassVar[type[NodeOptions]] = RawOptions
     transparent = True
+    bitmap_place = "sidecar"
     revokes = True
     write_flags = Flag.FUA | Flag.WRITE_UNCHANGED
     zero_flags = Flag.FUA | Flag.WRITE_UNCHANGED | Flag.MAY_UNMAP | Flag.NO_FALLBACK

@@ -7,9 +7,10 @@ Sections of a graph file:
     nodes         list of node descriptions, with the member names of QEMU's BlockdevOptions
     exports       list of exports; `type` says of what kind
     jobs          list of jobs; `type` says of what kind
+    bitmaps       list of dirty bitmaps that nodes have from the start
     nbd-server    where the NBD exports are served
 
-`bitmaps`, `throttle-groups`, `secrets` and `monitor` are known and refused: nothing asked for is silently left out.
+`throttle-groups`, `secrets` and `monitor` are known and refused: nothing asked for is silently left out.
 
 A child is the name of a node or a node description inside its parent. Keys may be dotted ("cache.direct", and in the
 manner of QEMU's command line "file.filename"). Nodes inside a parent take over its `read-only`, `auto-read-only`,
@@ -27,6 +28,7 @@ from typing import Any
 
 from blockgraph.driver import Driver
 from blockgraph.exports.options import NbdExportOptions, NbdServerOptions
+from blockgraph.graph.bitmaps import BitmapOptions
 from blockgraph.graph.model import ROOT_ROLE, Model
 from blockgraph.graph.source import Source
 from blockgraph.jobs.options import BackupOptions
@@ -37,9 +39,9 @@ from blockgraph.perm import ALL, Perm
 EXPORTS = {"nbd": NbdExportOptions}
 JOBS = {"backup": BackupOptions}
 
-SECTIONS = ("nodes", "exports", "jobs", "nbd-server")
+SECTIONS = ("nodes", "bitmaps", "exports", "jobs", "nbd-server")
 #: Sections that this version knows and does not have.
-NOT_YET = ("bitmaps", "throttle-groups", "secrets", "monitor")
+NOT_YET = ("throttle-groups", "secrets", "monitor")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,6 +73,19 @@ class NodeDescription:
     def read_only(self) -> bool:
         """Writes are refused."""
         return self.options.read_only
+
+
+@dataclass(slots=True, kw_only=True)
+class BitmapDescription:
+    """One dirty bitmap.
+
+    Attributes:
+        options: as described; a sidecar with its full file name.
+        where: path ("bitmaps[0]").
+    """
+
+    options: BitmapOptions
+    where: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,12 +127,13 @@ class Description:
     Attributes:
         source: the data, and the place of every member.
         nodes: every node of the section `nodes`; children before the nodes that use them, where there is no cycle.
-        exports, jobs: in the order of the file.
+        bitmaps, exports, jobs: in the order of the file.
         nbd_server: where NBD exports are served; None when the section is not there.
     """
 
     source: Source
     nodes: list[NodeDescription] = field(default_factory=list)
+    bitmaps: list[BitmapDescription] = field(default_factory=list)
     exports: list[ExportDescription] = field(default_factory=list)
     jobs: list[JobDescription] = field(default_factory=list)
     nbd_server: NbdServerOptions | None = None

@@ -17,9 +17,11 @@ from collections.abc import Iterator
 
 import msgspec
 
+from blockgraph.bitmaps.attach import AttachSidecar, find_sidecar
+from blockgraph.bitmaps.store import LiveStore
 from blockgraph.driver import Protocol
 from blockgraph.errors import BlockGraphError, GraphError, IOFailure
-from blockgraph.graph import jobs, sizes
+from blockgraph.graph import bitmaps, jobs, sizes
 from blockgraph.graph.description import Description, add_nodes
 from blockgraph.graph.load import flatten_node
 from blockgraph.graph.model import Model, NodeVertex
@@ -74,6 +76,7 @@ class _DryRun:
             await node.driver.open()
             await self._implied(node, vertex)
             await node.driver.attached()
+            await self._load_bitmaps(node)
         except BlockGraphError as error:
             if error.node == name and error.file is None:
                 error.file = node.driver.filename()
@@ -95,6 +98,15 @@ class _DryRun:
             below = self._nodes.get(flat[0].name)
             if below is not None:
                 node.set_child(key, Child(node.name, key, vertex.driver.children[key].role, below))
+
+    async def _load_bitmaps(self, node: Node) -> None:
+        if not await find_sidecar(node) and node.bitmap_store is not None:
+            node.bitmaps = {bitmap.name: bitmap for bitmap in await node.bitmap_store.load()}
+        for bitmap in self._description.bitmaps:
+            options = bitmap.options
+            if options.node == node.name and options.sidecar:
+                path = None if options.sidecar is True else options.sidecar
+                await AttachSidecar(node.name, path, crash_safe=options.crash_safe, shared=True).attach(node)
 
     def _tell(self, error: BlockGraphError, vertex: NodeVertex) -> None:
         self.problems.append(Problem(kind=type(error), message=str(error), path=vertex.where or "", node=vertex.name))
@@ -127,11 +139,18 @@ class _DryRun:
             for name, node in self._nodes.items()
             if isinstance(node.driver, Protocol) and node.driver.filename() is not None
         ]
+        held = {
+            name: {bitmap.name: bitmap.granularity for bitmap in node.bitmaps.values()}
+            for name, node in self._nodes.items()
+        }
+        self.problems += bitmaps.check_opened(self.model, self._description, held)
         self.problems += _not_writable(candidate, files)
         self.problems += _locked_against_each_other(candidate, files)
 
     async def close(self) -> None:
         for node in reversed(self._opened):
+            if isinstance(node.bitmap_store, LiveStore):
+                await node.bitmap_store.close()
             await node.driver.close()
 
 

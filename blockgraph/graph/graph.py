@@ -32,6 +32,8 @@ from blockgraph.bitmaps.actions import (
     find_on,
 )
 from blockgraph.bitmaps.attach import AttachSidecar
+from blockgraph.bitmaps.query import BitmapInfo, digest, info
+from blockgraph.errors import OutOfRange
 from blockgraph.finish import finish
 from blockgraph.graph.action import Action
 from blockgraph.graph.drain import Drain
@@ -269,7 +271,41 @@ class Graph:
 
         return await dry_run(description, policy)
 
-    # Bitmaps. Each of these is a transaction; for several at one instant see blockgraph.bitmaps.actions.
+    # Bitmaps. Each change is a transaction; for several at one instant see `act` and blockgraph.bitmaps.actions.
+
+    def bitmaps(self, node: str | None = None) -> list[BitmapInfo]:
+        """The bitmaps of a node, or of all nodes, in the order they were added.
+
+        Raises:
+            GraphError: there is no such node.
+        """
+        nodes = self.nodes() if node is None else [self.node(node)]
+        return [info(bitmap) for each in nodes for bitmap in each.bitmaps.values()]
+
+    def dirty_extents(self, node: str, name: str, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
+        """Offset and length of what is dirty in [offset, offset + length), in bytes, in order.
+
+        Args:
+            length: None: up to the disk's end.
+        Raises:
+            GraphError: there is no such node or bitmap, or it is inconsistent.
+            OutOfRange: the range is not inside the disk.
+        """
+        bits = self.find_bitmap(node, name)
+        end = bits.size if length is None else offset + length
+        if not 0 <= offset <= end <= bits.size:
+            raise OutOfRange(
+                f"outside the disk of {bits.size} bytes", node=node, op="bitmap", offset=offset, length=end - offset
+            )
+        return list(bits.dirty_extents(offset, end))
+
+    async def bitmap_digest(self, node: str, name: str) -> str:
+        """SHA-256 of the bits, as QEMU's x-debug-block-dirty-bitmap-sha256 (blockgraph.bitmaps.query.digest).
+
+        Raises:
+            GraphError: there is no such node or bitmap, or it is inconsistent.
+        """
+        return await digest(self.find_bitmap(node, name))
 
     async def add_bitmap(
         self,
@@ -295,7 +331,7 @@ class Graph:
             GraphError: the name is taken or too long, the granularity is none, or there is no place for it.
         """
         bitmap = BitmapName(node, name)
-        await self._act(
+        await self.act(
             AddBitmap(
                 bitmap,
                 granularity=granularity,
@@ -318,7 +354,7 @@ class Graph:
             GraphError: the node has a place for them already, or is no file.
             CorruptImage: the file is damaged, or something else.
         """
-        await self._act(AttachSidecar(node, path, crash_safe=crash_safe))
+        await self.act(AttachSidecar(node, path, crash_safe=crash_safe))
 
     async def remove_bitmap(self, node: str, name: str) -> None:
         """Remove a bitmap, also from the image that keeps it.
@@ -326,11 +362,11 @@ class Graph:
         Raises:
             NodeInUse: somebody reads it.
         """
-        await self._act(RemoveBitmap(BitmapName(node, name)))
+        await self.act(RemoveBitmap(BitmapName(node, name)))
 
     async def clear_bitmap(self, node: str, name: str) -> None:
         """Nothing is marked any more."""
-        await self._act(ClearBitmap(BitmapName(node, name)))
+        await self.act(ClearBitmap(BitmapName(node, name)))
 
     async def advance_epoch(self, node: str, name: str) -> int:
         """Begin a new checkpoint in a bitmap with epochs; returns its number, for `DirtyBitmap.since`.
@@ -338,12 +374,12 @@ class Graph:
         The first checkpoint of a bitmap is 1, when it was added.
         """
         action = AdvanceEpoch(BitmapName(node, name))
-        await self._act(action)
+        await self.act(action)
         return action.checkpoint
 
     async def enable_bitmap(self, node: str, name: str, *, enabled: bool = True) -> None:
         """Record writes from now on, or no longer."""
-        await self._act(EnableBitmap(BitmapName(node, name), enabled=enabled))
+        await self.act(EnableBitmap(BitmapName(node, name), enabled=enabled))
 
     async def merge_bitmaps(self, node: str, name: str, sources: Iterable[tuple[str, str]]) -> None:
         """Mark in a bitmap whatever is marked in one of the `sources` (node and name), of any granularity.
@@ -351,11 +387,13 @@ class Graph:
         Raises:
             GraphError: a source is not there, inconsistent, or of a disk of another size; the bitmap is unchanged.
         """
-        await self._act(MergeBitmaps(BitmapName(node, name), [BitmapName(*source) for source in sources]))
+        await self.act(MergeBitmaps(BitmapName(node, name), [BitmapName(*source) for source in sources]))
 
-    async def _act(self, action: Action) -> None:
+    async def act(self, *actions: Action) -> None:
+        """All of these at one instant, or none."""
         async with self.transaction() as change:
-            change.act(action)
+            for action in actions:
+                change.act(action)
 
     def bitmap(self, node: str, name: str) -> DirtyBitmap:
         """A bitmap of a node.

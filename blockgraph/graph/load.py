@@ -20,13 +20,15 @@ from typing import Any
 from blockgraph.driver import Driver
 from blockgraph.errors import OptionError
 from blockgraph.exports.options import NbdServerOptions
-from blockgraph.graph import jobs, sizes
+from blockgraph.graph import bitmaps, jobs, sizes
+from blockgraph.graph.bitmaps import BitmapOptions
 from blockgraph.graph.convert import closest, convert, quote
 from blockgraph.graph.description import (
     EXPORTS,
     JOBS,
     NOT_YET,
     SECTIONS,
+    BitmapDescription,
     Description,
     ExportDescription,
     JobDescription,
@@ -108,6 +110,7 @@ def _examine(source: Source, problems: list[Problem]) -> tuple[Description, list
         known = {(problem.kind, problem.message) for problem in problems}
         problems += [p for p in validate(candidate) if (p.kind, p.message) not in known]
     problems += sizes.check(candidate)
+    problems += bitmaps.check(model, reader.description)
     if not errors(reader.problems) and not list(model.dangling()):  # else nodes may seem unused that are not
         problems += unused(model)
     _children_first(reader.description, model)
@@ -195,6 +198,7 @@ class _Reader:
             flattener.add(value, path)
         self.problems += flattener.problems
         self.description.nodes = flattener.nodes
+        self._bitmaps()
         self._exports()
         self._server()
         self._jobs()
@@ -260,6 +264,18 @@ class _Reader:
         options, problems = convert(kinds[kind], value, path, f"{what} '{kind}'")
         self.problems += problems
         return options
+
+    def _bitmaps(self) -> None:
+        for path, value in self._list("bitmaps"):
+            if not isinstance(value, dict):
+                self._problem(f"expected a table, found {quote(value)}", path)
+                continue
+            if self._directory is not None:
+                value = _resolved(value, ("sidecar",), self._directory)
+            options, problems = convert(BitmapOptions, value, path, "bitmap")
+            self.problems += problems
+            if options is not None:
+                self.description.bitmaps.append(BitmapDescription(options=options, where=path))
 
     def _exports(self) -> None:
         ids: dict[str, str] = {}

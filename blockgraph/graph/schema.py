@@ -19,6 +19,7 @@ import msgspec.inspect
 
 from blockgraph.driver import Driver
 from blockgraph.exports.options import NbdServerOptions
+from blockgraph.graph.bitmaps import BitmapOptions
 from blockgraph.graph.description import EXPORTS, JOBS
 from blockgraph.graph.memberdocs import member_docs, summary
 from blockgraph.graph.validate import NODE_NAME
@@ -34,7 +35,7 @@ _CHILD = {"$ref": "#/$defs/child"}
 def graph_schema() -> dict[str, Any]:
     """The schema, draft 2020-12."""
     drivers = _drivers()
-    roots: list[type[msgspec.Struct]] = [*EXPORTS.values(), *JOBS.values(), NbdServerOptions]
+    roots: list[type[msgspec.Struct]] = [BitmapOptions, *EXPORTS.values(), *JOBS.values(), NbdServerOptions]
     kinds = [*roots, *{driver.Options: None for driver in drivers}]
     _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     names = {kind: _component(kind, components) for kind in kinds}
@@ -65,6 +66,7 @@ def graph_schema() -> dict[str, Any]:
         "properties": {
             "$schema": {"type": "string", "description": "For editors."},
             "nodes": {"type": "array", "items": _NODE, "description": "The nodes of the graph."},
+            "bitmaps": _typed_list("Dirty bitmaps that nodes have from the start.", [names[BitmapOptions]]),
             "exports": _typed_list("What is served, and how.", [names[kind] for kind in EXPORTS.values()]),
             "jobs": _typed_list("What is done with the disks.", [names[kind] for kind in JOBS.values()]),
             "nbd-server": {"$ref": _REF.format(name=names[NbdServerOptions])},

@@ -30,7 +30,7 @@ from blockgraph.node import Child, Node
 from blockgraph.perm import Perm, Role
 
 if TYPE_CHECKING:
-    from blockgraph.graph.description import Description
+    from blockgraph.graph.description import NodeDescription
     from blockgraph.graph.graph import Graph
     from blockgraph.options import NodeOptions
 
@@ -75,10 +75,10 @@ class Transaction:
             self._owned.add(name)
         return name
 
-    def add_description(self, description: Description) -> None:
-        """Add every node of a description that has no problems."""
-        add_nodes(self.candidate, description.nodes)
-        self._owned |= {node.name for node in description.nodes if not node.inline}
+    def add_nodes(self, nodes: list[NodeDescription]) -> None:
+        """Add nodes of a description that has no problems, with all that they refer to."""
+        add_nodes(self.candidate, nodes)
+        self._owned |= {node.name for node in nodes if not node.inline}
 
     def remove(self, name: str) -> None:
         """Remove a node; nodes that only it referred to and that nobody named go too."""

@@ -23,7 +23,7 @@ def model(given: list[tuple[int, int]], alignment: int) -> list[int]:
 
 @given(extents, st.sampled_from([2, 4, 8, 16]))
 def test_align_extents_any_says_no_more_than_it_knows(given: list[tuple[int, int]], alignment: int) -> None:
-    aligned = align_extents(given, alignment)
+    aligned = align_extents(given, alignment, 0)
     assert all(length % alignment == 0 for length, _ in aligned)
     assert all(left[1] != right[1] for left, right in pairwise(aligned))
     found = [flags for length, flags in aligned for _ in range(length // alignment)]
@@ -34,4 +34,4 @@ def test_align_extents_any_says_no_more_than_it_knows(given: list[tuple[int, int
 
 
 def test_align_extents_aligned_input_is_unchanged() -> None:
-    assert align_extents([(512, 3), (1024, 0), (512, 3)], 512) == [(512, 3), (1024, 0), (512, 3)]
+    assert align_extents([(512, 3), (1024, 0), (512, 3)], 512, 0) == [(512, 3), (1024, 0), (512, 3)]

@@ -228,7 +228,7 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"driver": "file", "node-name": "m", "filename": "x"},
         "driver: a node outside of the section 'nodes'; nodes go into the list of that section: ",
     ),
-    "section-not-yet": ({"bitmaps": []}, "bitmaps: section 'bitmaps' is not available yet; remove it"),
+    "section-not-yet": ({"secrets": []}, "secrets: section 'secrets' is not available yet; remove it"),
     "section-type": ({"exports": {}}, "exports: expected a list, found a table"),
     "export-type": (
         {"exports": [{"type": "nbt", "id": "x", "node-name": "m"}]},
@@ -263,6 +263,122 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "server-missing": (
         {"exports": [{"type": "nbd", "id": "e", "node-name": "m"}]},
         "exports[0]: section 'nbd-server' is missing, export 'e' needs one; ",
+    ),
+    "bitmap-dangling": (
+        {"bitmaps": [{"node": "mm", "name": "b"}]},
+        "bitmaps[0].node: bitmap 'b' refers to node 'mm', which does not exist; did you mean 'm'?",
+    ),
+    "bitmap-twice": (
+        {"bitmaps": [{"node": "m", "name": "b"}, {"node": "t", "name": "b"}, {"node": "m", "name": "b"}]},
+        "bitmaps[2].name: bitmap 'b' of node 'm' is taken by bitmaps[0]",
+    ),
+    "bitmap-name-empty": (
+        {"bitmaps": [{"node": "m", "name": ""}]},
+        "bitmaps[0].name: bitmap name of 0 bytes; a name has 1 to 1023 bytes and no NUL character",
+    ),
+    "bitmap-name-long": (
+        {"bitmaps": [{"node": "m", "name": "é" * 512}]},
+        "bitmaps[0].name: bitmap name of 1024 bytes; a name has 1 to 1023 bytes",
+    ),
+    "bitmap-name-nul": (
+        {"bitmaps": [{"node": "m", "name": "a\0"}]},
+        "bitmaps[0].name: bitmap name with a NUL character; ",
+    ),
+    "bitmap-name-missing": (
+        {"bitmaps": [{"node": "m"}]},
+        "bitmaps[0].name: member 'name' of bitmap is missing; 'name' is a string",
+    ),
+    "bitmap-not-a-table": ({"bitmaps": ["b"]}, "bitmaps[0]: expected a table, found 'b'"),
+    "bitmap-member": (
+        {"bitmaps": [{"node": "m", "name": "b", "granulrity": 512}]},
+        "bitmaps[0].granulrity: unknown member 'granulrity' of bitmap; did you mean 'granularity'?",
+    ),
+    "bitmap-granularity-small": (
+        {"bitmaps": [{"node": "m", "name": "b", "granularity": 256}]},
+        "bitmaps[0].granularity: expected an integer from 512 to 2147483648 or a string, found 256",
+    ),
+    "bitmap-granularity-large": (
+        {"bitmaps": [{"node": "m", "name": "b", "granularity": "4G"}]},
+        "bitmaps[0].granularity: granularity 4294967296 is not a power of two from 512 to 2147483648",
+    ),
+    "bitmap-granularity-no-power": (
+        {"bitmaps": [{"node": "m", "name": "b", "granularity": 65535}]},
+        "bitmaps[0].granularity: granularity 65535 is not a power of two from 512 to 2147483648",
+    ),
+    "bitmap-granularity-text": (
+        {"bitmaps": [{"node": "m", "name": "b", "granularity": "64X"}]},
+        "bitmaps[0].granularity: '64X' is not a size; ",
+    ),
+    "bitmap-no-place": (
+        {"bitmaps": [{"node": "m", "name": "b", "persistent": True}]},
+        "bitmaps[0].persistent: driver 'memory' has no place for persistent bitmaps; set sidecar = true instead",
+    ),
+    "bitmap-crash-safe": (
+        {"bitmaps": [{"node": "m", "name": "b", "crash-safe": True}]},
+        "bitmaps[0].crash-safe: is of use with bitmaps that are kept only; set sidecar = true, or leave it out",
+    ),
+    "bitmap-epochs": (
+        {"bitmaps": [{"node": "m", "name": "b", "epochs": True}]},
+        "bitmaps[0].epochs: 'epochs' is not available yet; leave it out",
+    ),
+    "bitmap-two-sidecars": (
+        {"bitmaps": [{"node": "m", "name": name, "sidecar": name} for name in "ab"]},
+        "bitmaps[1].sidecar: the bitmaps of node 'm' have one place, and bitmaps[0] says otherwise",
+    ),
+    "bitmap-two-promises": (
+        {"bitmaps": [{"node": "m", "name": str(how), "sidecar": True, "crash-safe": how} for how in (True, False)]},
+        "bitmaps[1].crash-safe: the bitmaps of node 'm' have one place, and bitmaps[0] says otherwise",
+    ),
+    "job-bitmap": (
+        {
+            "jobs": [{"type": "backup", "device": "m", "target": MEMORY, "sync": "incremental", "bitmap": "b00"}],
+            "bitmaps": [{"node": "m", "name": "b0"}],
+        },
+        "jobs[0].bitmap: there is no bitmap 'b00' on node 'm'; did you mean 'b0'?",
+    ),
+    "bitmap-sidecar-nameless": (
+        {"bitmaps": [{"node": "m", "name": "b", "sidecar": ""}]},
+        "bitmaps[0].sidecar: a file needs a name; give one, or true",
+    ),
+    "export-bitmap": (
+        {
+            "exports": [{"type": "nbd", "id": "e", "node-name": "m", "bitmaps": ["b00"]}],
+            "bitmaps": [{"node": "m", "name": "b0"}],
+            "nbd-server": SERVER,
+        },
+        "exports[0].bitmaps[0]: there is no bitmap 'b00' on node 'm'; did you mean 'b0'?",
+    ),
+    "export-bitmap-of-another": (
+        {
+            "exports": [{"type": "nbd", "id": "e", "node-name": "m", "bitmaps": [{"node": "t", "name": "b"}]}],
+            "bitmaps": [{"node": "m", "name": "b"}],
+            "nbd-server": SERVER,
+        },
+        "exports[0].bitmaps[0].name: there is no bitmap 'b' on node 't'; describe it in the section 'bitmaps'",
+    ),
+    "export-bitmap-dangling": (
+        {
+            "exports": [{"type": "nbd", "id": "e", "node-name": "m", "bitmaps": [{"node": "x", "name": "b"}]}],
+            "nbd-server": SERVER,
+        },
+        "exports[0].bitmaps[0].node: bitmap 'b' refers to node 'x', which does not exist",
+    ),
+    "export-bitmap-twice": (
+        {
+            "exports": [
+                {"type": "nbd", "id": "e", "node-name": "m", "bitmaps": ["b", {"node": "t", "name": "b"}]},
+            ],
+            "bitmaps": [{"node": "m", "name": "b"}, {"node": "t", "name": "b"}],
+            "nbd-server": SERVER,
+        },
+        "exports[0]: bitmaps: two are named 'b', and clients could not tell them apart",
+    ),
+    "export-bitmap-kind": (
+        {
+            "exports": [{"type": "nbd", "id": "e", "node-name": "m", "bitmaps": [3]}],
+            "nbd-server": SERVER,
+        },
+        "exports[0].bitmaps[0]: expected",
     ),
     "server-type": ({"nbd-server": 3}, "nbd-server: expected a table, found 3"),
     "server-address": (

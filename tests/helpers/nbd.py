@@ -8,13 +8,14 @@ import asyncio
 import functools
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
 
 from blockgraph.exports.nbd import NbdExport, NbdServer
+from blockgraph.native import Bitmap
 from blockgraph.testing.memory_backend import MemoryBackend, MemoryMap
 from blockgraph.testing.nbd_client import NbdClient, NbdWire
 
@@ -80,7 +81,14 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    disk: MemoryBackend | None = None, *, writable: bool = True, size: int = SIZE, tcp: bool = False, **server_args: Any
+    disk: MemoryBackend | None = None,
+    *,
+    writable: bool = True,
+    size: int = SIZE,
+    tcp: bool = False,
+    bitmaps: Mapping[str, Bitmap] | None = None,
+    allocation_depth: bool = False,
+    **server_args: Any,
 ) -> AsyncIterator[Served]:
     """A server at a unix socket (or a TCP port of this machine), closed at the end."""
     disk = disk or MemoryBackend(size)
@@ -90,7 +98,16 @@ async def serving(
     with tempfile.TemporaryDirectory(prefix="nbd") as directory:
         path = str(Path(directory) / "s")
         await (server.listen_tcp("127.0.0.1", 0) if tcp else server.listen_unix(path))
-        server.add_export(NbdExport("disk", disk.as_backend(), description="a test disk", writable=writable))
+        server.add_export(
+            NbdExport(
+                "disk",
+                disk.as_backend(),
+                description="a test disk",
+                writable=writable,
+                bitmaps=bitmaps,
+                allocation_depth=allocation_depth,
+            )
+        )
         try:
             yield Served(server, disk, path)
         finally:

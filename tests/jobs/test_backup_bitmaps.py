@@ -402,7 +402,8 @@ def test_illegal_combination_is_refused_in_a_description_and_at_the_start(name: 
     members, path, message = REFUSED[name]
     nodes = [memory("disk", SIZE), memory("target", SIZE)]
     job = {"type": "backup", "device": "disk", "target": "target", **members}
-    (problem,) = check_description({"nodes": nodes, "jobs": [job]})
+    bitmaps = [{"node": "disk", "name": job["bitmap"]}] if "bitmap" in job else []
+    (problem,) = check_description({"nodes": nodes, "bitmaps": bitmaps, "jobs": [job]})
     assert str(problem).startswith(f"jobs[0].{path}: ")
     assert message in str(problem)
 
@@ -469,7 +470,8 @@ async def test_bitmap_with_a_backup_top_that_was_there_is_refused() -> None:
     nodes = [memory("disk", SIZE), memory("target", SIZE)]
     nodes.append({"driver": "backup-top", "node-name": "top", "file": "disk", "target": "target"})
     job = {"type": "backup", "device": "top", "sync": "incremental", "bitmap": "b0"}
-    (problem,) = check_description({"nodes": nodes, "jobs": [job]})
+    bitmaps = [{"node": "disk", "name": "b0"}]
+    (problem,) = check_description({"nodes": nodes, "bitmaps": bitmaps, "jobs": [job]})
     assert str(problem).startswith("jobs[0].bitmap: a bitmap can not be used with a device that is a backup-top")
 
 

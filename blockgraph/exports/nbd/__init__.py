@@ -9,7 +9,8 @@ The handshake reads not one byte too many, and its result (`Negotiated`) holds e
 needs: socket and result are handed to native threads, unless the connection is encrypted.
 """
 
+from blockgraph.exports.nbd.actions import AddExport, RemoveExport
 from blockgraph.exports.nbd.export import NbdExport
 from blockgraph.exports.nbd.server import NbdServer, start_server
 
-__all__ = ["NbdExport", "NbdServer", "start_server"]
+__all__ = ["AddExport", "NbdExport", "NbdServer", "RemoveExport", "start_server"]

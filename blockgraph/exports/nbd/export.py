@@ -4,15 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from blockgraph.backend import Backend
 from blockgraph.errors import GraphError, OptionError
-from blockgraph.exports.nbd.context import CONTEXTS, MetaContext
+from blockgraph.exports.nbd.context import AllocationDepth, BaseAllocation, DirtyBitmapContext, MetaContext
 from blockgraph.exports.nbd.protocol import MAX_REQUEST, MAX_STRING, Cmd, TransmissionFlag
-from blockgraph.native import MapStats
+from blockgraph.native import Bitmap, MapStats
 
 _MIN_PREFERRED = 4096
 _MAX_MINIMUM = 65536  # of the protocol
@@ -62,12 +62,23 @@ class NbdExport:
         backend: serves the requests; used from its graph's loop only.
         description: for people, at most 4096 bytes.
         writable: clients may write; the backend must be writable.
+        bitmaps: shown as contexts qemu:dirty-bitmap:NAME: what each held at one instant, by name.
+        allocation_depth: show the context qemu:allocation-depth.
     Raises:
         OptionError: a string is too long.
-        GraphError: writable, and the backend is not.
+        GraphError: writable, and the backend is not; or a bitmap is that of a disk of another size.
     """
 
-    def __init__(self, name: str, backend: Backend, *, description: str = "", writable: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        backend: Backend,
+        *,
+        description: str = "",
+        writable: bool,
+        bitmaps: Mapping[str, Bitmap] | None = None,
+        allocation_depth: bool = False,
+    ) -> None:
         for member, text in (("name", name), ("description", description)):
             if len(text.encode()) > MAX_STRING:
                 raise OptionError(f"longer than {MAX_STRING} bytes", path=member, value=text)
@@ -77,11 +88,20 @@ class NbdExport:
                 node=backend.node.name,
                 hint="open the node writable, or export it read-only",
             )
+        for bitmap, bits in (bitmaps or {}).items():
+            if bits.size != backend.size():
+                raise GraphError(
+                    f"bitmap '{bitmap}' covers {bits.size} bytes, and the export '{name}' has {backend.size()}",
+                    node=backend.node.name,
+                    hint="export the node that the bitmap belongs to, or a filter above it",
+                )
         self.name = name
         self.backend = backend
         self.description = description
         self.writable = writable
-        self.contexts: tuple[MetaContext, ...] = CONTEXTS
+        self.contexts: list[MetaContext] = [BaseAllocation()]
+        self.contexts += [AllocationDepth()] if allocation_depth else []
+        self.contexts += [DirtyBitmapContext(*item) for item in (bitmaps or {}).items()]
         self._faults = self._read = self._written = 0
 
     def count(self, command: int, length: int) -> None:
@@ -144,6 +164,7 @@ class ExportTable:
 
     def __init__(self) -> None:
         self._exports: dict[str, NbdExport] = {}
+        self._reserved: set[str] = set()
 
     def __iter__(self) -> Iterator[NbdExport]:
         return iter(self._exports.values())
@@ -155,9 +176,25 @@ class ExportTable:
         """Raises:
         GraphError: the name is taken.
         """
-        if export.name in self._exports:
-            raise GraphError(f"there is already an NBD export named '{export.name}'", hint="give it another 'name'")
+        self._check_free(export.name)
         self._exports[export.name] = export
+
+    def reserve(self, name: str) -> None:
+        """Nobody else can add an export of that name before `release`.
+
+        Raises:
+            GraphError: the name is taken.
+        """
+        self._check_free(name)
+        self._reserved.add(name)
+
+    def release(self, name: str) -> None:
+        """Undo `reserve`."""
+        self._reserved.discard(name)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._exports or name in self._reserved:
+            raise GraphError(f"there is already an NBD export named '{name}'", hint="give it another 'name'")
 
     def get(self, name: str) -> NbdExport:
         """Raises:

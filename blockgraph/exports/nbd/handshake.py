@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from blockgraph.errors import WireError
 from blockgraph.exports.nbd import protocol
-from blockgraph.exports.nbd.context import MetaContext
+from blockgraph.exports.nbd.context import MetaContext, wildcards
 from blockgraph.exports.nbd.export import ExportTable, NbdExport, Negotiated
 from blockgraph.exports.nbd.protocol import HandshakeFlag, Info, Opt, Rep
 from blockgraph.exports.nbd.wire import Wire, recv_exactly, send_all, start_tls
@@ -260,7 +260,7 @@ class Handshake:
         export = self._find(name)
         if option == Opt.LIST_META_CONTEXT:
             for context in export.contexts:
-                if not queries or any(query in (context.name, _namespace(context)) for query in queries):
+                if not queries or any(query in (context.name, *wildcards(context)) for query in queries):
                     await self._reply(option, Rep.META_CONTEXT, protocol.U32.pack(0) + context.name.encode())
         else:
             self._contexts_of = export
@@ -269,10 +269,6 @@ class Handshake:
             for number, context in self._contexts.items():
                 await self._reply(option, Rep.META_CONTEXT, protocol.U32.pack(number) + context.name.encode())
         await self._reply(option, Rep.ACK)
-
-
-def _namespace(context: MetaContext) -> str:
-    return context.name.partition(":")[0] + ":"
 
 
 def _no_data(data: bytes) -> None:

@@ -156,6 +156,8 @@ class Chunk(enum.IntEnum):
 #: Flags of context base:allocation.
 STATE_HOLE: Final = 1
 STATE_ZERO: Final = 2
+#: Flag of contexts qemu:dirty-bitmap:NAME.
+STATE_DIRTY: Final = 1
 
 #: The maximum every client may rely on, bytes; also what the server announces.
 MAX_REQUEST: Final = 32 << 20

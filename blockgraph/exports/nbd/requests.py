@@ -285,7 +285,7 @@ class BlockStatus(NbdRequest):
         limit = 1 if self.flags & CmdFlag.REQ_ONE else _MAX_DESCRIPTORS
         extents = await context.extents(backend, self.offset, self.length, limit)
         if alignment > 1 and not (self.offset | self.length) % alignment:
-            extents = align_extents(extents, alignment)[:limit]
+            extents = align_extents(extents, alignment, context.mixed)[:limit]
         return protocol.U32.pack(number) + b"".join(protocol.DESCRIPTOR.pack(*extent) for extent in extents)
 
     def succeeded(self, result: Any) -> None:

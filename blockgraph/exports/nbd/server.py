@@ -72,7 +72,6 @@ class NbdServer:
         self._handshake_timeout = handshake_timeout
         self._close_timeout = close_timeout
         self._exports = ExportTable()
-        self._reserved: set[str] = set()
         self._pool = BufferPool()
         self._threads = _processors() if threads is None else threads
         self._native: NbdLoop | None = None
@@ -166,45 +165,21 @@ class NbdServer:
         Raises:
             GraphError: there is one of that name.
         """
-        self._check_name(export.name)
         self._exports.add(export)
         if self._threads:
             export.backend.use_map()
 
     def reserve(self, name: str) -> None:
-        """Keep a name for an export to come; pair with `release`, right before it comes.
+        """Keep the name free for an export that is about to be added: nobody else can take it before `release`.
 
         Raises:
-            GraphError: the name is taken.
+            GraphError: there is one of that name.
         """
-        self._check_name(name)
-        self._reserved.add(name)
+        self._exports.reserve(name)
 
     def release(self, name: str) -> None:
-        """See `reserve`."""
-        self._reserved.remove(name)
-
-    def _check_name(self, name: str) -> None:
-        if name in self._reserved or any(export.name == name for export in self._exports):
-            raise GraphError(f"there is already an NBD export named '{name}'", hint="give it another 'name'")
-
-    def take_out(self, name: str) -> NbdExport:
-        """Stop serving an export that has no clients; it can be added again.
-
-        Raises:
-            GraphError: no such export, or it has clients.
-        """
-        export = self._exports.get(name)
-        users = self._users(export)
-        if users:
-            raise GraphError(
-                f"NBD export '{name}' has {len(users)} client(s)", hint="disconnect them, or remove it in mode 'hard'"
-            )
-        self._exports.remove(export)
-        return export
-
-    def _users(self, export: NbdExport) -> set[_Connection]:
-        return {connection for connection in self._connections if connection.export is export}
+        """Undo `reserve`."""
+        self._exports.release(name)
 
     async def remove_export(self, name: str, *, hard: bool = False) -> None:
         """Stop serving an export; afterwards its backend is not used any more.
@@ -214,15 +189,34 @@ class NbdServer:
         Raises:
             GraphError: no such export, or it has clients and `hard` is not given; nothing was changed.
         """
-        if not hard:
-            self.take_out(name)
-            return
         export = self._exports.get(name)
+        self.withdraw(export, hard=hard)
         users = self._users(export)
-        self._exports.remove(export)
-        for connection in users:
-            connection.abort()
+        self.disconnect(export)
         await self._wait(users)
+
+    def withdraw(self, export: NbdExport, *, hard: bool) -> None:
+        """The first half of removing an export: no client finds it any more; `add_export` undoes it.
+
+        Raises:
+            GraphError: as remove_export.
+        """
+        self._exports.get(export.name)
+        users = self._users(export)
+        if users and not hard:
+            raise GraphError(
+                f"NBD export '{export.name}' has {len(users)} client(s)",
+                hint="disconnect them, or remove it in mode 'hard'",
+            )
+        self._exports.remove(export)
+
+    def disconnect(self, export: NbdExport) -> None:
+        """The second half: its clients are disconnected; what is in flight goes on, its results go nowhere."""
+        for connection in self._users(export):
+            connection.abort()
+
+    def _users(self, export: NbdExport) -> set[_Connection]:
+        return {connection for connection in self._connections if connection.export is export}
 
     # Clients.
 
@@ -381,7 +375,6 @@ async def start_server(options: NbdServerOptions, *, accepting: bool = True) -> 
 
     Args:
         accepting: as of `NbdServer`.
-
     Raises:
         OptionError, BlockGraphError: credentials or address can not be used.
     """

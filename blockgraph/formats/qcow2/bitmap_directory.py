@@ -21,7 +21,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from blockgraph.bitmaps.bitmap import MAX_GRANULARITY, MAX_NAME, MIN_GRANULARITY
+from blockgraph.graph.bitmaps import MAX_GRANULARITY, MAX_NAME, MIN_GRANULARITY
 
 #: Bounds, the same as QEMU's: bitmaps in an image; bytes of the directory, of the bits of one bitmap.
 MAX_BITMAPS = 65535

@@ -120,6 +120,7 @@ class Qcow2(Format):
         "backing": ChildSpec(Role.COW, required=False, implied=True),
     }
     Options: ClassVar[type[NodeOptions]] = Qcow2Options
+    bitmap_place = "image"
     revokes = True
     options: Qcow2Options
     zero_flags = Flag.MAY_UNMAP | Flag.NO_FALLBACK
