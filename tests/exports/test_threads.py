@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ async def test_threads_as_many_are_started_and_ended(threads: int, tmp_path: Pat
     server = await start_server(options(tmp_path / "s", threads=threads))
     assert native_threads() - before == threads
     await server.close()
-    assert native_threads() == before
+    while native_threads() != before:  # a thread that has been joined may be listed a little longer
+        await asyncio.sleep(0)
 
 
 @run_async
