@@ -115,6 +115,7 @@ def _bitmap_actions(options: BitmapOptions) -> Iterator[Action]:
         granularity=options.granularity_bytes,
         enabled=not options.disabled,
         persistent=options.persistent or bool(options.sidecar),
+        epochs=options.epochs,
     )
 
 
@@ -269,13 +270,24 @@ class SyncGraph:
         enabled: bool = True,
         persistent: bool = False,
         sidecar: str | bool = False,
+        epochs: bool = False,
     ) -> None:
         """A new, empty bitmap."""
         self.call(
             self.graph.add_bitmap(
-                node, name, granularity=granularity, enabled=enabled, persistent=persistent, sidecar=sidecar
+                node,
+                name,
+                granularity=granularity,
+                enabled=enabled,
+                persistent=persistent,
+                sidecar=sidecar,
+                epochs=epochs,
             )
         )
+
+    def advance_epoch(self, node: str, name: str) -> int:
+        """Begin a new checkpoint in a bitmap with epochs; returns its number."""
+        return self.call(self.graph.advance_epoch(node, name))
 
     def attach_sidecar(self, node: str, path: str | None = None, *, crash_safe: bool | None = None) -> None:
         """Keep the persistent bitmaps of a node in a file beside its image, and take over those that are there."""

@@ -174,7 +174,7 @@ class AddBitmap(BitmapAction):
 class EnsureBitmap(AddBitmap):
     """The bitmap that the node has already, or a new one.
 
-    Args: as AddBitmap; of one that is there only the granularity counts: it must be what is asked for.
+    Args: as AddBitmap; of one that is there only granularity and epochs count: they must be what is asked for.
     """
 
     async def prepare(self, change: Transaction) -> None:
@@ -183,6 +183,13 @@ class EnsureBitmap(AddBitmap):
             await super().prepare(change)
             return
         check_agrees(bitmap, self._granularity)
+        if self._epochs and bitmap.epochs is None:
+            raise GraphError(
+                f"bitmap '{bitmap.name}' is there already, without epochs",
+                node=bitmap.node,
+                op="add",
+                hint="leave them out, or remove it first",
+            )
         if bitmap.inconsistent:
             log.warning("%s", bitmap.why_unusable("add"))
 

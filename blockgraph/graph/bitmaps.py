@@ -55,7 +55,7 @@ class BitmapOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown
             makes them crash-safe.
         crash_safe: every granule is marked durably before a write to it counts as flushed, so that the bitmap can be
             used after a crash; default: true with a sidecar, else false.
-        epochs: remember for each granule the checkpoint in which it was last written.
+        epochs: remember for each granule the checkpoint in which it was last written. In memory, or in a sidecar.
     """
 
     node: str
@@ -240,10 +240,11 @@ def _check_one(model: Model, bitmap: BitmapDescription) -> Iterator[Problem]:
             yield problem(message, "persistent", "set sidecar = true instead")
         if driver.bitmap_place == "image":
             yield from _crash_safe_image(options, driver.name, problem)
+            if options.epochs and (options.persistent or options.sidecar):
+                message = f"driver '{driver.name}' has no place for the epochs of a bitmap that it keeps"
+                yield problem(message, "epochs", "leave it out, or do not keep the bitmap")
     if options.crash_safe is not None and not (options.persistent or options.sidecar):
         yield problem("is of use with bitmaps that are kept only", "crash-safe", "set sidecar = true, or leave it out")
-    if options.epochs:
-        yield problem("'epochs' is not available yet", "epochs", "leave it out")
 
 
 def _crash_safe_image(

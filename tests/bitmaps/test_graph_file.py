@@ -102,6 +102,25 @@ def test_file_names_and_places_in_a_graph_file(tmp_path: Path) -> None:
     assert any("bitmaps[1].node: bitmap 'b0' refers to node 'dsk'" in line for line in told)
 
 
+def test_epochs_of_a_described_bitmap_are_kept_in_its_sidecar(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    bitmaps = [{"node": "disk", "name": "daily", "sidecar": True, "epochs": True}]
+    nodes = [{"node-name": "disk", "driver": "raw", "file": {"driver": "file", "filename": str(tmp_path / "disk")}}]
+    with blockgraph.open({"nodes": nodes, "bitmaps": bitmaps}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"x")
+        assert graph.advance_epoch("disk", "daily") == 2
+        disk.pwrite(2 * GRANULE, b"x")
+    with blockgraph.open({"nodes": nodes, "bitmaps": bitmaps}) as graph:
+        since = graph.graph.bitmap("disk", "daily").since
+        assert list(since(2).dirty_extents()) == [(2 * GRANULE, GRANULE)]
+        assert since(1).count() == 2 * GRANULE
+        graph.add_bitmap("disk", "plain", persistent=True)
+    bitmaps.append({"node": "disk", "name": "plain", "sidecar": True, "epochs": True})
+    with pytest.raises(GraphError, match="'plain' is there already, without epochs"):
+        blockgraph.open({"nodes": nodes, "bitmaps": bitmaps})
+
+
 def test_bitmap_that_the_image_keeps_is_used() -> None:
     Keeping.kept["disk"] = [kept("b0"), kept("other", granularity=4096)]
     what = described({"name": "b0", "persistent": True}, {"name": "new", "persistent": True}, driver="keeping")

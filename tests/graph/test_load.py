@@ -318,8 +318,12 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         "bitmaps[0].crash-safe: is of use with bitmaps that are kept only; set sidecar = true, or leave it out",
     ),
     "bitmap-epochs": (
-        {"bitmaps": [{"node": "m", "name": "b", "epochs": True}]},
-        "bitmaps[0].epochs: 'epochs' is not available yet; leave it out",
+        {
+            "nodes": [{"node-name": "q", "driver": "qcow2", "file": {"driver": "memory", "size": 1 << 20}}],
+            "bitmaps": [{"node": "q", "name": "b", "persistent": True, "epochs": True}],
+        },
+        "bitmaps[0].epochs: driver 'qcow2' has no place for the epochs of a bitmap that it keeps; leave it out, or do "
+        "not keep the bitmap",
     ),
     "bitmap-two-sidecars": (
         {"bitmaps": [{"node": "m", "name": name, "sidecar": name} for name in "ab"]},
