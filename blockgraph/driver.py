@@ -153,6 +153,13 @@ class Driver:
         Raises: any BlockGraphError; `close` is then called too and must cope.
         """
 
+    def check_writable(self) -> None:
+        """Refuse an opened image that can be read but not written; for those who open read-only to look.
+
+        Raises:
+            IOFailure: why, and what to do.
+        """
+
     async def close(self) -> None:
         """Write back what is pending and release everything. No request is in flight."""
 

@@ -74,6 +74,8 @@ class _DryRun:
         self._opened.append(node)
         try:
             await node.driver.open()
+            if not vertex.options.read_only:
+                node.driver.check_writable()
             await self._implied(node, vertex)
             await node.driver.attached()
             await self._load_bitmaps(node)

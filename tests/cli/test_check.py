@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -211,6 +212,24 @@ def test_check_open_tells_what_may_not_be_written(
     error = opened(capsys, job)
     assert error.startswith(f"{job}:9:1: nodes[1].file: ")
     assert f"'{refused}' may not be written; run as a user who may write it, or set read-only" in error
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["writable", "read-only"])
+def test_check_open_tells_what_can_be_read_but_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], require_tool: Callable[[str], str], read_only: bool
+) -> None:
+    image = tmp_path / "disk.qcow2"
+    for words in (["create", "-q", "-f", "qcow2", image, "1M"], ["snapshot", "-c", "then", image]):
+        subprocess.run([require_tool("qemu-img"), *map(str, words)], check=True)
+    options = "read-only = true\n" if read_only else ""
+    file = tmp_path / "g.toml"
+    file.write_text(
+        f'[[nodes]]\nnode-name = "disk"\ndriver = "qcow2"\n{options}file = {{driver = "file", filename = "{image}"}}\n'
+    )
+    capsys.readouterr()
+    assert main(["check", "--open", str(file)]) == (0 if read_only else 1)
+    error = capsys.readouterr().err
+    assert read_only or "internal snapshots, which can not be kept while it is written; open it read-only" in error
 
 
 def test_check_open_tells_two_nodes_of_one_file(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,7 +155,7 @@ class Qcow2(Format):
         header = parse_header(bytes(first[:length]), below.size(), self.node.name)
         self.image = Image(self.node, self.file, header)
         if not self.node.read_only:
-            self._check_writable()
+            self.check_writable()
         l2_cache, refcount_cache = self._cache_sizes()
         self._size = header.size
         self.refcounts = Refcounts(self.image, refcount_cache)
@@ -170,7 +170,7 @@ class Qcow2(Format):
         self._set_discard()
         self._opened = True
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         header = self.image.header
         if header.incompatible & Incompatible.CORRUPT:
             raise CorruptImage(
@@ -241,7 +241,7 @@ class Qcow2(Format):
         super().reopen_check(options)
         if options.read_only:
             return
-        self._check_writable()
+        self.check_writable()
         if self.options.force_share:
             raise OptionError(
                 "others may have written the image since it was opened",
