@@ -16,7 +16,8 @@ from blockgraph.graph.problem import errors
 from blockgraph.graph.schema import graph_schema
 from blockgraph.options import NodeOptions
 from blockgraph.registry import driver_names, get_driver
-from tests.graph.test_load import BLOCKDEV, PROBLEMS, SECTION_PROBLEMS, descriptions, good
+from tests.graph.test_load import BLOCKDEV, PROBLEMS, SECTION_PROBLEMS, good
+from tests.graph.test_load_hostile import descriptions
 
 jsonschema = pytest.importorskip("jsonschema")
 

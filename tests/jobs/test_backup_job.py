@@ -10,98 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.backup import CLUSTER, content, disk_and_target, fill, memory, pattern, settle, top_over
+from helpers.backup_job import SIZE, Setup, fails, setup
 from helpers.loop import driver_of, graph_of, in_loop
 
 from blockgraph import trace
-from blockgraph.api import AsyncGraph
-from blockgraph.backend import Backend
 from blockgraph.create import create_file
-from blockgraph.errors import BlockGraphError, GraphError, IOFailure, JobError, NodeInUse
+from blockgraph.errors import BlockGraphError, GraphError, IOFailure, JobError
 from blockgraph.filters.backup_top import BackupTop
-from blockgraph.filters.inject_error import InjectError
 from blockgraph.graph.load import check_description
-from blockgraph.jobs.backup import BackupJob
-from blockgraph.jobs.job import JobEvent
 from blockgraph.jobs.manager import JobManager
 from blockgraph.jobs.options import BackupOptions
-
-SIZE = 8 * CLUSTER
-
-
-class Setup:
-    """A running graph, its jobs, and what they have told.
-
-    Attributes:
-        old: the disk's bytes.
-        guest: a writable root over the disk.
-        sleeps: pauses before an ignored error was tried again, seconds.
-    """
-
-    def __init__(self, graph: AsyncGraph, guest: Backend, old: bytes) -> None:
-        self.graph = graph
-        self.guest = guest
-        self.old = old
-        self.manager = JobManager(graph)
-        self.events: list[JobEvent] = []
-        self.sleeps: list[float] = []
-        self.manager.listeners.append(self.events.append)
-        self._before = sorted(name for name, _ in graph.model.vertices())
-
-    async def start(self, **more: Any) -> BackupJob:
-        """Start a backup of the disk to the target, unless `more` says otherwise."""
-        options = {"device": "disk", "target": "target", "sync": "full", "max_chunk": CLUSTER, "max_workers": 1, **more}
-        job = await self.manager.backup(BackupOptions(**options))
-        assert job._loop is not None
-        job._loop.sleep = self._sleep
-        return job
-
-    async def _sleep(self, seconds: float) -> None:
-        self.sleeps.append(seconds)
-        await asyncio.sleep(0)
-
-    @property
-    def disk(self) -> InjectError:
-        """The fault filter of the disk."""
-        return driver_of(self.graph, "disk", InjectError)
-
-    @property
-    def target(self) -> InjectError:
-        """The fault filter of the target."""
-        return driver_of(self.graph, "target", InjectError)
-
-    def kinds(self) -> list[str]:
-        """Events, without states."""
-        return [event.kind for event in self.events if event.kind != "state"]
-
-    async def check_clean(self) -> None:
-        """The graph is as it was, and the guest can write."""
-        assert sorted(name for name, _ in self.graph.model.vertices()) == self._before
-        assert self.guest.node.name == "disk"
-        await self.guest.pwrite(0, b"still works")
-        writer = await self.graph.backend("target", writable=True, resize=True)  # nothing holds permissions
-        await self.graph.close_backend(writer)
-
-
-@asynccontextmanager
-async def setup(**more: Any) -> AsyncIterator[Setup]:
-    """`disk`, `target` in `more`: members of the fault filters."""
-    async with graph_of(*disk_and_target(SIZE, **more)) as graph:
-        old = pattern(SIZE)
-        await fill(graph, "disk-bytes", old)
-        yield Setup(graph, await graph.backend("disk", writable=True), old)
-
-
-def fails(event: str, iotype: str, **more: Any) -> dict[str, Any]:
-    """An inject-error rule."""
-    return {"inject-error": [{"event": event, "iotype": iotype, "errno": "EIO", **more}]}
-
 
 # What is copied.
 
@@ -726,94 +649,3 @@ async def test_progress_of_a_running_job_never_falls() -> None:
 
 
 # The graph around a job.
-
-
-@in_loop
-async def test_filter_of_a_job_can_not_be_removed() -> None:
-    async with setup() as s:
-        job = await s.start(sync="none")
-        with pytest.raises(NodeInUse, match="job 'disk'"):
-            await s.graph.remove_filter(job.filter_name)
-        await s.guest.pwrite(0, b"new")
-        assert (await content(s.graph, "target-bytes"))[:CLUSTER] == s.old[:CLUSTER]
-        job.cancel()
-        await job.wait()
-
-
-@in_loop
-async def test_reader_left_on_the_filter_keeps_it_and_the_job_tells() -> None:
-    async with setup() as s:
-        job = await s.start(sync="none", filter_node_name="top")
-        await s.graph.add_node({"driver": "snapshot-access", "node-name": "fleece", "file": "top"})
-        await s.guest.pwrite(0, b"new")
-        job.cancel()
-        await job.wait()
-        assert job.error is not None
-        assert s.graph.model.has("top")
-        fleece = await s.graph.backend("fleece")
-        assert await fleece.pread(0, CLUSTER) == s.old[:CLUSTER]
-        await s.graph.close_backend(fleece)
-        await s.graph.remove_node("fleece")
-        await s.graph.remove_filter("top")  # nobody holds it any more
-        await s.check_clean()
-
-
-@in_loop
-async def test_filter_inserted_above_the_disk_during_the_job_does_not_disturb_it() -> None:
-    async with setup() as s:
-        s.target.break_at("pwritev", "copy")
-        job = await s.start()
-        await s.target.wait_break("copy")
-        s.target.resume("copy")
-        await s.graph.insert_filter({"driver": "delay", "node-name": "slow", "file": "disk"}, above="disk")
-        await s.guest.pwrite(7 * CLUSTER, b"new")
-        await job.wait()
-        assert job.error is None
-        assert await content(s.graph, "target-bytes") == s.old
-
-
-@in_loop
-async def test_two_jobs_on_one_disk_both_keep_their_point_in_time() -> None:
-    async with graph_of(*disk_and_target(SIZE), memory("second", SIZE)) as graph:
-        old = pattern(SIZE)
-        await fill(graph, "disk-bytes", old)
-        s = Setup(graph, await graph.backend("disk", writable=True), old)
-        first = await s.start(sync="full", job_id="a", auto_finalize=False)
-        await s.guest.pwrite(0, b"between")
-        middle = await content(graph, "disk-bytes")
-        second = await s.start(sync="full", job_id="b", target="second", auto_finalize=False)
-        await s.guest.pwrite(10, b"later")
-        await settle()
-        for job in (first, second):
-            job.finalize()
-            await job.wait()
-            assert job.error is None
-        assert await content(graph, "target-bytes") == old
-        assert await content(graph, "second") == middle
-        assert s.guest.node.name == "disk"
-
-
-@in_loop
-async def test_graph_closing_cancels_its_jobs() -> None:
-    async with setup() as s:
-        job = await s.start(sync="none")
-        paused = await s.start(job_id="b", target={"driver": "memory", "size": SIZE})
-        paused.pause()
-        await s.graph.close()
-        assert job.cancelled
-        assert paused.cancelled
-        assert s.kinds() == ["cancelled", "cancelled"]
-
-
-@in_loop
-async def test_drain_holds_the_job_and_its_flush() -> None:
-    async with setup() as s:
-        async with s.graph.drained(["target"]):
-            start = asyncio.ensure_future(s.start())
-            await settle()
-            with trace.record() as events:
-                await settle()
-            assert not [e for e in events if e.node == "target" and e.op != "map"]
-        job = await start
-        await job.wait()
-        assert job.error is None
