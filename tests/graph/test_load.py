@@ -489,7 +489,8 @@ def test_references_of_exports_and_jobs_with_other_errors_are_told_too() -> None
         'add nbd-server with addr = {type = "unix", path = "..."}',
         "jobs[0].device: job refers to node 'dissk', which does not exist; did you mean 'disk'?",
         "jobs[0].target: job refers to node 'nowhere', which does not exist",
-        "jobs[0].sync: expected 'full', 'none' or 'top', found 'al'; allowed: full, none, top",
+        "jobs[0].sync: expected 'bitmap', 'differential', 'full', 'incremental', 'none' or 'top', found 'al'; "
+        "allowed: bitmap, differential, full, incremental, none, top",
         "jobs[1].type: unknown type of job: a list; allowed: backup",
     ):
         assert wanted in told
