@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
@@ -187,3 +187,58 @@ class Shuffle(Filter):
 
 
 register(Shuffle)
+
+
+class Flake(IOFailure):
+    """Injected."""
+
+
+class Flaky(Filter):
+    """Fails the next request of a kind; tells of every change that has come to its end.
+
+    Attributes:
+        failing: "pread", "pwrite" or "flush"; "": none.
+        changed: called with offset and length, by the name under which they are removed again.
+    """
+
+    name: ClassVar[str] = "flaky"
+
+    async def open(self) -> None:
+        self.failing = ""
+        self.changed: dict[str, Callable[[int, int], None]] = {}
+
+    async def _pass(self, op: str) -> None:
+        await asyncio.sleep(0)
+        if self.failing == op:
+            self.failing = ""
+            raise Flake("flaky", node=self.node.name, op=op, errno=errno.EIO)
+
+    def _changed(self, offset: int, length: int) -> None:
+        for changed in self.changed.values():
+            changed(offset, length)
+
+    async def pread(self, offset: int, buf: memoryview) -> None:
+        await self._pass("pread")
+        await super().pread(offset, buf)
+
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
+        try:
+            await self._pass("pwrite")
+            await super().pwrite(offset, buf, flags)
+        finally:
+            self._changed(offset, len(buf))
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
+        await super().pwrite_zeroes(offset, length, flags)
+        self._changed(offset, length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await super().discard(offset, length)
+        self._changed(offset, length)
+
+    async def flush(self) -> None:
+        await self._pass("flush")
+        await super().flush()
+
+
+register(Flaky)

@@ -11,22 +11,18 @@ guest --> (tops) --> a (flaky) --> a-bytes      (top) --> t1 (flaky) --> t1-byte
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-from helpers.backup import CLUSTER, content, memory, settle
+from helpers.backup import CLUSTER, Flake, Flaky, content, memory, settle
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import blockgraph
 from blockgraph.api import AsyncGraph
-from blockgraph.driver import Filter
-from blockgraph.errors import IOFailure
-from blockgraph.flags import Flag
 from blockgraph.graph.action import Action
 from blockgraph.graph.transaction import Transaction
 from blockgraph.jobs.backup import BackupJob
@@ -35,7 +31,6 @@ from blockgraph.jobs.job import JobEvent
 from blockgraph.jobs.manager import JobManager
 from blockgraph.jobs.options import BackupOptions
 from blockgraph.native import Bitmap
-from blockgraph.registry import register
 
 T = TypeVar("T")
 
@@ -43,61 +38,6 @@ CLUSTERS = 6
 GRANULARITIES = st.sampled_from([4096, 64 << 10, 128 << 10])
 SIZE = CLUSTERS * CLUSTER - 1000
 DISKS = "ab"
-
-
-class Flake(IOFailure):
-    """Injected."""
-
-
-class Flaky(Filter):
-    """Fails the next request of a kind; tells of every change that has come to its end.
-
-    Attributes:
-        failing: "pread", "pwrite" or "flush"; "": none.
-        bitmaps: those that a change belongs into.
-    """
-
-    name: ClassVar[str] = "flaky-in-machine"
-
-    async def open(self) -> None:
-        self.failing = ""
-        self.bitmaps: dict[str, Marks] = {}
-
-    async def _pass(self, op: str) -> None:
-        await asyncio.sleep(0)
-        if self.failing == op:
-            self.failing = ""
-            raise Flake("flaky", node=self.node.name, op=op, errno=errno.EIO)
-
-    def _changed(self, offset: int, length: int) -> None:
-        for bitmap in self.bitmaps.values():
-            bitmap.record(offset, length)
-
-    async def pread(self, offset: int, buf: memoryview) -> None:
-        await self._pass("pread")
-        await super().pread(offset, buf)
-
-    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
-        try:
-            await self._pass("pwrite")
-            await super().pwrite(offset, buf, flags)
-        finally:
-            self._changed(offset, len(buf))
-
-    async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
-        await super().pwrite_zeroes(offset, length, flags)
-        self._changed(offset, length)
-
-    async def discard(self, offset: int, length: int) -> None:
-        await super().discard(offset, length)
-        self._changed(offset, length)
-
-    async def flush(self) -> None:
-        await self._pass("flush")
-        await super().flush()
-
-
-register(Flaky)
 
 
 @dataclass(frozen=True)
@@ -328,10 +268,11 @@ class Backups(RuleBasedStateMachine):
         key = disk, name
         if key not in self.marks:
             self.run(self.graph.add_bitmap(disk, name, granularity=granularity))
-            self.flaky(disk).bitmaps[name] = self.marks[key] = Marks(granularity)
+            self.marks[key] = Marks(granularity)
+            self.flaky(disk).changed[name] = self.marks[key].record
         elif not self.graph.bitmap(disk, name).holders:
             self.run(self.graph.remove_bitmap(disk, name))
-            del self.marks[key], self.flaky(disk).bitmaps[name]
+            del self.marks[key], self.flaky(disk).changed[name]
 
     @precondition(lambda self: self.marks)
     @rule(data=st.data(), op=st.sampled_from(["merge", "enable", "enable", "merge", "disable", "clear"]))
