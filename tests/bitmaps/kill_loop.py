@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -48,12 +49,9 @@ def verify(graph: SyncGraph, disk: SyncBackend, directory: Path) -> None:
     """Every difference to a reference lies in a dirty granule."""
     now = contents(disk)
     for name in BITMAPS:
-        path = directory / name
-        if not path.exists():
-            continue
         bitmap = graph.graph.bitmap("disk", name)
         assert not bitmap.inconsistent, f"{name}: {bitmap.reason}"
-        before, bits = path.read_bytes(), bitmap.contents()
+        before, bits = (directory / name).read_bytes(), bitmap.contents()
         for at in range(0, SIZE, GRANULE):
             if not bits.get(at) and now[at : at + GRANULE] != before[at : at + GRANULE]:
                 raise AssertionError(f"{name} misses the granule at {at}")
@@ -100,16 +98,28 @@ def meddle(graph: SyncGraph, disk: SyncBackend, rng: random.Random, tell: int, c
         os.write(tell, b".")
 
 
+def attach(graph: SyncGraph) -> None:
+    """A format without a place for bitmaps does not look for a sidecar."""
+    if graph.graph.node("disk").bitmap_store is None:
+        graph.call(graph.graph.attach_sidecar("disk"))
+
+
+def prepare(directory: Path, kind: str) -> None:
+    """The disk with its bitmaps, closed."""
+    with blockgraph.open(describe(directory, kind)) as graph:
+        graph.call(graph.graph.attach_sidecar("disk"))
+        with graph.backend("disk", writable=True) as disk:
+            for name in BITMAPS:
+                refer(disk, directory, name)
+                graph.call(graph.graph.add_bitmap("disk", name, granularity=GRANULE, persistent=True))
+
+
 def child(directory: Path, kind: str, seed: int, tell: int) -> None:
     """Until it is killed; ends by itself when something is wrong."""
     rng = random.Random(seed)
     with blockgraph.open(describe(directory, kind)) as graph:
+        attach(graph)
         disk = graph.backend("disk", writable=True)
-        if not (directory / BITMAPS[0]).exists():
-            graph.call(graph.graph.attach_sidecar("disk"))
-            for name in BITMAPS:
-                refer(disk, directory, name)
-                graph.call(graph.graph.add_bitmap("disk", name, granularity=GRANULE, persistent=True))
         verify(graph, disk, directory)
         os.write(tell, b"v")
         if rng.random() < 0.3:
@@ -167,6 +177,11 @@ def main(directory: Path, kills: int, seed: int, kind: str) -> int:
     write_ahead._LEAST = 14
     write_ahead.AHEAD = 2
     sys.setswitchinterval(0.0002)
+    pid = os.fork()
+    if not pid:
+        prepare(directory, kind)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
     rng = random.Random(seed)
     ends = {"killed": 0, "closed": 0}
     for number in range(kills):
@@ -185,7 +200,5 @@ if __name__ == "__main__":
     place = Path(base) / "killed"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    if kind == "raw":
-        with (place / "disk").open("wb") as file:
-            file.truncate(SIZE)
+    subprocess.run([sys.executable, "-m", "blockgraph", "create", "-f", kind, place / "disk", str(SIZE)], check=True)
     sys.exit(main(place, int(kills), int(rest[0]) if rest else 0, kind))

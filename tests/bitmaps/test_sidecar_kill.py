@@ -15,10 +15,11 @@ KILLS = int(os.environ.get("BLOCKGRAPH_KILLS", "100"))
 
 
 @pytest.mark.timeout(120 + 2 * KILLS)
-def test_kill_at_a_random_moment_misses_no_change(tmpfs: Path) -> None:
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_kill_at_a_random_moment_misses_no_change(tmpfs: Path, kind: str) -> None:
     script = Path(__file__).parent / "kill_loop.py"
     seed = int.from_bytes(os.urandom(3))
     done = subprocess.run(
-        [sys.executable, script, tmpfs, str(KILLS), str(seed)], capture_output=True, text=True, check=False
+        [sys.executable, script, tmpfs, str(KILLS), str(seed), kind], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
