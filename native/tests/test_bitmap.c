@@ -53,7 +53,7 @@ static void random_steps(int64_t bits, uint64_t seed)
         int64_t offset = from * GRANULE, length = count * GRANULE;
         bg_bitmap_extent run;
         unsigned char bytes[MOST_BITS / 8 + 1];
-        switch (next_random(&seed) % 8) {
+        switch (next_random(&seed) % 9) {
         case 0:
         case 1:
         case 2:
@@ -92,8 +92,16 @@ static void random_steps(int64_t bits, uint64_t seed)
             CHECK(bg_bitmap_merge(b, other) == 0);
             bg_bitmap_free(other);
             break;
+        case 7:
+            CHECK(bg_bitmap_new(bits * GRANULE, GRANULE, &other) == 0);
+            CHECK(bg_bitmap_set(other, offset, length) == 0);
+            CHECK(bg_bitmap_subtract(b, other) == 0);
+            memset(model + from, 0, (size_t)count);
+            bg_bitmap_free(other);
+            break;
         default:
             CHECK(bg_bitmap_new(bits * GRANULE, 4 * GRANULE, &other) == 0);
+            CHECK(bg_bitmap_subtract(b, other) == -EINVAL);
             CHECK(bg_bitmap_set(other, offset, 1) == 0);
             CHECK(bg_bitmap_merge(b, other) == 0);
             for (int64_t bit = from - from % 4; bit < from - from % 4 + 4 && bit < bits; bit++)

@@ -385,7 +385,7 @@ class Backups(RuleBasedStateMachine):
                 self.jobs[job_id] = Running(job, instant, number)
 
     @precondition(lambda self: self.jobs)
-    @rule(data=st.data(), op=st.sampled_from(["pread", "pwrite", "flush"]))
+    @rule(data=st.data(), op=st.sampled_from(["pwrite", "pread", "pwrite", "flush"]))
     def fail(self, data: st.DataObject, op: str) -> None:
         running = self.jobs[data.draw(st.sampled_from(sorted(self.jobs)))]
         self.flaky(running.instant.disk if op == "pread" else f"t{running.number}").failing = op
@@ -491,6 +491,7 @@ WITH_BITMAP: list[dict[str, Any]] = [
     {"sync": "incremental"},
     {"sync": "incremental"},
     {"sync": "differential"},
+    {"sync": "bitmap", "bitmap_mode": "always"},
     {"sync": "bitmap", "bitmap_mode": "always"},
     {"sync": "full", "bitmap_mode": "on-success", "bitmap_use": "reduce"},
     {"sync": "none", "bitmap_mode": "always"},
