@@ -256,3 +256,27 @@ async def test_one_export_takes_the_place_of_another_at_one_instant(tmp_path: Pa
         assert await run.dirty("one") == [0, 3]
         assert run.graph.bitmap("disk", "b0").holders == ["export 'two'"]
         second.end_views()
+
+
+@run_async
+async def test_point_in_time_and_its_export_begin_and_end_at_one_instant(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        assert run.session.server is not None
+        await run.guest.pwrite(0, b"old")
+        async with run.graph.transaction() as change:
+            change.add({"driver": "backup-top", "node-name": "top", "file": "disk", "target": "kept"})
+            change.insert("top", above="disk")
+            change.add({"driver": "snapshot-access", "node-name": "then", "file": "top"})
+            added = AddExport(change, run.session.server, options("then", "then", "b0"))
+        await run.guest.pwrite(0, b"new")
+        async with await run.client("then") as client:
+            assert await client.pread(0, 3) == b"old"
+        async with run.graph.transaction() as change:
+            RemoveExport(change, added, hard=True)
+            change.remove("then")
+            change.remove_filter("top")
+        assert [node.name for node in run.graph.nodes()] == ["disk", "kept"]
+        assert run.graph.bitmap("disk", "b0").holders == []
+        assert await run.guest.pread(0, 3) == b"new"
+        with pytest.raises(OptionRefusedError):
+            await run.client("then")
