@@ -11,6 +11,7 @@ import os
 import random
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,10 @@ def test_pread_into_beside_preadv(benchmark: BenchmarkFixture, disk: Path) -> No
     add_row(benchmark, "3.8", f"{what}: more than os.preadv", "us", more, Against("bound", None, None, 1.5))
 
 
-def dissect(path: Path) -> Read:
+def dissect(path: Path, stack: ExitStack) -> Read:
     """dissect.hypervisor."""
     qcow2 = pytest.importorskip("dissect.hypervisor.disk.qcow2")
-    disk = qcow2.QCow2(path)
+    disk = qcow2.QCow2(stack.enter_context(path.open("rb")))
     stream = disk.open() if hasattr(disk, "open") else disk
 
     def read(offset: int) -> object:
@@ -87,11 +88,12 @@ def dissect(path: Path) -> Read:
     return read
 
 
-def libqcow(path: Path) -> Read:
+def libqcow(path: Path, stack: ExitStack) -> Read:
     """libqcow-python."""
     pyqcow = pytest.importorskip("pyqcow")
     file = pyqcow.file()
     file.open(str(path))
+    stack.callback(file.close)
     return lambda offset: file.read_buffer_at_offset(BLOCK, offset)
 
 
@@ -99,14 +101,14 @@ def libqcow(path: Path) -> Read:
     "name, reader, wanted", [("dissect.hypervisor", dissect, 10.0), ("libqcow-python", libqcow, 5.0)]
 )
 def test_qcow2_random_reads(
-    benchmark: BenchmarkFixture, shm: Path, name: str, reader: Callable[[Path], Read], wanted: float
+    benchmark: BenchmarkFixture, shm: Path, name: str, reader: Callable[[Path, ExitStack], Read], wanted: float
 ) -> None:
     """4 KiB of a fully allocated image; wanted: 10 and 5 times as many."""
     image = shm / "disk.qcow2"
     make(image, GIB, "qcow2")
-    theirs = reader(image)
     where = offsets(GIB)
-    with blockgraph.open({"nodes": [node("disk", image, "qcow2")]}) as graph:
+    with blockgraph.open({"nodes": [node("disk", image, "qcow2")]}) as graph, ExitStack() as stack:
+        theirs = reader(image, stack)
         backend = graph.backend("disk")
         assert bytes(theirs(where[0])) == backend.pread(where[0], BLOCK)  # type: ignore[call-overload]
         ours = into(backend)
