@@ -221,7 +221,7 @@ class Checkpoints:
         return self.views[name]
 
     async def export(
-        self, name: str, server: NbdServer, *, disks: Iterable[str] | None = None, **options: Any
+        self, name: str, server: NbdServer, /, *, disks: Iterable[str] | None = None, **options: Any
     ) -> Sequence[AddExport]:
         """Serve the view of a checkpoint over NBD: an export for each disk, named after it, with the bitmap
         "SINCE..NAME" (context qemu:dirty-bitmap:SINCE..NAME), unless only a full backup of the disk is possible.

@@ -116,14 +116,15 @@ class Line:
             if not self._recorders or self._recorders[-1].epochs is None:
                 return last, "the bitmap with the epochs is missing"
             recorder = self._recorders[-1]
-            if recorder.inconsistent:
-                return last, str(recorder.why_unusable("read"))
-        for at in range(last, -1, -1):
-            bitmap = self.marks[at].bitmap
-            if bitmap.inconsistent and not self.epochs:
-                return at, str(bitmap.why_unusable("read"))
-        if not recorder.recording:
+        if recorder.inconsistent:
+            return last, str(recorder.why_unusable("read"))
+        if not recorder.enabled:
             return last, f"bitmap '{recorder.name}' was disabled, and may have missed writes"
+        if not self.epochs:
+            for at in range(last, -1, -1):
+                bitmap = self.marks[at].bitmap
+                if bitmap.inconsistent:
+                    return at, str(bitmap.why_unusable("read"))
         return -1, ""
 
     def since(self, name: str) -> Bitmap:

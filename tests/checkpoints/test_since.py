@@ -247,6 +247,7 @@ async def test_inconsistent_epochs_begin_anew() -> None:
 async def test_disabled_bitmap_is_noticed() -> None:
     async with graph_of(memory("a", SIZE)) as graph:
         checkpoints = await three(graph)
+        graph.bitmap("a", "checkpoint:1:one").inconsistent = True  # that of the newest spoils more
         async with graph.transaction() as change:
             change.act(EnableBitmap(BitmapName("a", "checkpoint:3:three"), enabled=False))
         for name in ("one", "two", "three"):
