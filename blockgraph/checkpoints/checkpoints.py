@@ -18,6 +18,9 @@ await wednesday.wait()
 
 Each call is one transaction: all disks, or none. They are libvirt's checkpoints: deleting one leaves what changed since
 every other known. A backup that fails leaves its checkpoint; delete it, or the next backup would build on it.
+
+Checkpoints live in bitmaps and are found again where those are kept. In a sidecar they survive a kill, which may bring
+one back that was deleted a moment before. Whoever removes or clears such a bitmap by hand makes what is told wrong.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,32 @@ def test_new_process_finds_checkpoints_again(tmp_path: Path, how: str) -> None:
             assert granules(checkpoints.since("four", "a")) == {12}
 
     run()
+
+
+@in_loop
+async def test_killed_qcow2_tells_why_a_full_backup_is_needed(tmp_path: Path) -> None:
+    """QEMU's format has no bitmaps that survive; the next checkpoint begins anew."""
+    await create_file(str(tmp_path / "disk"), SIZE, "qcow2", replace=False)
+    node = {"driver": "qcow2", "node-name": "a"}
+    async with graph_of({**node, "file": {"driver": "file", "filename": str(tmp_path / "disk")}}) as graph:
+        await three(graph)
+    async with graph_of({**node, "file": {"driver": "file", "filename": str(tmp_path / "disk")}}) as graph:
+        guest = await graph.backend("a", writable=True)
+        await write(guest, 10)
+        await guest.flush()
+        shutil.copy(tmp_path / "disk", tmp_path / "killed")
+    async with graph_of({**node, "file": {"driver": "file", "filename": str(tmp_path / "killed")}}) as graph:
+        checkpoints = Checkpoints(graph)
+        for each in checkpoints.list():
+            assert "is inconsistent" in str(each.disks["a"].problem)
+        four = await checkpoints.create("four", ["a"])
+        assert four.number == 4
+        assert "is inconsistent" in four.full["a"]
+        await write(await graph.backend("a", writable=True), 7)
+        for name in ("one", "two", "three"):
+            with pytest.raises(GraphError, match="make a full backup"):
+                checkpoints.since(name, "a")
+        await checkpoints.delete("three")
+        assert names(checkpoints) == ["four"]
+    async with graph_of({**node, "file": {"driver": "file", "filename": str(tmp_path / "killed")}}) as graph:
+        assert granules(Checkpoints(graph).since("four", "a")) == {7}
