@@ -56,14 +56,10 @@ class Model:
         return set(self.writes[disk][self.checkpoints[name][disk] :])
 
 
-operations = st.lists(
-    st.one_of(
-        st.tuples(st.just("write"), st.sampled_from(DISKS), st.integers(0, GRANULES - 1)),
-        st.tuples(st.just("create"), st.sampled_from([("a",), ("b",), ("a", "b"), ("a", "b")]), st.just(0)),
-        st.tuples(st.just("delete"), st.just(""), st.integers(0, 9)),
-    ),
-    max_size=40,
-)
+writes = st.tuples(st.just("write"), st.sampled_from(DISKS), st.integers(0, GRANULES - 1))
+creates = st.tuples(st.just("create"), st.sampled_from([("a",), ("b",), DISKS, DISKS]), st.just(0))
+deletes = st.tuples(st.just("delete"), st.just(""), st.integers(0, 9))
+operations = st.lists(st.one_of(writes, writes, creates, creates, deletes), min_size=5, max_size=40)
 
 
 @pytest.mark.parametrize("epochs", [False, True], ids=["bitmaps", "epochs"])
@@ -106,6 +102,9 @@ def check(checkpoints: Checkpoints, model: Model) -> None:
         for disk in DISKS:
             if disk in each.disks:
                 assert each.disks[disk].problem is None
+                newest = checkpoints.line(disk).marks[-1].name == each.name
+                recording = checkpoints.line(disk).marks[checkpoints.line(disk).index(each.name) or 0].bitmap.recording
+                assert recording is (newest and not checkpoints.line(disk).epochs)
                 assert granules(checkpoints.since(each.name, disk)) == model.expected(each.name, disk)
             else:
                 with pytest.raises(GraphError, match=f"the disk was not in checkpoint '{each.name}'"):
@@ -226,6 +225,8 @@ async def test_newest_inconsistent_then_next_checkpoint_begins_anew() -> None:
         assert granules(checkpoints.since("four", "a")) == set()
         await checkpoints.delete("two")
         assert names(checkpoints) == ["one", "three", "four"]
+        await checkpoints.delete("four")
+        assert names(checkpoints) == ["one", "three"]
         for name in ("one", "three"):
             assert "is inconsistent" in str(checkpoints.find(name).disks["a"].problem)
 
@@ -287,6 +288,22 @@ async def test_what_is_refused() -> None:
             await checkpoints.delete("two")
         view.drop()
         assert graph.bitmaps() == before
+
+
+@in_loop
+async def test_order_is_that_of_the_numbers() -> None:
+    """Whatever order a store gives them back in."""
+    async with graph_of(memory("a", SIZE)) as graph:
+        guest = await graph.backend("a", writable=True)
+        await graph.add_bitmap("a", "checkpoint:10:b", enabled=True)
+        await write(guest, 10)
+        await graph.add_bitmap("a", "checkpoint:9:a", enabled=True)
+        await write(guest, 9)
+        await graph.enable_bitmap("a", "checkpoint:9:a", enabled=False)
+        checkpoints = Checkpoints(graph)
+        assert names(checkpoints) == ["a", "b"]
+        assert granules(checkpoints.since("b", "a")) == {9, 10}
+        assert (await checkpoints.create("c", ["a"])).number == 11
 
 
 @in_loop
