@@ -14,12 +14,13 @@ import blockgraph
 PACKAGE = Path(blockgraph.__file__).parent
 
 #: Folder -> folders that may import it, besides itself and modules of the top folder that start it.
-IMPORTED_BY = {
+IMPORTED_BY: dict[str, set[str]] = {
     "cli": {"__main__.py"},
     "bench": {"cli"},
     "demo": {"cli"},
+    "checkpoints": set(),
     "chains": {"cli", "jobs"},
-    "jobs": {"cli", "bench", "demo", "session.py", "api.py", "graph", "testing"},
+    "jobs": {"cli", "bench", "demo", "checkpoints", "session.py", "api.py", "graph", "testing"},
 }
 
 
