@@ -40,17 +40,17 @@ SIZE = CLUSTERS * CLUSTER - 1000
 DISKS = "ab"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Image:
     """What a chain of backups gives.
 
     Attributes:
-        data: bytes.
         epoch: of the bitmap at that point; another one now: changes since are not all in the bitmap.
+        data: bytes, once it has been restored.
     """
 
-    data: bytes
     epoch: tuple[int, int]
+    data: bytes = b""
 
 
 @dataclass
@@ -149,11 +149,17 @@ class Instant(Action):
 
 @dataclass
 class Running:
-    """A job and its point in time. `number`: of its target."""
+    """A job and its point in time.
+
+    Attributes:
+        number: of its target.
+        image: what its chain gives; None: its bitmap's last backup is no base for it.
+    """
 
     job: BackupJob
     instant: Instant
     number: int
+    image: Image | None = None
 
 
 def put_over(below: bytes, above: bytes, clusters: set[int]) -> bytes:
@@ -219,6 +225,11 @@ class Backups(RuleBasedStateMachine):
         left = self._left(running)
         clears = mode == "always" or (mode == "on-success" and succeeded)
         marks.end(instant.moment, wanted=mode != "never", clears=clears, left=set() if succeeded else left)
+        base = instant.base
+        if not job._use.reduces or (base is not None and base.epoch == instant.epoch):  # type: ignore[union-attr]
+            running.image = Image(instant.epoch)
+            if clears:  # from this very instant on other backups build upon it
+                marks.base = running.image
 
     def _left(self, running: Running) -> set[int]:
         """Granules that a job has not copied, as it says itself; that it is right shows when chains are restored."""
@@ -381,19 +392,17 @@ class Backups(RuleBasedStateMachine):
         assert use is not None
         bits = self._clusters(marks, instant.bits) if use.reduces else everything
         left = self._clusters(marks, self._left(running)) if job.failed else set()
-        base = instant.base
         # Of a failed job only mode "always" says what it has copied.
         if job.failed and use.mode != "always":
             return
         copied = bits - left
-        below = base.data if base is not None else bytes(SIZE)
+        below = instant.base.data if instant.base is not None else bytes(SIZE)
         restored = put_over(below, target, copied)
         assert put_over(instant.data, target, copied) == instant.data
-        fits = not use.reduces or (base is not None and base.epoch == instant.epoch)
-        if fits and not job.failed:
-            assert restored == instant.data
-        if fits and use.mode != "never":
-            marks.base = Image(restored, instant.epoch)
+        if running.image is not None:
+            running.image.data = restored
+            if not job.failed:
+                assert restored == instant.data
 
     def _clusters(self, marks: Marks, granules: set[int]) -> set[int]:
         unit = marks.granularity
@@ -404,9 +413,11 @@ class Backups(RuleBasedStateMachine):
         }
 
     def teardown(self) -> None:
-        if hasattr(self, "graph"):
-            self.run(self._close())
-        self.loop.close()
+        try:
+            if hasattr(self, "graph"):
+                self.run(self._close())
+        finally:
+            self.loop.close()
 
     async def _close(self) -> None:
         for running in list(self.jobs.values()):
