@@ -109,6 +109,7 @@ def _bitmap_actions(options: BitmapOptions) -> Iterator[Action]:
         granularity=options.granularity_bytes,
         enabled=not options.disabled,
         persistent=options.persistent or bool(options.sidecar),
+        epochs=options.epochs,
     )
 
 
@@ -246,11 +247,18 @@ class SyncGraph:
         enabled: bool = True,
         persistent: bool = False,
         sidecar: str | bool = False,
+        epochs: bool = False,
     ) -> None:
         """A new, empty bitmap."""
         self.call(
             self.graph.add_bitmap(
-                node, name, granularity=granularity, enabled=enabled, persistent=persistent, sidecar=sidecar
+                node,
+                name,
+                granularity=granularity,
+                enabled=enabled,
+                persistent=persistent,
+                sidecar=sidecar,
+                epochs=epochs,
             )
         )
 
@@ -273,6 +281,14 @@ class SyncGraph:
     def merge_bitmaps(self, node: str, name: str, sources: Iterable[tuple[str, str]]) -> None:
         """Mark in a bitmap what is marked in one of the sources (node and name)."""
         self.call(self.graph.merge_bitmaps(node, name, sources))
+
+    def advance_epoch(self, node: str, name: str) -> int:
+        """Begin a new checkpoint in a bitmap with epochs; returns its number, for `changed_since`."""
+        return self.call(self.graph.advance_epoch(node, name))
+
+    def changed_since(self, node: str, name: str, checkpoint: int) -> list[tuple[int, int]]:
+        """Offset and length of what has changed since a checkpoint of a bitmap with epochs."""
+        return self._ask(lambda: list(self.graph.bitmap(node, name).since(checkpoint).dirty_extents()))
 
     def act(self, *actions: Action) -> None:
         """All of these (blockgraph.bitmaps.actions) at one instant, or none."""

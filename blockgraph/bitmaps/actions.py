@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.bitmaps.bitmap import DirtyBitmap, Mode, View, check_granularity, check_name
+from blockgraph.bitmaps.epochs import Epochs
+from blockgraph.bitmaps.sidecar import Sidecar
+from blockgraph.bitmaps.sidecar_format import new_entry
 from blockgraph.bitmaps.store import LiveStore
 from blockgraph.errors import GraphError
 from blockgraph.graph.action import Action
@@ -103,6 +106,7 @@ class AddBitmap(BitmapAction):
         persistent: the node's store keeps it.
         sidecar: with `persistent`, of a node that has no store yet: path of a sidecar file for it, or True for the
             default path; see AttachSidecar.
+        epochs: it can tell what has changed since any checkpoint; see AdvanceEpoch.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class AddBitmap(BitmapAction):
         enabled: bool = True,
         persistent: bool = False,
         sidecar: str | bool = False,
+        epochs: bool = False,
     ) -> None:
         super().__init__(bitmap)
         self._attach: AttachSidecar | None = None
@@ -121,6 +126,7 @@ class AddBitmap(BitmapAction):
         self._granularity = granularity
         self._enabled = enabled
         self._persistent = persistent
+        self._epochs = epochs
 
     async def prepare(self, change: Transaction) -> None:
         node = change.node(self.bitmap.node)
@@ -135,6 +141,16 @@ class AddBitmap(BitmapAction):
         bitmap = DirtyBitmap(
             name, node.size(), granularity, node=node.name, enabled=self._enabled, persistent=self._persistent
         )
+        if self._epochs:
+            entry = new_entry(name, granularity, bitmap.size)
+            bitmap.epochs = Epochs(bitmap.size, granularity, 8 << entry.chunk_bits)
+            if self._persistent and node.bitmap_store is not None and not isinstance(node.bitmap_store, Sidecar):
+                raise GraphError(
+                    f"driver '{node.driver.name}' has no place for the epochs of a bitmap",
+                    node=node.name,
+                    op="add",
+                    hint="leave out 'persistent', or attach a sidecar",
+                )
         if self._persistent:
             if node.bitmap_store is None:
                 raise GraphError(
@@ -158,7 +174,7 @@ class AddBitmap(BitmapAction):
 class EnsureBitmap(AddBitmap):
     """The bitmap that the node has already, or a new one.
 
-    Args: as AddBitmap; of one that is there only the granularity counts: it must be what is asked for.
+    Args: as AddBitmap; of one that is there only the granularity and epochs count: it must have what is asked for.
     """
 
     async def prepare(self, change: Transaction) -> None:
@@ -167,6 +183,13 @@ class EnsureBitmap(AddBitmap):
             await super().prepare(change)
             return
         check_agrees(bitmap, self._granularity)
+        if self._epochs and bitmap.epochs is None and not bitmap.inconsistent:
+            raise GraphError(
+                f"bitmap '{bitmap.name}' is there already, without epochs",
+                node=bitmap.node,
+                op="add",
+                hint="do without them, or remove it first",
+            )
         if bitmap.inconsistent:
             log.warning("%s", bitmap.why_unusable("add"))
 
@@ -212,6 +235,26 @@ class ClearBitmap(BitmapAction):
         bitmap.check_usable("clear")
         await self._begin(change.node(self.bitmap.node), bitmap)
         self._undo.append(bitmap.clear())
+
+
+class AdvanceEpoch(BitmapAction):
+    """A new checkpoint in a bitmap with epochs: its bits are stamped, at one instant, and begin anew.
+
+    Attributes:
+        checkpoint: its number, for `DirtyBitmap.since`, once the transaction has committed.
+    """
+
+    checkpoint: int
+
+    async def prepare(self, change: Transaction) -> None:
+        node, bitmap = change.node(self.bitmap.node), find(change, self.bitmap)
+        bitmap.check_usable("advance")
+        if bitmap.epochs is None:
+            raise GraphError(f"bitmap '{bitmap.name}' has no epochs", node=node.name, hint="add one with epochs")
+        await self._begin(node, bitmap)
+        self._undo.append(bitmap.advance())
+        self.checkpoint = bitmap.epochs.current
+        await self._store(node, bitmap)
 
 
 class EnableBitmap(BitmapAction):

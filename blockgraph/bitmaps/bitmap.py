@@ -24,11 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from blockgraph.errors import GraphError, NodeInUse
 from blockgraph.graph.bitmaps import NAME_HINT, granularity_problem, name_problem
 from blockgraph.native import Bitmap
+
+if TYPE_CHECKING:
+    from blockgraph.bitmaps.epochs import Epochs
 
 #: What a view's owner wants at its end: "never" clears nothing; "on-success" when it has succeeded; "always" also
 #: when it has failed, but for what it had not done yet.
@@ -48,6 +51,7 @@ class DirtyBitmap:
         inconsistent: it missed writes, or may have: of no use but to be removed.
         reason: why it is inconsistent.
         version: grows with every change that is no write.
+        epochs: what left the bitmap, and when; None: nobody asked for that.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class DirtyBitmap:
         self.inconsistent = inconsistent
         self.reason = reason
         self.version = 0
+        self.epochs: Epochs | None = None
         self._segments: list[Bitmap] = []
         self._views: list[View] = []
         self._ended: list[_Ended] = []
@@ -151,10 +156,50 @@ class DirtyBitmap:
 
         Returns: what takes it back, while the node stays drained.
         """
+        if self.epochs is not None:
+            self.epochs.stamp(self.contents())
+        return self._empty()
+
+    def _empty(self) -> Callable[[], None]:
         undo = self._keep()
         self._segments = [Bitmap(self.size, self.granularity) for _ in self._segments]
         self.recorder = Bitmap(self.size, self.granularity)
         return undo
+
+    def advance(self) -> Callable[[], None]:
+        """A new checkpoint, `epochs.current`: what is marked now changed before it.
+
+        Returns: as `clear`.
+        Raises:
+            GraphError: there are no more numbers; nothing has changed.
+        """
+        assert self.epochs is not None
+        before = self.epochs.advance(self.contents())
+        undo = self._empty()
+
+        def back() -> None:
+            undo()
+            before()
+
+        return back
+
+    def since(self, checkpoint: int) -> Bitmap:
+        """What has changed since a checkpoint. Those of a bitmap with epochs are 1, when it was added, to
+        `epochs.current`.
+
+        Raises:
+            GraphError: it has no epochs, no such checkpoint, or is inconsistent.
+        """
+        self.check_usable("read")
+        if self.epochs is None:
+            raise GraphError(f"bitmap '{self.name}' has no epochs", node=self.node, hint="add one with epochs")
+        if not 1 <= checkpoint <= self.epochs.current:
+            raise GraphError(
+                f"bitmap '{self.name}' has checkpoints 1 to {self.epochs.current}, not {checkpoint}", node=self.node
+            )
+        bits = self.epochs.since(checkpoint)
+        bits.merge(self.contents())
+        return bits
 
     def merge(self, sources: Sequence[Bitmap]) -> Callable[[], None]:
         """Mark whatever is marked in one of `sources`, whose granularities may differ; sizes are equal.
@@ -192,6 +237,8 @@ class DirtyBitmap:
         for ended in self._ended:
             if ended.left is not None:
                 ended.left.truncate(size)
+        if self.epochs is not None:
+            self.epochs.truncate(size)
 
     def _union(self, first: int, *, recorder: bool = True) -> Bitmap:
         bits = Bitmap(self.size, self.granularity)
@@ -209,6 +256,8 @@ class DirtyBitmap:
             self.version += 1
             first = min(ended.segments for ended in self._ended)
             for segment in self._segments[:first]:
+                if self.epochs is not None:
+                    self.epochs.stamp(segment)
                 segment.clear()
             for ended in self._ended:
                 if ended.left is not None:

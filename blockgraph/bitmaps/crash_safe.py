@@ -11,7 +11,8 @@
 
 What the image says counts; only bitmaps that it calls inconsistent, or does not have yet, are taken from the sidecar,
 and only while that fits the image (`identity`). So a program that knows nothing of sidecars can use the image at any
-time: what it changes is noticed, within the limits that `identity` tells.
+time: what it changes is noticed, within the limits that `identity` tells. Epochs are refused: the image has no place
+for them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from blockgraph.bitmaps.sidecar import Sidecar
 from blockgraph.bitmaps.store import LiveStore
+from blockgraph.errors import GraphError
 
 if TYPE_CHECKING:
     from blockgraph.bitmaps.bitmap import DirtyBitmap
@@ -42,6 +44,13 @@ class CrashSafeStore(Sidecar):
         self._inner = inner
 
     def check(self, bitmap: DirtyBitmap) -> None:
+        if bitmap.epochs is not None:
+            raise GraphError(
+                f"driver '{self._node.driver.name}' has no place for the epochs of a bitmap",
+                node=self._node.name,
+                op="add",
+                hint="leave out 'persistent'",
+            )
         self._inner.check(bitmap)
         super().check(bitmap)
 

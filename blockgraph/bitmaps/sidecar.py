@@ -29,11 +29,12 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from blockgraph.bitmaps import identity
 from blockgraph.bitmaps.bitmap import DirtyBitmap
+from blockgraph.bitmaps.epochs import Epochs
 from blockgraph.bitmaps.sidecar_file import SidecarFile
 from blockgraph.bitmaps.sidecar_format import (
     MAX_BITMAPS,
@@ -52,7 +53,7 @@ from blockgraph.bitmaps.sidecar_format import (
     pack_heartbeat,
     pack_regions,
 )
-from blockgraph.bitmaps.sidecar_read import UNIT, Contents, read_bits, read_contents, read_slot
+from blockgraph.bitmaps.sidecar_read import UNIT, Contents, read_bits, read_contents, read_slot, read_stamps
 from blockgraph.bitmaps.write_ahead import WHOLE, WriteAhead, region_bits
 from blockgraph.errors import BlockGraphError, CorruptImage, GraphError, IOFailure, NoSpace, ReadOnly
 from blockgraph.native import Bitmap
@@ -78,6 +79,7 @@ class _Kept:
     granularity: int
     enabled: bool
     bits: Bitmap
+    epochs: Epochs | None
 
 
 @dataclass
@@ -88,12 +90,25 @@ class _Plan:
         entry: as it is to be, chunks as they are stored now.
         version: of the bitmap; None: it has to be stored again.
         numbers: chunks to be stored anew.
+        epochs: of the bitmap.
+        stamps: its chunks that are to be stored anew.
     """
 
     entry: Entry
     bits: Bitmap
     version: int | None
     numbers: Iterable[int]
+    epochs: Epochs | None = None
+    stamps: dict[int, bytes] = field(default_factory=dict)
+
+    def take_stamps(self) -> None:
+        """As they are now; those of a new entry all."""
+        if self.epochs is not None:
+            every = not self.entry.stamps
+            numbers = self.epochs.numbers() if every else sorted(self.epochs.changed)
+            self.stamps = {number: self.epochs.pack(number) for number in numbers}
+            self.epochs.changed.clear()
+            self.entry = replace(self.entry, epoch=self.epochs.current)
 
 
 class Sidecar:
@@ -219,8 +234,12 @@ class Sidecar:
         if reason is None and entry.size not in (slot.image.size, slot.next_size):
             reason = f"it is of a disk of {entry.size} bytes"
         bits = Bitmap(entry.size if reason is None else node.size(), entry.granularity)
+        epochs: Epochs | None = None
         if reason is None:
             reason = await read_bits(self.file, fd, entry, bits)
+        if reason is None and entry.epoch is not None:
+            epochs = Epochs(entry.size, entry.granularity, 8 << entry.chunk_bits, entry.epoch)
+            reason = await read_stamps(self.file, fd, entry, epochs)
         bitmap = DirtyBitmap(
             entry.name,
             node.size(),
@@ -240,6 +259,10 @@ class Sidecar:
             )
             self._versions[entry.name] = bitmap.version
             return bitmap
+        if epochs is not None:
+            bitmap.epochs = epochs
+            epochs.truncate(node.size())
+            epochs.changed.clear()
         recovering = slot.in_use or entry.size != node.size()
         bits.truncate(node.size())
         if slot.in_use and entry.enabled:
@@ -255,7 +278,7 @@ class Sidecar:
 
     def keep(self, bitmap: DirtyBitmap) -> Callable[[], None]:
         """See LiveStore. The node is drained."""
-        kept = _Kept(bitmap.name, bitmap.granularity, bitmap.enabled, bitmap.contents())
+        kept = _Kept(bitmap.name, bitmap.granularity, bitmap.enabled, bitmap.contents(), bitmap.epochs)
         self._kept.append(kept)
         return lambda: self._kept.remove(kept)
 
@@ -522,6 +545,9 @@ class Sidecar:
             await self.file.sync()
         except BaseException:
             now.space.give_up(allocated)
+            for plan in plans:
+                if plan.epochs is not None:
+                    plan.epochs.changed.update(plan.stamps)
             raise
         now.space.free(freed)
         now.space.settle()
@@ -568,21 +594,24 @@ class Sidecar:
                     numbers = self._numbers(entry, regions)
                 else:
                     numbers = range(entry.count)
-            plans[bitmap.name] = _Plan(replace(entry, enabled=bitmap.enabled), bits, version, numbers)
+            epochs = None if entry.inconsistent is not None else bitmap.epochs
+            plans[bitmap.name] = _Plan(replace(entry, enabled=bitmap.enabled), bits, version, numbers, epochs)
         for kept in self._kept:
             plans[kept.name] = self._with_kept(kept, plans.get(kept.name))
+        for plan in plans.values():
+            plan.take_stamps()
         return list(plans.values())
 
     def _with_kept(self, kept: _Kept, plan: _Plan | None) -> _Plan:
         if plan is None:
             entry = new_entry(kept.name, kept.granularity, kept.bits.size)
-            return _Plan(replace(entry, enabled=kept.enabled), kept.bits, None, range(entry.count))
+            return _Plan(replace(entry, enabled=kept.enabled), kept.bits, None, range(entry.count), kept.epochs)
         if plan.entry.inconsistent is not None or plan.bits.size != kept.bits.size:
             return plan
         bits = plan.bits.copy()
         bits.merge(kept.bits)
         enabled = plan.entry.enabled or kept.enabled
-        return _Plan(replace(plan.entry, enabled=enabled), bits, None, range(plan.entry.count))
+        return _Plan(replace(plan.entry, enabled=enabled), bits, None, range(plan.entry.count), plan.epochs)
 
     def _numbers(self, entry: Entry, regions: Iterable[int]) -> Iterable[int]:
         """Chunks that the regions touch."""
@@ -617,7 +646,14 @@ class Sidecar:
                     chunks[number] = Chunk(at, zlib.crc32(raw))
                     parts.append((at, raw))
             await self.file.write(parts)
-        return replace(entry, chunks=chunks)
+        stamps = dict(entry.stamps)
+        for number, raw in plan.stamps.items():
+            was = stamps.pop(number, None)
+            if was is not None:
+                freed.append(Area(was.offset, len(raw)))
+            stamps[number] = Chunk(self._allocate(len(raw), allocated), zlib.crc32(raw))
+            await self.file.write([(stamps[number].offset, raw)])
+        return replace(entry, chunks=chunks, stamps=stamps)
 
     def _allocate(self, length: int, allocated: list[Area]) -> int:
         full = NoSpace(f"sidecar '{self.path}' is full", node=self._node.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 
+from blockgraph.bitmaps.epochs import Epochs
 from blockgraph.bitmaps.sidecar_file import SidecarFile, Space
 from blockgraph.bitmaps.sidecar_format import (
     FIRST_BLOCK,
@@ -117,16 +118,15 @@ async def read_bits(file: SidecarFile, fd: int, entry: Entry, bits: Bitmap) -> s
     return None
 
 
-async def read_stamps(file: SidecarFile, fd: int, entry: Entry) -> dict[int, bytes] | None:
-    """The epochs of each chunk, uint32 little-endian; None: damaged."""
+async def read_stamps(file: SidecarFile, fd: int, entry: Entry, epochs: Epochs) -> str | None:
+    """Enter the stored stamps; returns what is wrong with them, None: nothing."""
     size = file.size(fd)
-    found: dict[int, bytes] = {}
     for number, chunk in entry.stamps.items():
         raw = await _read_chunk(file, fd, Area(chunk.offset, 4 * entry.granules(number), chunk.crc), size)
         if raw is None:
-            return None
-        found[number] = raw
-    return found
+            return f"its epochs from {number * entry.span} on are damaged in the sidecar"
+        epochs.unpack(number, raw)
+    return None
 
 
 async def _read_chunk(file: SidecarFile, fd: int, area: Area, size: int) -> bytes | None:

@@ -12,8 +12,9 @@
 ```
 
 In all states but CLOSED the mark is on the disk: what a crash leaves is a superset, whatever happened to the bits. The
-clock tells regions that are written all the time, which stay open for a fault of Python in each turn, from those that
-are not: these are closed, so that the superset stays small. Each turn looks at `BATCH` regions of a kind at most.
+clock tells regions that are written all the time, which stay open for a fault of Python now and then, from those that
+are not: these are closed, so that the superset stays small. A turn withdraws `BATCH` regions at most, so that is the
+most that a busy disk pays for it; on a disk that nobody has written since the last turn it withdraws all.
 
 A write that continues the last one marks `AHEAD` more regions, so that a sequential writer does not wait at each.
 """
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 
 CLOSED, OLD, FRESH, OPEN = range(4)
 
-#: Most regions that a turn revokes, and most that it closes.
-BATCH = 1024
+BATCH = 128
 AHEAD = 16
 
 #: Smallest and usual largest region, log2; more than so many regions make them larger than that.
@@ -80,6 +80,8 @@ class WriteAhead:
         self._resized = resized
         self.set_regions(region_bits(node.size()), node.size())
         self._hand = 0
+        #: how much had been written at the last turn
+        self._written = (-1, 0)
         self._last = -2
         self._wanted: set[int] = set()
         self._batch: asyncio.Future[None] | None = None
@@ -177,11 +179,14 @@ class WriteAhead:
 
     def turn(self) -> list[int]:
         """A turn of the clock; returns the regions to be closed: `quiet`, store the bits, `close`."""
-        old = _find(self.state, OLD, 0, BATCH)
+        old = _find(self.state, OLD, 0, len(self.state))
         self.state[:] = self.state.translate(_FRESH_TO_OLD)
-        wanted = _find(self.state, OPEN, self._hand, BATCH)
-        if len(wanted) < BATCH:
-            wanted += _find(self.state[: self._hand], OPEN, 0, BATCH - len(wanted))
+        written = self._node.write_gen, sum(extents.extents.stats().bytes_written for extents in self._node.maps)
+        most = len(self.state) if written == self._written else BATCH
+        self._written = written
+        wanted = _find(self.state, OPEN, self._hand, most)
+        if len(wanted) < most:
+            wanted += _find(self.state[: self._hand], OPEN, 0, most - len(wanted))
         self._hand = (wanted[-1] + 1) % len(self.state) if wanted else 0
         self._withdraw(wanted)
         return old

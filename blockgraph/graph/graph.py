@@ -23,6 +23,7 @@ from blockgraph.backend import Backend
 from blockgraph.bitmaps import DirtyBitmap
 from blockgraph.bitmaps.actions import (
     AddBitmap,
+    AdvanceEpoch,
     BitmapName,
     ClearBitmap,
     EnableBitmap,
@@ -319,6 +320,7 @@ class Graph:
         enabled: bool = True,
         persistent: bool = False,
         sidecar: str | bool = False,
+        epochs: bool = False,
     ) -> DirtyBitmap:
         """A new, empty dirty bitmap on a node. It has every write that is not over when this returns.
 
@@ -328,12 +330,20 @@ class Graph:
             persistent: the node's image keeps it, or the sidecar file that it has.
             sidecar: with `persistent`, for a node without a place for bitmaps: the file that keeps them, or True for
                 the image's name with ".bitmaps". It is made when it is missing, and found by itself from then on.
+            epochs: it can tell what has changed since any of its checkpoints (`advance_epoch`).
         Raises:
             GraphError: the name is taken or too long, the granularity is none, or there is no place for it.
         """
         bitmap = BitmapName(node, name)
         await self.act(
-            AddBitmap(bitmap, granularity=granularity, enabled=enabled, persistent=persistent, sidecar=sidecar)
+            AddBitmap(
+                bitmap,
+                granularity=granularity,
+                enabled=enabled,
+                persistent=persistent,
+                sidecar=sidecar,
+                epochs=epochs,
+            )
         )
         return self.bitmap(node, name)
 
@@ -361,6 +371,15 @@ class Graph:
     async def clear_bitmap(self, node: str, name: str) -> None:
         """Nothing is marked any more."""
         await self.act(ClearBitmap(BitmapName(node, name)))
+
+    async def advance_epoch(self, node: str, name: str) -> int:
+        """Begin a new checkpoint in a bitmap with epochs; returns its number, for `DirtyBitmap.since`.
+
+        The first checkpoint of a bitmap is 1, when it was added.
+        """
+        action = AdvanceEpoch(BitmapName(node, name))
+        await self.act(action)
+        return action.checkpoint
 
     async def enable_bitmap(self, node: str, name: str, *, enabled: bool = True) -> None:
         """Record writes from now on, or no longer."""

@@ -7,102 +7,22 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.loop import in_loop
+from helpers.sidecar import GRANULE, MIB, SIZE, acted, after, dirty, disk, new_disk, raw, session, sidecar, written
 
 import blockgraph
-from blockgraph.api import AsyncGraph
-from blockgraph.bitmaps import identity
+from blockgraph.bitmaps import identity, write_ahead
 from blockgraph.bitmaps.actions import AddBitmap, BitmapName, ClearBitmap, RemoveBitmap
 from blockgraph.bitmaps.attach import AttachSidecar
-from blockgraph.bitmaps.sidecar import Sidecar
 from blockgraph.errors import BlockGraphError, CorruptImage, GraphError, IOFailure
-from blockgraph.graph.action import Abort, Action
-
-GRANULE = 64 << 10
-SIZE = 64 << 20
-MIB = 1 << 20
-
-
-def raw(path: Path, **options: Any) -> dict[str, Any]:
-    return {
-        "nodes": [
-            {"node-name": "disk", "driver": "raw", "file": {"driver": "file", "filename": str(path)}, **options},
-        ]
-    }
-
-
-@asynccontextmanager
-async def disk(path: Path, **options: Any) -> AsyncIterator[AsyncGraph]:
-    async with await blockgraph.aopen(raw(path, **options)) as graph:
-        yield graph
-
-
-def new_disk(directory: Path) -> Path:
-    path = directory / "disk"
-    with path.open("wb") as file:
-        file.truncate(SIZE)
-    return path
-
-
-async def written(path: Path, *offsets: int, name: str = "b0", **add: Any) -> None:
-    """A session that adds a bitmap, where there is none of that name, and writes."""
-    async with disk(path) as graph:
-        if name not in graph.node("disk").bitmaps:
-            await graph.add_bitmap("disk", name, persistent=True, sidecar=True, **add)
-        root = await graph.backend("disk", writable=True)
-        for offset in offsets:
-            await root.pwrite(offset, b"x")
-
-
-async def acted(graph: AsyncGraph, *actions: Action) -> None:
-    """One transaction."""
-    async with graph.transaction() as change:
-        for action in actions:
-            change.act(action)
-
-
-def dirty(graph: AsyncGraph, name: str = "b0") -> list[int]:
-    """Granules."""
-    bitmap = graph.bitmap("disk", name)
-    extents = bitmap.contents().dirty_extents()
-    return [
-        n for at, length in extents for n in range(at // bitmap.granularity, -(-(at + length) // bitmap.granularity))
-    ]
-
-
-def sidecar(graph: AsyncGraph) -> Sidecar:
-    store = graph.node("disk").bitmap_store
-    assert isinstance(store, Sidecar)
-    return store
-
-
-@asynccontextmanager
-async def session(path: Path) -> AsyncIterator[tuple[AsyncGraph, Callable[[], Path]]]:
-    """The disk in use, and what copies the sidecar as a kill would leave it now; returns the copy."""
-    copies = 0
-
-    def kill() -> Path:
-        nonlocal copies
-        copies += 1
-        return Path(shutil.copy(f"{path}.bitmaps", path.with_name(f"left-{copies}")))
-
-    async with disk(path) as graph:
-        yield graph, kill
-
-
-@asynccontextmanager
-async def after(path: Path, left: Path) -> AsyncIterator[AsyncGraph]:
-    """The disk with the sidecar that a kill left, read-only; its image is used by the session still."""
-    node = {"node-name": "disk", "driver": "file", "filename": str(path), "read-only": True}
-    async with await blockgraph.aopen({"nodes": [node]}) as graph:
-        await graph.attach_sidecar("disk", str(left))
-        yield graph
+from blockgraph.graph.action import Abort
+from blockgraph.resolve import Pins
 
 
 @in_loop
@@ -547,3 +467,38 @@ async def test_attach_is_an_action(tmp_path: Path) -> None:
         await root.pwrite(0, b"x")
     async with disk(path) as graph:
         assert dirty(graph) == [0]
+
+
+@in_loop
+async def test_native_copy_to_a_disk_marks_first(tmp_path: Path) -> None:
+    path = new_disk(tmp_path)
+    await written(path)
+    async with session(path) as (graph, kill):
+        root = await graph.backend("disk", writable=True)
+        await root.pwrite(0, b"x")
+        async with Pins() as pins:
+            leaf = await pins.write(graph.node("disk"), 30 * MIB, GRANULE)
+            assert leaf is not None
+            assert leaf.storage is graph.node("disk").children["file"].node
+            async with after(path, kill()) as other:
+                assert set(range(30 * 16, 31 * 16)) <= set(dirty(other))
+            await pins.commit()
+
+
+@in_loop
+async def test_busy_disk_is_asked_for_few_regions_in_a_turn(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_ahead, "BATCH", 5)
+    path = new_disk(tmpfs)
+    await written(path)
+    async with disk(path) as graph:
+        root = await graph.backend("disk", writable=True)
+        state = sidecar(graph)._guard.state
+        await root.write_zeroes(0, SIZE)
+        assert state.count(write_ahead.OPEN) == 64
+        await sidecar(graph).turn()
+        assert state.count(write_ahead.OPEN) == 59
+        await root.pwrite(SIZE - 1, b"x")
+        await sidecar(graph).turn()
+        assert state.count(write_ahead.OPEN) == 54
+        await sidecar(graph).turn()
+        assert state.count(write_ahead.OPEN) == 0, "nobody writes"

@@ -313,10 +313,6 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"bitmaps": [{"node": "m", "name": "b", "crash-safe": True}]},
         "bitmaps[0].crash-safe: is of use with bitmaps that are kept only; set sidecar = true, or leave it out",
     ),
-    "bitmap-epochs": (
-        {"bitmaps": [{"node": "m", "name": "b", "epochs": True}]},
-        "bitmaps[0].epochs: 'epochs' is not available yet; leave it out",
-    ),
     "bitmap-two-sidecars": (
         {"bitmaps": [{"node": "m", "name": name, "sidecar": name} for name in "ab"]},
         "bitmaps[1].sidecar: the bitmaps of node 'm' have one place, and bitmaps[0] says otherwise",
