@@ -285,10 +285,6 @@ class SyncGraph:
             )
         )
 
-    def advance_epoch(self, node: str, name: str) -> int:
-        """Begin a new checkpoint in a bitmap with epochs; returns its number."""
-        return self.call(self.graph.advance_epoch(node, name))
-
     def attach_sidecar(self, node: str, path: str | None = None, *, crash_safe: bool | None = None) -> None:
         """Keep the persistent bitmaps of a node in a file beside its image, and take over those that are there."""
         self.call(self.graph.attach_sidecar(node, path, crash_safe=crash_safe))
@@ -308,6 +304,14 @@ class SyncGraph:
     def merge_bitmaps(self, node: str, name: str, sources: Iterable[tuple[str, str]]) -> None:
         """Mark in a bitmap what is marked in one of the sources (node and name)."""
         self.call(self.graph.merge_bitmaps(node, name, sources))
+
+    def advance_epoch(self, node: str, name: str) -> int:
+        """Begin a new checkpoint in a bitmap with epochs; returns its number, for `changed_since`."""
+        return self.call(self.graph.advance_epoch(node, name))
+
+    def changed_since(self, node: str, name: str, checkpoint: int) -> list[tuple[int, int]]:
+        """Offset and length of what has changed since a checkpoint of a bitmap with epochs."""
+        return self._ask(lambda: list(self.graph.bitmap(node, name).since(checkpoint).dirty_extents()))
 
     def act(self, *actions: Action) -> None:
         """All of these (blockgraph.bitmaps.actions) at one instant, or none."""

@@ -183,7 +183,7 @@ class EnsureBitmap(AddBitmap):
             await super().prepare(change)
             return
         check_agrees(bitmap, self._granularity)
-        if self._epochs and bitmap.epochs is None:
+        if self._epochs and bitmap.epochs is None and not bitmap.inconsistent:
             raise GraphError(
                 f"bitmap '{bitmap.name}' is there already, without epochs",
                 node=bitmap.node,

@@ -55,7 +55,8 @@ class BitmapOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown
             makes them crash-safe.
         crash_safe: every granule is marked durably before a write to it counts as flushed, so that the bitmap can be
             used after a crash; default: true with a sidecar, else false.
-        epochs: remember for each granule the checkpoint in which it was last written. In memory, or in a sidecar.
+        epochs: remember for each granule the checkpoint in which it was last written; of a bitmap that is kept, in a
+            sidecar only.
     """
 
     node: str
@@ -240,9 +241,6 @@ def _check_one(model: Model, bitmap: BitmapDescription) -> Iterator[Problem]:
             yield problem(message, "persistent", "set sidecar = true instead")
         if driver.bitmap_place == "image":
             yield from _crash_safe_image(options, driver.name, problem)
-            if options.epochs and (options.persistent or options.sidecar):
-                message = f"driver '{driver.name}' has no place for the epochs of a bitmap that it keeps"
-                yield problem(message, "epochs", "leave it out, or do not keep the bitmap")
     if options.crash_safe is not None and not (options.persistent or options.sidecar):
         yield problem("is of use with bitmaps that are kept only", "crash-safe", "set sidecar = true, or leave it out")
 
@@ -251,6 +249,9 @@ def _crash_safe_image(
     options: BitmapOptions, driver: str, problem: Callable[[str, str, str], Problem]
 ) -> Iterator[Problem]:
     """An image that keeps bitmaps itself needs a sidecar to have them after a crash, and for nothing else."""
+    if options.epochs and (options.persistent or options.sidecar):
+        message = f"driver '{driver}' keeps bitmaps in the image, which has no place for epochs"
+        yield problem(message, "epochs", "leave it out, or let the bitmap be neither persistent nor in a sidecar")
     if isinstance(options.sidecar, str):
         yield problem(f"driver '{driver}' looks for a sidecar beside the image only", "sidecar", "set it to true")
     if options.sidecar and options.crash_safe is False:

@@ -319,8 +319,8 @@ SECTION_PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
             "nodes": [{"node-name": "q", "driver": "qcow2", "file": {"driver": "memory", "size": 1 << 20}}],
             "bitmaps": [{"node": "q", "name": "b", "persistent": True, "epochs": True}],
         },
-        "bitmaps[0].epochs: driver 'qcow2' has no place for the epochs of a bitmap that it keeps; leave it out, or do "
-        "not keep the bitmap",
+        "bitmaps[0].epochs: driver 'qcow2' keeps bitmaps in the image, which has no place for epochs; leave it out, or "
+        "let the bitmap be neither persistent nor in a sidecar",
     ),
     "bitmap-two-sidecars": (
         {"bitmaps": [{"node": "m", "name": name, "sidecar": name} for name in "ab"]},

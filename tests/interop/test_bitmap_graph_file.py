@@ -63,7 +63,11 @@ async def test_pulled_backups_of_the_readme_day_after_day(require_tool: Require,
     backup.write_bytes(disk)
     for today, tomorrow in itertools.pairwise(days):
         file = tmp_path / "pull.toml"
-        file.write_text(blocks("toml")[1].replace("tuesday", tomorrow).replace("monday", today))
+        file.write_text(
+            next(text for text in blocks("toml") if text.startswith("# pull.toml"))
+            .replace("tuesday", tomorrow)
+            .replace("monday", today)
+        )
         (tmp_path / "kept.img").unlink(missing_ok=True)
         await asyncio.to_thread(create, tmp_path / "kept.img")
         async with await Session.start(load(file)) as session:
@@ -150,8 +154,12 @@ def test_sidecar_that_was_found_is_crash_safe_or_not_as_it_says(tmp_path: Path) 
         ({"sidecar": "x"}, "bitmaps[0].sidecar: driver 'qcow2' looks for a sidecar beside the image only; set it to"),
         ({"sidecar": True, "crash-safe": False}, "bitmaps[0].crash-safe: driver 'qcow2' keeps bitmaps in the image"),
         ({"persistent": True, "crash-safe": True}, "bitmaps[0].crash-safe: bitmaps that driver 'qcow2' keeps in the"),
+        (
+            {"persistent": True, "epochs": True},
+            "bitmaps[0].epochs: driver 'qcow2' keeps bitmaps in the image, which has",
+        ),
     ],
-    ids=["path", "not-crash-safe", "no-sidecar"],
+    ids=["path", "not-crash-safe", "no-sidecar", "epochs"],
 )
 def test_sidecar_of_an_image_that_keeps_bitmaps_has_one_use(bitmap: dict[str, Any], message: str) -> None:
     nodes = [{**image(Path("d"), "qcow2"), "node-name": "disk"}]
@@ -161,6 +169,23 @@ def test_sidecar_of_an_image_that_keeps_bitmaps_has_one_use(bitmap: dict[str, An
         if problem.severity == "error"
     ]
     assert str(problem).startswith(message)
+
+
+def test_epochs_of_a_described_bitmap(tmp_path: Path) -> None:
+    create(tmp_path / "d")
+    bitmap = {"node": "disk", "name": "b0", "sidecar": True, "epochs": True}
+    what = {"nodes": [image(tmp_path / "d", "raw")], "bitmaps": [bitmap]}
+    with blockgraph.open(what) as graph, graph.backend("disk", writable=True) as disk:
+        disk.pwrite(0, b"x")
+        checkpoint = graph.advance_epoch("disk", "b0")
+        disk.pwrite(MIB, b"x")
+    with blockgraph.open(what) as graph:
+        assert graph.changed_since("disk", "b0", checkpoint) == [(MIB, GRANULE)]
+        assert graph.changed_since("disk", "b0", 1) == [(0, GRANULE), (MIB, GRANULE)]
+        graph.add_bitmap("disk", "b1", persistent=True)
+    bitmap["name"] = "b1"
+    with pytest.raises(GraphError, match="bitmap 'b1' is there already, without epochs"):
+        blockgraph.open(what)
 
 
 def test_qcow2_with_a_sidecar_is_described(tmp_path: Path) -> None:
