@@ -31,7 +31,7 @@ BEYOND = {
     "alignment", "cycle", "dangling", "detect-zeroes", "dotted-twice", "force-share",
     "name-none", "name-twice", "read-only-file", "relation", "target-size", "window",
     "bitmap-dangling", "bitmap-name-long", "bitmap-no-place", "bitmap-twice", "bitmap-crash-safe",
-    "bitmap-two-sidecars", "bitmap-two-promises", "job-bitmap",
+    "bitmap-epochs", "bitmap-two-sidecars", "bitmap-two-promises", "job-bitmap",
     "bitmap-granularity-large", "export-bitmap", "export-bitmap-dangling", "export-bitmap-of-another",
     "export-bitmap-twice", "export-dangling", "export-id-twice", "export-name-twice", "job-filter-name", "job-id-twice",
     "job-target-is-device", "job-target-missing", "job-target-size", "server-missing", "server-port",
