@@ -452,4 +452,4 @@ WITH_BITMAP: list[dict[str, Any]] = [
 
 
 TestBackups = Backups.TestCase
-TestBackups.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestBackups.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
