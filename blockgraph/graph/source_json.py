@@ -11,10 +11,10 @@ from typing import Any
 
 from blockgraph.graph.source import MAX_DEPTH, Lines, Parsed, SyntaxProblem, huge_number, join
 
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _SPACE = re.compile(r"[ \t\n\r]*")
 #: a string, or (group 1) what JavaScript takes for a number and JSON does not
-_CONSTANT = re.compile(r'"(?:[^"\\]++|\\.)*+"|(NaN|-?Infinity)')
+_CONSTANT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|(NaN|-?Infinity)')
 _SCALAR = re.compile(r"[^\s,\]}]+")
 
 

@@ -13,17 +13,18 @@ import tomllib
 
 from blockgraph.graph.source import MAX_DEPTH, Lines, Parsed, SyntaxProblem, check_bounds, huge_number, join
 
+# No possessive quantifiers here: Python before 3.11.5, which Debian 12 has, gets those of groups wrong.
 _AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 _BLANK = re.compile(r"[ \t]*")
 #: between statements, and between the items of an array
-_FILLER = re.compile(r"(?:[ \t\n]++|#[^\n]*+)*+")
+_FILLER = re.compile(r"[ \t\n]*(?:#[^\n]*[ \t\n]*)*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _MEMBER = re.compile(r"[ \t]*([A-Za-z0-9_-][A-Za-z0-9_.-]*)[ \t]*=")
-_BASIC = re.compile(r'"(?:[^"\\]++|\\.)*+"')
+_BASIC = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _LITERAL = re.compile(r"'[^']*'")
 # The closing quotes of a multi-line string may follow one or two quotes of its text.
-_MULTI_BASIC = re.compile(r'"""(?:[^"\\]++|\\.|"(?!"")|"(?="""))*+"""', re.DOTALL)
-_MULTI_LITERAL = re.compile(r"'''(?:[^']++|'(?!'')|'(?='''))*+'''")
+_MULTI_BASIC = re.compile(r'"""[^"\\]*(?:(?:\\.|"(?!"")|"(?="""))[^"\\]*)*"""', re.DOTALL)
+_MULTI_LITERAL = re.compile(r"'''[^']*(?:(?:'(?!'')|'(?='''))[^']*)*'''")
 _SCALAR = re.compile(r"[^,\]}#\n]+")
 
 
