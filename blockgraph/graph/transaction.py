@@ -205,7 +205,9 @@ class Transaction:
         Raises:
             GraphError: there is none.
         """
-        return self._node(name)
+        node = self.candidate.node(name).node
+        assert node is not None
+        return node
 
     # Commit.
 
@@ -398,12 +400,7 @@ class Transaction:
         if isinstance(vertex, RootVertex):
             assert vertex.backend is not None
             return vertex.backend
-        return self._node(parent)
-
-    def _node(self, name: str) -> Node:
-        node = self.candidate.node(name).node
-        assert node is not None
-        return node
+        return self.node(parent)
 
     def _in_order(self, names: list[str]) -> list[Node]:
         """Children before parents, with every node above a touched one: it may take facts from its children."""
@@ -411,7 +408,7 @@ class Transaction:
         for name in set(names):
             wanted |= self.candidate.ancestors(name)
         order = [name for name in reversed(self.candidate.topological()) if name in wanted]
-        return [self._node(name) for name in order if isinstance(self.candidate.get(name), NodeVertex)]
+        return [self.node(name) for name in order if isinstance(self.candidate.get(name), NodeVertex)]
 
 
 class _Target(NamedTuple):
