@@ -71,8 +71,8 @@ def dirty(run: int) -> Bitmap:
 
 
 def scan(bitmap: Bitmap) -> int:
-    """Every dirty run of the bitmap, natively, as a native copying loop would read it; returns how many."""
-    batch = lib.BG_BITMAP_EXTENTS_MIN
+    """Every dirty run of the bitmap, 64 Ki runs (1 MiB) a call, which is when calls cost least; returns how many."""
+    batch = 16 * lib.BG_BITMAP_EXTENTS_MIN
     out, reached = ffi.new("bg_bitmap_extent[]", batch), ffi.new("int64_t *", 0)
     found = 0
     while reached[0] < DISK:
