@@ -143,6 +143,9 @@ class Flattener:
             if child not in given:
                 continue
             item = given[child]
+            if item == "" and not spec.required:
+                # TOML has no null; QEMU, too, takes the empty string for it.
+                item = given[child] = node.description[child] = None
             if isinstance(item, dict) and nested:
                 passed = _passed_on(given, cow=bool(spec.role & Role.COW))
                 below = self.add(item, join(path, written.get(child, child)), passed, inline=True)

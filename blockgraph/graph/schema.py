@@ -125,7 +125,7 @@ def _driver(driver: type[Driver], component: dict[str, Any]) -> dict[str, Any]:
         properties["node-name"] = {"type": "string", "pattern": f"^(?:{NODE_NAME.pattern})$"}
     required = [name for name in component.get("required", []) if name != "driver"]
     for child, spec in driver.children.items():
-        null = [] if spec.required else [{"type": "null"}]
+        null = [] if spec.required else [{"type": "null"}, {"const": "", "description": "As null, which TOML has not."}]
         properties[child] = {"anyOf": [_CHILD, *null]} if null else dict(_CHILD)
         if spec.required and child not in required:
             required.append(child)

@@ -532,8 +532,15 @@ def test_problem_to_error_is_of_its_kind_and_says_the_same(problem: Problem, kin
 def test_backing_null_differs_from_omitted() -> None:
     omitted = {"driver": "qcow2", "node-name": "q", "file": {"driver": "file", "filename": "x"}}
     null = {**omitted, "backing": None}
-    children = [load({"nodes": [node]}).nodes[-1].children for node in (omitted, null)]
-    assert children == [{"file": "#block0"}, {"file": "#block0", "backing": None}]
+    empty = {**omitted, "backing": ""}
+    children = [load({"nodes": [node]}).nodes[-1].children for node in (omitted, null, empty)]
+    assert children == [{"file": "#block0"}, *[{"file": "#block0", "backing": None}] * 2]
+
+
+def test_empty_string_is_no_child_where_one_is_required(tmp_path: Path) -> None:
+    (tmp_path / "g.toml").write_text('[[nodes]]\nnode-name = "q"\ndriver = "raw"\nfile = ""\n')
+    with pytest.raises(GraphError, match=r"q\.file refers to node ''"):
+        load(tmp_path / "g.toml")
 
 
 def test_inline_children_inherit_and_cow_children_are_read_only() -> None:

@@ -62,6 +62,13 @@ def test_problem_of_a_section_is_one_for_the_schema_too(name: str) -> None:
     assert not VALIDATOR.is_valid(SECTION_PROBLEMS[name][0])
 
 
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_backing_may_be_null_and_file_may_not(nothing: object) -> None:
+    node = {"driver": "qcow2", "node-name": "q", "file": "f", "backing": nothing}
+    assert VALIDATOR.is_valid({"nodes": [node]})
+    assert not VALIDATOR.is_valid({"nodes": [{**node, "file": nothing}]})
+
+
 @given(descriptions)
 def test_what_loads_without_errors_is_valid(data: dict[str, Any]) -> None:
     if not errors(check_description(data)):
