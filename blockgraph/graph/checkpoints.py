@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from blockgraph.errors import OptionError
-from blockgraph.graph.bitmaps import MAX_NAME, granularity_problem, name_problem
+from blockgraph.graph.bitmaps import MAX_NAME, Granularity, granularity_problem, name_problem
 from blockgraph.graph.problem import Problem
 from blockgraph.options import NodeRef
 from blockgraph.text import parse_size
@@ -62,7 +62,7 @@ class CheckpointOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unk
     backup: dict[str, NodeRef] = {}
     view: dict[str, NodeRef] = {}
     grouped: bool = False
-    granularity: int | str | None = None
+    granularity: Granularity | None = None
     epochs: bool = False
     sidecar: bool = False
     persistent: bool | None = None

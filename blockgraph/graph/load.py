@@ -383,8 +383,9 @@ class _Reader:
                     free = self._free(value.get("name"), member, disk, where)
                     if isinstance(target, str) and disk in known and free:
                         job = BackupOptions(device=disk, target=full[disk], sync="full")
+                        id = disk if member == "backup" else where
                         filters.append(
-                            JobDescription(options=job, id=disk, target=target, target_nodes=nodes, where=where)
+                            JobDescription(options=job, id=id, target=target, target_nodes=nodes, where=where)
                         )
             options, problems = convert(CheckpointOptions, value, path, "checkpoint")
             self.problems += problems
