@@ -15,9 +15,12 @@ from helpers.nbd import run_async, run_tool
 from helpers.qcow2 import qemu_img, qemu_io, raw_of
 from helpers.qcow2_bitmaps import bitmap_info
 
+from blockgraph.api import AsyncGraph, open_description
+from blockgraph.bitmaps import DirtyBitmap
 from blockgraph.checkpoints import Checkpoints
 from blockgraph.cli import main
 from blockgraph.errors import BlockGraphError
+from blockgraph.exports.nbd import AddExport
 from blockgraph.graph.load import check_description, load
 from blockgraph.graph.schema import graph_schema
 from blockgraph.jobs.job import JobEvent
@@ -166,7 +169,7 @@ async def test_failed_backup_takes_its_checkpoint_along(tmp_path: Path) -> None:
 
 
 @run_async
-async def test_start_that_fails_later_leaves_nothing(tmp_path: Path) -> None:
+async def test_start_that_fails_later_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second checkpoint can not be had: views and exports of the first have ended, and the graph can be opened."""
     (tmp_path / "a").write_bytes(bytes(SIZE))
     nodes = [image("a", tmp_path / "a", "raw")]
@@ -180,10 +183,28 @@ async def test_start_that_fails_later_leaves_nothing(tmp_path: Path) -> None:
             {"name": "two", "disks": ["a"], "since": "nobody"},
         ],
     }
+    bitmaps: list[DirtyBitmap] = []
+    exported: list[AddExport] = []
+
+    async def opened(*args: Any, **more: Any) -> AsyncGraph:
+        graph = await open_description(*args, **more)
+        bitmaps.append(graph.bitmap("a", "b0"))
+        return graph
+
+    class Noted(AddExport):
+        def commit(self) -> None:
+            super().commit()
+            exported.append(self)
+            assert bitmaps[-1].holders == ["export 'guest'"]
+
+    monkeypatch.setattr("blockgraph.session.open_description", opened)
+    monkeypatch.setattr("blockgraph.session.AddExport", Noted)
     for _ in range(2):
         with pytest.raises(BlockGraphError, match="there is no checkpoint 'nobody'"):
             await Session.start(load(description))
         assert not (tmp_path / "s").exists()
+        assert bitmaps[-1].holders == []
+    assert len(exported) == 2
 
 
 def test_run_tells_of_checkpoints_and_can_be_run_again(
