@@ -25,12 +25,12 @@ import errno
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from blockgraph import trace
 from blockgraph.backend import Backend
 from blockgraph.bitmaps import BitmapInfo
-from blockgraph.bitmaps.actions import BitmapName, EnsureBitmap
+from blockgraph.bitmaps.actions import BitmapName, EnsureBitmap, NewBitmap
 from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.errors import IOFailure
 from blockgraph.extent import BlockStatus
@@ -261,29 +261,9 @@ class SyncGraph:
         """SHA-256 of the bits."""
         return self.call(self.graph.bitmap_digest(node, name))
 
-    def add_bitmap(
-        self,
-        node: str,
-        name: str,
-        *,
-        granularity: int | None = None,
-        enabled: bool = True,
-        persistent: bool = False,
-        sidecar: str | bool = False,
-        epochs: bool = False,
-    ) -> None:
+    def add_bitmap(self, node: str, name: str, **how: Unpack[NewBitmap]) -> None:
         """A new, empty bitmap."""
-        self.call(
-            self.graph.add_bitmap(
-                node,
-                name,
-                granularity=granularity,
-                enabled=enabled,
-                persistent=persistent,
-                sidecar=sidecar,
-                epochs=epochs,
-            )
-        )
+        self.call(self.graph.add_bitmap(node, name, **how))
 
     def attach_sidecar(self, node: str, path: str | None = None, *, crash_safe: bool | None = None) -> None:
         """Keep the persistent bitmaps of a node in a file beside its image, and take over those that are there."""

@@ -317,6 +317,7 @@ class Node:
             unmap = Flag.MAY_UNMAP if detect == "unmap" and self.options.discard == "unmap" else Flag.NONE
             await self._pwrite_zeroes(offset, length, flags | unmap)
             return
+        await self._reach(offset + length)
         align = self.driver.request_alignment
         unaligned = align > 1 and (offset | length) % align != 0
         start, end = self._tracked_range(offset, length, flags, align if unaligned else 1)
@@ -388,6 +389,7 @@ class Node:
         await self._pwrite_zeroes(offset, length, flags)
 
     async def _pwrite_zeroes(self, offset: int, length: int, flags: Flag) -> None:
+        await self._reach(offset + length)
         align = self.driver.request_alignment
         start = _round_up(offset, align)
         end = (offset + length) - (offset + length) % align
@@ -433,6 +435,7 @@ class Node:
         end = (offset + length) - (offset + length) % align
         if self.options.discard != "unmap" or start >= end:
             return
+        await self._reach(min(end, self.size()))
         request = await self.begin(start, end - start)
         try:
             if self.guard is not None:
@@ -461,18 +464,43 @@ class Node:
         self._flushed_gen = max(self._flushed_gen, generation)
 
     async def truncate(self, size: int) -> None:
-        """Change the size; a grown area reads as zeroes."""
+        """Change the size; a grown area reads as zeroes, and counts as changed: a disk that has been shorter meanwhile
+        had something else there."""
         if trace.enabled:
             trace.emit("truncate", self.name, size)
-        old = self.size()
-        low, high = sorted((old, size))
+        low, high = sorted((self.size(), size))
         request = await self.begin(low, high - low, serialising=True)
+        await self._resize(request, size)
+
+    async def _reach(self, end: int) -> None:
+        """Before a request that ends at `end`: bitmaps reach as far, and a node that grows by it has grown.
+
+        Without bitmaps drivers grow by themselves, while they write.
+        """
+        if self._reaches(end):
+            return
+        request = await self.begin(min(self.size(), end), end, serialising=True)
+        if self._reaches(end):  # by one that was faster
+            self.end(request)
+        else:
+            await self._resize(request, max(end, self.size()))
+
+    def _reaches(self, end: int) -> bool:
+        bitmaps = self.bitmaps.values()
+        return (self.guard is None or end <= self.size()) and all(end <= b.size or b.inconsistent for b in bitmaps)
+
+    async def _resize(self, request: Request, size: int) -> None:
+        """`truncate`, in the serialising request."""
+        old = self.size()
         try:
             if self.guard is not None:
                 await self.guard.before_resize(size)
+                if size > old:
+                    await self.guard.before(old, size - old)
             for extents in list(self.maps if self.bitmaps else ()):
                 await extents.forget_bitmaps()
-            await self.driver.truncate(size)
+            if size != old:
+                await self.driver.truncate(size)
             for bitmap in self.bitmaps.values():
                 bitmap.truncate(size)
         finally:

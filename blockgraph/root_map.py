@@ -183,8 +183,9 @@ class RootMap:
             asked = extent.copier is not None and writable and self._link(extent.copier, shift)
             copy = copy or (asked and not extent.writable)
             writable = writable and not node.read_only and node.options.detect_zeroes == "off"
-            enabled = {bitmap.recorder for bitmap in node.bitmaps.values() if bitmap.recording}
-            if shift and enabled:
+            recording = [bitmap for bitmap in node.bitmaps.values() if bitmap.recording]
+            enabled = {bitmap.recorder for bitmap in recording}
+            if (shift and enabled) or any(bitmap.size < size for bitmap in recording):
                 writable = False
             if placing is None:
                 bitmaps |= enabled

@@ -3,21 +3,23 @@
 """Session: a graph description that runs, with its exports and jobs. `blockgraph run` is this with a terminal.
 
 Start: open the nodes with their bitmaps, take the address (a job must not have overwritten its target before it turns
-out to be in use), give every export its backend and its views of bitmaps, start the jobs, those of a group in one
-transaction (their points in time are taken before any client can write), then serve the clients, of which the first
-may be waiting. End: stop listening and let requests end, cancel jobs that still run, write back and close.
+out to be in use), give every export its backend and its views of bitmaps, take the checkpoints, start the jobs, those
+of a group in one transaction (all these points in time are taken before any client can write), then serve the clients,
+of which the first may be waiting. End: stop listening and let requests end, cancel jobs that still run, write back and
+close.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from blockgraph.api import AsyncGraph, open_description
 from blockgraph.backend import Backend
+from blockgraph.checkpoints.described import Taken
 from blockgraph.errors import BlockGraphError, GraphError, OptionError
 from blockgraph.exports.nbd import AddExport, NbdExport, NbdServer, RemoveExport, start_server
 from blockgraph.exports.options import DEFAULT_EXTENT_MAP, MIN_EXTENT_MAP, NbdExportOptions
@@ -68,6 +70,7 @@ class Session:
         jobs: the jobs that were started, in the order of the description, those of a group after its first; ended
             ones too.
         manager: starts further jobs.
+        checkpoints: those that were taken, in the order of the description; their backups are among `jobs`.
         exports: what is served, by id.
         server: the NBD server; None when nothing is exported.
     """
@@ -76,6 +79,7 @@ class Session:
         self.graph = graph
         self.manager = JobManager(graph)
         self.jobs: list[Job] = []
+        self.checkpoints: list[Taken] = []
         self.exports: dict[str, RunningExport] = {}
         self.server: NbdServer | None = None
 
@@ -108,22 +112,27 @@ class Session:
     async def _start(self, description: Description) -> None:
         if description.exports and description.nbd_server is None:
             raise OptionError("exports of type 'nbd' need a section 'nbd-server'", path="exports")
-        added = []
         if description.nbd_server is not None:
             self.server = await start_server(description.nbd_server, accepting=False)
             async with self.graph.transaction() as change:
                 added = [AddExport(change, self.server, export.options) for export in description.exports]
+            self._serve(added)
+        for checkpoint in description.checkpoints:
+            taken = await Taken.take(self.graph, self.manager, self.server, checkpoint.options)
+            self.checkpoints.append(taken)
+            self.jobs += taken.jobs.values()
+            self._serve(taken.exports)
         for together in _transactions([job.options for job in description.jobs]):
             self.jobs += await self.manager.backups(together)
         if self.server is not None:
-            for export in added:
-                self._serves(export)
             self.server.accept()
 
-    def _serves(self, added: AddExport) -> None:
-        assert self.server is not None
-        uri = self.server.uri(added.options.export_name)
-        self.exports[added.options.id] = RunningExport(uri, added)
+    def _serve(self, added: Iterable[AddExport]) -> None:
+        """The session has these, and ends them, whatever becomes of the rest of the start."""
+        for export in added:
+            assert self.server is not None
+            uri = self.server.uri(export.options.export_name)
+            self.exports[export.options.id] = RunningExport(uri, export)
 
     async def add_export(self, options: NbdExportOptions) -> RunningExport:
         """Serve one more node; for one transaction with other changes see blockgraph.exports.nbd.AddExport.
@@ -138,7 +147,7 @@ class Session:
             raise GraphError(f"there already is an export '{options.id}'")
         async with self.graph.transaction() as change:
             added = AddExport(change, self.server, options)
-        self._serves(added)
+        self._serve([added])
         return self.exports[options.id]
 
     async def remove_export(self, id: str, *, hard: bool = False) -> None:
@@ -162,7 +171,7 @@ class Session:
     async def close(self) -> None:
         """End everything in order; the first failure is raised when all is closed."""
         failure: BlockGraphError | None = None
-        steps = [self.manager.close, self._end_views, self.graph.close]
+        steps = [self.manager.close, self._settle_checkpoints, self._end_views, self.graph.close]
         if self.server is not None:
             steps.insert(0, self.server.close)
         for step in steps:
@@ -172,6 +181,10 @@ class Session:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+    async def _settle_checkpoints(self) -> None:
+        for taken in self.checkpoints:
+            await taken.settle()
 
     async def _end_views(self) -> None:
         for export in self.exports.values():

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.bitmaps.bitmap import DirtyBitmap, Mode, View, check_granularity, check_name
@@ -97,17 +97,28 @@ class BitmapAction(Action):
             await node.bitmap_store.store()
 
 
-class AddBitmap(BitmapAction):
-    """A new, empty bitmap.
+class NewBitmap(TypedDict, total=False):
+    """Members of AddBitmap, for those who pass them on.
 
-    Args:
-        granularity: bytes per bit; None: the node's cluster size within 4 to 64 KiB, 64 KiB where it has none.
-        enabled: it records writes.
-        persistent: the node's store keeps it.
-        sidecar: with `persistent`, of a node that has no store yet: path of a sidecar file for it, or True for the
-            default path; see AttachSidecar.
-        epochs: it can tell what has changed since any checkpoint; see AdvanceEpoch.
+    Attributes:
+        granularity: bytes per bit, a power of two; None (default): the node's cluster size within 4 to 64 KiB, 64 KiB
+            where it has none.
+        enabled: it records writes (default).
+        persistent: the node's image keeps it, or the sidecar file that it has.
+        sidecar: with `persistent`, for a node without a place for bitmaps: the file that keeps them, or True for the
+            image's name with ".bitmaps". It is made when it is missing, and found by itself from then on.
+        epochs: it can tell what has changed since any of its checkpoints; see AdvanceEpoch.
     """
+
+    granularity: int | None
+    enabled: bool
+    persistent: bool
+    sidecar: str | bool
+    epochs: bool
+
+
+class AddBitmap(BitmapAction):
+    """A new, empty bitmap; members as of NewBitmap."""
 
     def __init__(
         self,

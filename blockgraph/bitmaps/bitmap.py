@@ -100,7 +100,7 @@ class DirtyBitmap:
 
     def record(self, offset: int, length: int) -> None:
         """A request changed, or may have changed, the range."""
-        if self.recording and length:
+        if self.recording and length > 0:
             end = min(offset + length, self.size)
             if offset < end:
                 self.recorder.set(offset, end - offset)
@@ -230,8 +230,11 @@ class DirtyBitmap:
         self.version += 1
 
     def truncate(self, size: int) -> None:
-        """Follow the disk to a new size; grown area is clean."""
+        """Follow the disk to a new size. While it records, what is grown is marked: it reads as zeroes now, whatever
+        was there before the disk was cut off.
+        """
         self.version += 1
+        before = self.size
         for bits in (*self._segments, self.recorder):
             bits.truncate(size)
         for ended in self._ended:
@@ -239,6 +242,7 @@ class DirtyBitmap:
                 ended.left.truncate(size)
         if self.epochs is not None:
             self.epochs.truncate(size)
+        self.record(before, size - before)
 
     def _union(self, first: int, *, recorder: bool = True) -> Bitmap:
         bits = Bitmap(self.size, self.granularity)

@@ -110,7 +110,7 @@ class Epochs:
         return bits
 
     def truncate(self, size: int) -> None:
-        """Follow the disk; grown area was never changed."""
+        """Follow the disk; a grown area has no stamps, and is marked in the bitmap."""
         self.size = size
         for number, chunk in list(self._chunks.items()):
             count = self._granules(number)

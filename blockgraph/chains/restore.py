@@ -63,6 +63,7 @@ async def restore(
     image_format: str = "raw",
     force: bool = False,
     ignore: bool = False,
+    direct: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Restored:
     """Write the disk as it was at `point` to `target`.
@@ -72,6 +73,7 @@ async def restore(
         image_format: "raw" or "qcow2".
         force: overwrite a file that exists, or a block device.
         ignore: go on where a backup is damaged, and tell the ranges.
+        direct: write past the page cache (O_DIRECT), which then keeps what others need.
         progress: called with the bytes of the disk done, and all of them.
     Raises:
         GraphError: the chain is not complete; the target exists, or is too small; a backup is damaged (it names the
@@ -86,7 +88,8 @@ async def restore(
         await create_file(target, _file_size(point, image_format), image_format, replace=force)
     run = _Restore(point, ignore=ignore, progress=progress)
     try:
-        await run.run(parts, _target(target, image_format, point.manifest.disk.size, device=device))
+        file = {"driver": "host_device" if device else "file", "filename": target, "cache": {"direct": direct}}
+        await run.run(parts, _target(file, image_format, point.manifest.disk.size))
         result = run.result
         if result.damaged and not ignore:
             raise _damaged(result)
@@ -130,8 +133,7 @@ def _check_target(target: str, way: list[Backup], size: int, image_format: str, 
     return False
 
 
-def _target(target: str, image_format: str, size: int, *, device: bool) -> dict[str, Any]:
-    file = {"driver": "host_device" if device else "file", "filename": target}
+def _target(file: dict[str, Any], image_format: str, size: int) -> dict[str, Any]:
     if image_format == "qcow2" and not size % 512:
         return {"driver": "qcow2", "file": file}
     # A device may be longer, and a qcow2 image has whole sectors.

@@ -207,6 +207,21 @@ class Checkpoints:
                     for action in line.delete(name):
                         change.act(action)
 
+    async def keep_changes(self, name: str, bitmap: str, disks: Iterable[str]) -> None:
+        """Put what has changed since a checkpoint into a new bitmap of each disk, that records nothing and is kept as
+        the checkpoints' are.
+
+        Raises:
+            GraphError: there is no such checkpoint, or the bitmap is there; as of `since`. No disk has one then.
+        """
+        async with self._graph.transaction() as change:
+            self.find(name)
+            for disk in disks:
+                line = self.line(disk)
+                line.check_known(name)
+                for action in line.changes(name, bitmap, self._keeping):
+                    change.act(action)
+
     # What a checkpoint shows.
 
     def view(self, name: str) -> PointInTime:
@@ -283,6 +298,7 @@ class Checkpoints:
         jobs: JobManager,
         targets: Mapping[str, NodeRef],
         *,
+        also: Iterable[str] = (),
         since: str | None = None,
         grouped: bool = False,
         **options: Any,
@@ -292,6 +308,7 @@ class Checkpoints:
 
         Args:
             targets: disk to target.
+            also: further disks of the checkpoint, of which no backup is made.
             since: None: the newest.
             grouped: all backups succeed, or none.
             options: further members of BackupOptions, for all.
@@ -304,7 +321,7 @@ class Checkpoints:
             options["completion_mode"] = "grouped"
         started: dict[str, BackupJob] = {}
         async with self._graph.transaction() as change:
-            checkpoint = self._begin(change, name, targets, since, changes=targets)
+            checkpoint = self._begin(change, name, dict.fromkeys([*targets, *also]), since, changes=targets)
             for disk, target in targets.items():
                 bitmap = _changes(checkpoint, disk)
                 what: dict[str, Any] = {"sync": "full"}

@@ -65,6 +65,9 @@ class Keeping(NamedTuple):
     sidecar: str | bool
 
 
+_NOT = Keeping(None, epochs=False, persistent=False, sidecar=False)
+
+
 class Line:
     """See the module's text. A look at the node's bitmaps as they are now.
 
@@ -133,14 +136,7 @@ class Line:
         Raises:
             GraphError: nobody can say.
         """
-        if (problem := self.problem(name)) is not None:
-            raise GraphError(
-                f"what changed since checkpoint '{name}' is not known: {problem}",
-                node=self.node.name,
-                hint="make a full backup",
-            )
-        at = self.index(name)
-        assert at is not None
+        at = self.check_known(name)
         epoch = self.marks[at].epoch
         if epoch is not None:
             return self._recorders[-1].since(epoch)
@@ -149,6 +145,22 @@ class Line:
         for bitmap in bitmaps:
             bits.merge(bitmap.contents())
         return bits
+
+    def check_known(self, name: str) -> int:
+        """Place among `marks` of a checkpoint since which what has changed is known.
+
+        Raises:
+            GraphError: nobody can say what has.
+        """
+        if (problem := self.problem(name)) is not None:
+            raise GraphError(
+                f"what changed since checkpoint '{name}' is not known: {problem}",
+                node=self.node.name,
+                hint="make a full backup",
+            )
+        at = self.index(name)
+        assert at is not None
+        return at
 
     # What happens in a transaction: actions, in order.
 
@@ -222,8 +234,12 @@ class Line:
             epochs=epochs,
         )
 
-    def changes(self, since: str, into: str) -> list[Action]:
-        """A new bitmap `into`, disabled and not kept, with what has changed since a checkpoint that has no problem."""
+    def changes(self, since: str, into: str, keeping: Keeping | None = None) -> list[Action]:
+        """A new bitmap `into`, disabled, with what has changed since a checkpoint that has no problem.
+
+        Args:
+            keeping: None: it is not kept.
+        """
         at = self.index(since)
         assert at is not None
         target = BitmapName(self.node.name, into)
@@ -231,11 +247,11 @@ class Line:
             recorder = self._recorders[-1]
             epoch = self.marks[at].epoch
             assert epoch is not None
-            add = AddBitmap(target, granularity=recorder.granularity, enabled=False)
+            add = self._add(target, keeping or _NOT, granularity=recorder.granularity, enabled=False)
             return [add, MergeEpochs(target, recorder.name, epoch)]
         bitmaps = [mark.bitmap for mark in self.marks[at:]]
         granularity = min(bitmap.granularity for bitmap in bitmaps)
-        add = AddBitmap(target, granularity=granularity, enabled=False)
+        add = self._add(target, keeping or _NOT, granularity=granularity, enabled=False)
         return [add, MergeBitmaps(target, [self._at(bitmap) for bitmap in bitmaps])]
 
     def delete(self, name: str) -> list[Action]:

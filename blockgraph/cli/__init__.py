@@ -25,6 +25,7 @@ COMMANDS = {
     "map": "show where the bytes of an image lie",
     "create": "make a new image",
     "bitmap": "change and list the dirty bitmaps of an image",
+    "checkpoint": "make, list, delete and export checkpoints of images",
     "verify": "read the backups of a chain and compare them with their checksums",
     "restore": "write a disk as it was at a point in time",
     "bench": "measure blockgraph on this machine, beside the tools that are installed",
@@ -77,6 +78,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     """The parser, complete for `command` only."""
     parser = argparse.ArgumentParser(
         prog="blockgraph",
+        formatter_class=_Formatter,
         description="Virtual disks as graphs of nodes, and point-in-time backups of live ones.",
         epilog="'blockgraph COMMAND --help' tells more about a command.",
     )
@@ -88,6 +90,15 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         else:
             subparsers.add_parser(name, help=text)
     return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Leaves room for the longest command: argparse forgets the indent of commands when it measures them."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if action.nargs == argparse.PARSER:
+            self._action_max_length += self._indent_increment
 
 
 class _Version(argparse.Action):

@@ -33,12 +33,11 @@ from blockgraph.bitmaps.actions import (
 )
 from blockgraph.bitmaps.attach import AttachSidecar
 from blockgraph.bitmaps.query import BitmapInfo
-from blockgraph.cli.images import NODE, probe, protocol
+from blockgraph.cli.images import NODE, open_unused
 from blockgraph.cli.text import size_argument
 from blockgraph.graph.action import Action
 from blockgraph.graph.graph import Graph
 from blockgraph.graph.problem import printable
-from blockgraph.perm import Perm
 
 #: Name of the node that holds the file of -b.
 SOURCE = "source"
@@ -146,22 +145,14 @@ async def _opened(args: Namespace, *, writable: bool) -> AsyncIterator[Graph]:
     """The image, and that of -b; nobody else may write them meanwhile. What was changed is durable at the end."""
     graph = Graph()
     try:
-        await _open(graph, NODE, args.image, args.format, writable=writable)
+        await open_unused(graph, NODE, args.image, args.format, writable=writable)
         if args.sidecar is not None:
             await graph.act(AttachSidecar(NODE, args.sidecar, shared=True))
         if args.source_file:
-            await _open(graph, SOURCE, args.source_file, args.source_format, writable=False)
+            await open_unused(graph, SOURCE, args.source_file, args.source_format, writable=False)
         yield graph
     finally:
         await graph.close()
-
-
-async def _open(graph: Graph, node: str, filename: str, image_format: str | None, *, writable: bool) -> None:
-    file = {**protocol(filename, force_share=False), "read-only": not writable}
-    driver = image_format or probe(filename)
-    description: dict[str, Any] = {"driver": driver, "node-name": node, "read-only": not writable, "file": file}
-    await graph.add_node(description | ({"backing": None} if driver == "qcow2" else {}))
-    await graph.backend(node, writable=writable, share=Perm.CONSISTENT_READ, name=node)
 
 
 def _actions(args: Namespace, steps: list[Step]) -> list[Action]:

@@ -70,6 +70,22 @@ def protocol(filename: str, *, force_share: bool) -> dict[str, Any]:
     return {"driver": driver, "filename": filename, "read-only": True, "force-share": force_share}
 
 
+async def open_unused(graph: Graph, node: str, filename: str, image_format: str | None, *, writable: bool) -> None:
+    """Open an image for what is stored in it beside the disk, without its backing file; nobody else may write it.
+
+    Args:
+        image_format: None: told by its magic. That is safe where no other file is opened, and no byte of the disk
+            written.
+    Raises:
+        BlockGraphError: it can not be opened.
+    """
+    file = {**protocol(filename, force_share=False), "read-only": not writable}
+    driver = image_format or probe(filename)
+    description: dict[str, Any] = {"driver": driver, "node-name": node, "read-only": not writable, "file": file}
+    await graph.add_node(description | ({"backing": None} if driver == "qcow2" else {}))
+    await graph.backend(node, writable=writable, share=Perm.CONSISTENT_READ, name=node)
+
+
 @dataclass(frozen=True)
 class LookPolicy(OpenPolicy):
     """Follows backing files to look at them: also where the image does not name their format.

@@ -30,6 +30,7 @@ def register(subparsers: _SubParsersAction[Any]) -> None:
     parser.add_argument("-O", "--format", choices=("raw", "qcow2"), default="raw", help="of TARGET (default: raw)")
     parser.add_argument("--force", action="store_true", help="overwrite a file that exists, or a block device")
     parser.add_argument("--ignore", action="store_true", help="go on where a backup is damaged, and tell the ranges")
+    parser.add_argument("--direct", action="store_true", help="write past the page cache (O_DIRECT)")
     parser.add_argument("target", metavar="TARGET", help="new image, or block device")
     parser.set_defaults(run=run)
 
@@ -46,6 +47,7 @@ def run(args: Namespace) -> int:
             image_format=args.format,
             force=args.force,
             ignore=args.ignore,
+            direct=args.direct,
             progress=told,
         )
         result = asyncio.run(work)

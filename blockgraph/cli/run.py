@@ -147,6 +147,9 @@ class Runner:
     async def _serve(self, session: Session) -> None:
         for export in session.exports.values():
             self._say(f"export '{export.options.id}': {export.uri}")
+        for taken in session.checkpoints:
+            since = "" if taken.checkpoint.since is None else f", the first since '{taken.checkpoint.since}'"
+            self._say(f"checkpoint '{taken.checkpoint.name}': taken{since}")
         self._say("ready")
         following = [asyncio.create_task(self._follow(job)) for job in session.jobs]
         view = asyncio.create_task(ProgressView(self._console, session.jobs).run())

@@ -38,6 +38,8 @@ _NAME = {"minLength": 1, "maxLength": MAX_NAME, "pattern": "^[^\\u0000]*$"}
 _Name = Annotated[str, msgspec.Meta(extra_json_schema=_NAME)]
 _File = Annotated[str, msgspec.Meta(extra_json_schema={"minLength": 1})]
 _Text = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": SIZE_PATTERN})]
+#: As a file says it.
+Granularity = _Bytes | _Text
 
 
 class BitmapOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=True, frozen=True):
@@ -61,7 +63,7 @@ class BitmapOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown
 
     node: str
     name: _Name
-    granularity: _Bytes | _Text | None = None
+    granularity: Granularity | None = None
     persistent: bool = False
     disabled: bool = False
     sidecar: bool | _File = False

@@ -8,6 +8,7 @@ Sections of a graph file:
     exports       list of exports; `type` says of what kind
     jobs          list of jobs; `type` says of what kind
     bitmaps       list of dirty bitmaps that nodes have from the start
+    checkpoints   list of checkpoints that are taken when the graph starts
     nbd-server    where the NBD exports are served
 
 `throttle-groups`, `secrets` and `monitor` are known and refused: nothing asked for is silently left out.
@@ -29,6 +30,7 @@ from typing import Any
 from blockgraph.driver import Driver
 from blockgraph.exports.options import NbdExportOptions, NbdServerOptions
 from blockgraph.graph.bitmaps import BitmapOptions
+from blockgraph.graph.checkpoints import CheckpointOptions
 from blockgraph.graph.model import ROOT_ROLE, Model
 from blockgraph.graph.source import Source
 from blockgraph.jobs.options import BackupOptions
@@ -39,7 +41,7 @@ from blockgraph.perm import ALL, Perm
 EXPORTS = {"nbd": NbdExportOptions}
 JOBS = {"backup": BackupOptions}
 
-SECTIONS = ("nodes", "bitmaps", "exports", "jobs", "nbd-server")
+SECTIONS = ("nodes", "bitmaps", "checkpoints", "exports", "jobs", "nbd-server")
 #: Sections that this version knows and does not have.
 NOT_YET = ("throttle-groups", "secrets", "monitor")
 
@@ -121,22 +123,43 @@ class JobDescription:
 
 
 @dataclass(slots=True, kw_only=True)
+class CheckpointDescription:
+    """One checkpoint.
+
+    Attributes:
+        options: as described; nodes described in place have full file names.
+        filters: the backup-top filters that it will put over disks, described as the jobs that would do so.
+        where: path ("checkpoints[0]").
+    """
+
+    options: CheckpointOptions
+    filters: list[JobDescription]
+    where: str
+
+
+@dataclass(slots=True, kw_only=True)
 class Description:
     """See the module's text.
 
     Attributes:
         source: the data, and the place of every member.
         nodes: every node of the section `nodes`; children before the nodes that use them, where there is no cycle.
-        bitmaps, exports, jobs: in the order of the file.
+        bitmaps, checkpoints, exports, jobs: in the order of the file.
         nbd_server: where NBD exports are served; None when the section is not there.
     """
 
     source: Source
     nodes: list[NodeDescription] = field(default_factory=list)
     bitmaps: list[BitmapDescription] = field(default_factory=list)
+    checkpoints: list[CheckpointDescription] = field(default_factory=list)
     exports: list[ExportDescription] = field(default_factory=list)
     jobs: list[JobDescription] = field(default_factory=list)
     nbd_server: NbdServerOptions | None = None
+
+    @property
+    def filters(self) -> list[JobDescription]:
+        """The jobs, and what checkpoints do as jobs do."""
+        return [*self.jobs, *(each for checkpoint in self.checkpoints for each in checkpoint.filters)]
 
     def model(self) -> Model:
         """The graph described: nodes, and a root for each edge that an export or a job will hold."""
@@ -152,9 +175,11 @@ class Description:
                 where=export.where,
             )
             model.set_edge(key, "root", export.options.node_name, ROOT_ROLE, where=f"{export.where}.node-name")
-        for job in self.jobs:
+        for job in self.filters:
             add_nodes(model, job.target_nodes)
             _add_job(model, job)
+        for checkpoint in self.checkpoints:
+            _add_checkpoint(model, checkpoint)
         return model
 
 
@@ -184,3 +209,12 @@ def _add_job(model: Model, job: JobDescription) -> None:
             where=job.where,
         )
         model.set_edge(key, "root", job.target, ROOT_ROLE, where=f"{job.where}.target")
+
+
+def _add_checkpoint(model: Model, checkpoint: CheckpointDescription) -> None:
+    """A root over each disk, so that it is known and in use."""
+    owner = f"checkpoint '{checkpoint.options.name}'"
+    for index, disk in enumerate(dict.fromkeys(checkpoint.options.disks)):
+        where = f"{checkpoint.where}.disks[{index}]"
+        key = model.add_root(f"{checkpoint.where}:{disk}", Perm(0), ALL, stays=True, owner=owner, where=where)
+        model.set_edge(key, "root", disk, ROOT_ROLE, where=where)

@@ -22,7 +22,7 @@ from blockgraph.bitmaps.store import LiveStore
 from blockgraph.driver import Protocol
 from blockgraph.errors import BlockGraphError, GraphError, IOFailure
 from blockgraph.graph import bitmaps, jobs, sizes
-from blockgraph.graph.description import Description, add_nodes
+from blockgraph.graph.description import Description, NodeDescription, add_nodes
 from blockgraph.graph.load import flatten_node
 from blockgraph.graph.model import Model, NodeVertex
 from blockgraph.graph.policy import OpenPolicy
@@ -50,7 +50,7 @@ class _DryRun:
         self.problems: list[Problem] = []
         self._description = description
         created = (job for job in description.jobs if job.options.mode == "create")
-        self._created = {node.name for job in created for node in job.target_nodes}
+        self._created = {node.name for job in created for node in _made(job.target_nodes)}
         self._policy = policy
         self._nodes: dict[str, Node] = {}
         self._opened: list[Node] = []
@@ -154,6 +154,15 @@ class _DryRun:
             if isinstance(node.bitmap_store, LiveStore):
                 await node.bitmap_store.close()
             await node.driver.close()
+
+
+def _made(target: list[NodeDescription]) -> Iterator[NodeDescription]:
+    """The nodes of a target to be created: it and its file. What is below it as its backing file is there."""
+    by_name = {node.name: node for node in target}
+    node = target[0] if target else None
+    while node is not None:
+        yield node
+        node = by_name.get(node.children.get("file") or "")
 
 
 def _read_only(options: NodeOptions) -> NodeOptions:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from blockgraph.backend import Backend
 from blockgraph.bitmaps import DirtyBitmap
@@ -28,6 +28,7 @@ from blockgraph.bitmaps.actions import (
     ClearBitmap,
     EnableBitmap,
     MergeBitmaps,
+    NewBitmap,
     RemoveBitmap,
     find_on,
 )
@@ -307,40 +308,15 @@ class Graph:
         """
         return await digest(self.find_bitmap(node, name))
 
-    async def add_bitmap(
-        self,
-        node: str,
-        name: str,
-        *,
-        granularity: int | None = None,
-        enabled: bool = True,
-        persistent: bool = False,
-        sidecar: str | bool = False,
-        epochs: bool = False,
-    ) -> DirtyBitmap:
+    async def add_bitmap(self, node: str, name: str, **how: Unpack[NewBitmap]) -> DirtyBitmap:
         """A new, empty dirty bitmap on a node. It has every write that is not over when this returns.
 
         Args:
-            granularity: bytes per bit, a power of two; None: the node's cluster size within 4 to 64 KiB, or 64 KiB.
-            enabled: it records writes.
-            persistent: the node's image keeps it, or the sidecar file that it has.
-            sidecar: with `persistent`, for a node without a place for bitmaps: the file that keeps them, or True for
-                the image's name with ".bitmaps". It is made when it is missing, and found by itself from then on.
-            epochs: it can tell what has changed since any of its checkpoints (`advance_epoch`).
+            how: see NewBitmap.
         Raises:
             GraphError: the name is taken or too long, the granularity is none, or there is no place for it.
         """
-        bitmap = BitmapName(node, name)
-        await self.act(
-            AddBitmap(
-                bitmap,
-                granularity=granularity,
-                enabled=enabled,
-                persistent=persistent,
-                sidecar=sidecar,
-                epochs=epochs,
-            )
-        )
+        await self.act(AddBitmap(BitmapName(node, name), **how))
         return self.bitmap(node, name)
 
     async def attach_sidecar(self, node: str, path: str | None = None, *, crash_safe: bool | None = None) -> None:

@@ -30,7 +30,7 @@ def with_filters(model: Model, description: Description) -> tuple[Model, list[Pr
     """
     problems = _groups(description)
     candidate = model
-    for job in description.jobs:
+    for job in description.filters:
         problems += _check(model, job)
         problems += _bitmap(model, job)
         if _inserts(model, job):

@@ -20,8 +20,9 @@ from typing import Any
 from blockgraph.driver import Driver
 from blockgraph.errors import OptionError
 from blockgraph.exports.options import NbdServerOptions
-from blockgraph.graph import bitmaps, jobs, sizes
+from blockgraph.graph import bitmaps, checkpoints, jobs, sizes
 from blockgraph.graph.bitmaps import BitmapOptions
+from blockgraph.graph.checkpoints import CheckpointOptions, export_id
 from blockgraph.graph.convert import closest, convert, quote
 from blockgraph.graph.description import (
     EXPORTS,
@@ -29,6 +30,7 @@ from blockgraph.graph.description import (
     NOT_YET,
     SECTIONS,
     BitmapDescription,
+    CheckpointDescription,
     Description,
     ExportDescription,
     JobDescription,
@@ -39,6 +41,7 @@ from blockgraph.graph.model import Model
 from blockgraph.graph.problem import Problem, errors
 from blockgraph.graph.source import Source, SyntaxProblem, check_bounds, join, read_source
 from blockgraph.graph.validate import unused, validate
+from blockgraph.jobs.options import BackupOptions
 from blockgraph.options import NodeOptions
 
 #: A graph file, or what would be in one.
@@ -111,6 +114,7 @@ def _examine(source: Source, problems: list[Problem]) -> tuple[Description, list
         problems += [p for p in validate(candidate) if (p.kind, p.message) not in known]
     problems += sizes.check(candidate)
     problems += bitmaps.check(model, reader.description)
+    problems += checkpoints.check(model, reader.description)
     if not errors(reader.problems) and not list(model.dangling()):  # else nodes may seem unused that are not
         problems += unused(model)
     _children_first(reader.description, model)
@@ -189,6 +193,10 @@ class _Reader:
         self._directory = None if directory is None or str(directory) == "." else os.fspath(directory)
         self._unnamed = 0
         self._names: dict[str, str] = {}
+        #: ids of jobs, and ids and names of exports, with the paths of those that have them
+        self._jobs_by_id: dict[str, str] = {}
+        self._exports_by_id: dict[str, str] = {}
+        self._exports_by_name: dict[str, str] = {}
 
     def read(self) -> None:
         """Read everything."""
@@ -202,6 +210,7 @@ class _Reader:
         self._exports()
         self._server()
         self._jobs()
+        self._checkpoints()
 
     def _sections(self) -> None:
         if "driver" in self._data:  # a `-blockdev` object as it is; its other members are no mistakes of their own
@@ -278,20 +287,18 @@ class _Reader:
                 self.description.bitmaps.append(BitmapDescription(options=options, where=path))
 
     def _exports(self) -> None:
-        ids: dict[str, str] = {}
-        names: dict[str, str] = {}
         for path, value in self._list("exports"):
             options = self._typed(value, path, EXPORTS, "export", ("node-name",))
-            if options is None or not self._unique(ids, options.id, path, "id", "export id"):
+            if options is None or not self._unique(self._exports_by_id, options.id, path, "id", "export id"):
                 continue
-            self._unique(names, options.export_name, path, "name", "NBD export name")
+            self._unique(self._exports_by_name, options.export_name, path, "name", "NBD export name")
             self.description.exports.append(ExportDescription(options=options, where=path))
 
     def _unique(self, known: dict[str, str], name: str, path: str, member: str, what: str) -> bool:
         if name in known:
             self._problem(
                 f"{what} {quote(name)} is taken by {known[name]}",
-                join(path, member),
+                join(path, member) if member else path,
                 value=name,
                 related=(known[name],),
             )
@@ -324,33 +331,73 @@ class _Reader:
         self.description.nbd_server, problems = convert(NbdServerOptions, value, section, f"'{section}'")
         self.problems += problems
 
+    def _target(self, described: Any, path: str) -> tuple[Any, Any, list[NodeDescription]]:
+        """A target as the description of its node, its name, and the nodes that are described in place."""
+        inner = self._flattener()
+        if isinstance(described, dict):
+            inner.add(described, path, inline=True)
+            self.problems += inner.problems
+            if inner.nodes:
+                return inner.nodes[0].description, inner.nodes[0].name, inner.nodes
+        return described, described, inner.nodes
+
     def _jobs(self) -> None:
-        ids: dict[str, str] = {}
         for path, value in self._list("jobs"):
-            target: Any = value.get("target") if isinstance(value, dict) else None
-            inner = self._flattener()
-            if isinstance(target, dict):
-                inner.add(target, join(path, "target"), inline=True)
-                self.problems += inner.problems
-                if inner.nodes:
-                    value = {**value, "target": inner.nodes[0].description}
-                    target = inner.nodes[0].name
+            target: Any = None
+            nodes: list[NodeDescription] = []
+            if isinstance(value, dict) and "target" in value:
+                described, target, nodes = self._target(value["target"], join(path, "target"))
+                value = {**value, "target": described}
             if isinstance(value, dict) and self._directory is not None:
                 value = _resolved(value, ("chain",), self._directory)
             options = self._typed(value, path, JOBS, "job", ("device", "target"))
             if options is None:
                 continue
             job_id = options.job_id or options.device
-            if self._unique(ids, job_id, path, "job-id", "job id"):
+            if self._unique(self._jobs_by_id, job_id, path, "job-id", "job id"):
                 self.description.jobs.append(
                     JobDescription(
                         options=options,
                         id=job_id,
                         target=target if isinstance(target, str) else None,
-                        target_nodes=inner.nodes,
+                        target_nodes=nodes,
                         where=path,
                     )
                 )
+
+    def _checkpoints(self) -> None:
+        known = {node.name for node in self.description.nodes}
+        for path, value in self._list("checkpoints"):
+            if not isinstance(value, dict):
+                self._problem(f"expected a table, found {quote(value)}", path)
+                continue
+            filters = []
+            for member in ("backup", "view"):
+                targets = value.get(member)
+                if not isinstance(targets, dict):
+                    continue
+                value = {**value, member: (full := dict(targets))}
+                for disk, described in targets.items():
+                    where = join(join(path, member), disk)
+                    full[disk], target, nodes = self._target(described, where)
+                    free = self._free(value.get("name"), member, disk, where)
+                    if isinstance(target, str) and disk in known and free:
+                        job = BackupOptions(device=disk, target=full[disk], sync="full")
+                        id = disk if member == "backup" else where
+                        filters.append(
+                            JobDescription(options=job, id=id, target=target, target_nodes=nodes, where=where)
+                        )
+            options, problems = convert(CheckpointOptions, value, path, "checkpoint")
+            self.problems += problems
+            if options is not None:
+                self.description.checkpoints.append(CheckpointDescription(options=options, filters=filters, where=path))
+
+    def _free(self, name: Any, member: str, disk: str, where: str) -> bool:
+        """Nothing else has the ids of the job, or the export, that a checkpoint makes for a disk."""
+        if member == "backup":
+            return self._unique(self._jobs_by_id, disk, where, "", "job id")
+        taken = [self._exports_by_id, self._exports_by_name] if isinstance(name, str) else []
+        return all(self._unique(known, export_id(name, disk), where, "", "export id") for known in taken)
 
     def _problem(self, message: str, path: str, **more: Any) -> None:
         self.problems.append(replace(Problem(kind=OptionError, message=message, path=path), **more))

@@ -20,6 +20,7 @@ import msgspec.inspect
 from blockgraph.driver import Driver
 from blockgraph.exports.options import NbdServerOptions
 from blockgraph.graph.bitmaps import BitmapOptions
+from blockgraph.graph.checkpoints import CheckpointOptions
 from blockgraph.graph.description import EXPORTS, JOBS
 from blockgraph.graph.memberdocs import member_docs, summary
 from blockgraph.graph.validate import NODE_NAME
@@ -35,7 +36,8 @@ _CHILD = {"$ref": "#/$defs/child"}
 def graph_schema() -> dict[str, Any]:
     """The schema, draft 2020-12."""
     drivers = _drivers()
-    roots: list[type[msgspec.Struct]] = [BitmapOptions, *EXPORTS.values(), *JOBS.values(), NbdServerOptions]
+    roots: list[type[msgspec.Struct]] = [BitmapOptions, CheckpointOptions, *EXPORTS.values(), *JOBS.values()]
+    roots.append(NbdServerOptions)
     kinds = [*roots, *{driver.Options: None for driver in drivers}]
     _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     names = {kind: _component(kind, components) for kind in kinds}
@@ -57,6 +59,9 @@ def graph_schema() -> dict[str, Any]:
             **_CHILD,
             "description": defs[names[kind]]["properties"]["target"].get("description", ""),
         }
+    checkpoint = defs[names[CheckpointOptions]]["properties"]
+    for member in ("backup", "view"):
+        checkpoint[member]["additionalProperties"] = _CHILD
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "blockgraph graph file",
@@ -67,6 +72,7 @@ def graph_schema() -> dict[str, Any]:
             "$schema": {"type": "string", "description": "For editors."},
             "nodes": {"type": "array", "items": _NODE, "description": "The nodes of the graph."},
             "bitmaps": _typed_list("Dirty bitmaps that nodes have from the start.", [names[BitmapOptions]]),
+            "checkpoints": _typed_list("Checkpoints that are taken at the start.", [names[CheckpointOptions]]),
             "exports": _typed_list("What is served, and how.", [names[kind] for kind in EXPORTS.values()]),
             "jobs": _typed_list("What is done with the disks.", [names[kind] for kind in JOBS.values()]),
             "nbd-server": {"$ref": _REF.format(name=names[NbdServerOptions])},

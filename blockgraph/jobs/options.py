@@ -52,7 +52,8 @@ class BackupOptions(
         device: name of the node to back up. A backup-top node: its target is completed, `target` is omitted.
         target: name of the node to copy to, or a description of it; same size as the device.
         mode: "existing": the target is there. "create": make the image that `target` describes (raw or qcow2 over a
-            file that does not exist yet), of the device's size.
+            file that does not exist yet), of the device's size. A qcow2 image names its backing file, that of the
+            target's `backing`; where that is left out, with sync "top" the device's.
         sync: "full" copies everything, "top" what the top layer has allocated, "none" only what the guest overwrites
             (until the job is cancelled), "bitmap", "incremental" and "differential" what `bitmap` marks; see above.
         bitmap: name of a dirty bitmap of the device (or of the nodes below it, when it is a filter), or {node, name}

@@ -140,8 +140,12 @@ class Machine:
                         enabled[name] = what == "enable"
                 number, what, name, granules = next(changes)
             if event.file == "image" and event.size is not None:
+                grown = set(range(size // GRANULE, -(-event.size // GRANULE))) if event.size > size else set()
                 size = event.size
-                needed = {held: {g for g in needed[held] if g * GRANULE < size} for held in needed}
+                needed = {
+                    held: {g for g in bits if g * GRANULE < size} | (grown if enabled[held] else set())
+                    for held, bits in needed.items()
+                }
             elif event.file == "image" and event.data is not None:
                 end = min(event.offset + len(event.data), size)
                 for held, on in enabled.items():

@@ -81,7 +81,7 @@ class FirstWrites:
             and not below.read_only
             and below.options.detect_zeroes == "off"
             and below.guard is None
-            and not any(bitmap.recording for bitmap in below.bitmaps.values())
+            and not below.bitmaps  # nor disabled ones: native writes make the file longer without a word
         )
 
     def attach(self, extents: ExtentMap, slot: int) -> None:

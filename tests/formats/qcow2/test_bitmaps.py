@@ -324,8 +324,12 @@ async def test_bitmap_follows_the_disk_to_another_size(tmpfs: Path, sizes: list[
     marked = [(0, 1024), (MIB - 512, 7 * MIB)]
     async with graph_over(image) as (graph, root):
         for size in sizes:
+            before = root.size()
             await root.truncate(size)
             marked = [(start, min(length, size - start)) for start, length in marked if start < size]
+            if size > before:  # what reads as zeroes now may have been cut off, and not empty
+                start, length = marked[-1] if marked[-1][0] + marked[-1][1] == before else (before, 0)
+                marked = [each for each in marked if each[0] != start] + [(start, length + size - before)]
             assert dirty(graph.node("disk"), "b0") == marked
     check(image)
     async with graph_over(image) as (graph, _):
