@@ -18,7 +18,7 @@ IMPORTED_BY: dict[str, set[str]] = {
     "cli": {"__main__.py"},
     "bench": {"cli"},
     "demo": {"cli"},
-    "checkpoints": set(),
+    "checkpoints": {"cli", "session.py"},
     "chains": {"cli", "jobs"},
     "jobs": {"cli", "bench", "demo", "checkpoints", "session.py", "api.py", "graph", "testing"},
 }
