@@ -1,6 +1,7 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
 /* The bitmap as a whole: life, marking, counting, merging, resizing. */
+#include "bitmap_blocks.h"
 #include "bitmap_internal.h"
 
 #include <errno.h>
@@ -60,7 +61,7 @@ int bg_bitmap_copy(bg_bitmap *b, bg_bitmap **out)
     pthread_mutex_lock(&b->lock);
     int ret = bg_bitmap_new((int64_t)b->size, (int64_t)1 << b->shift, &copy);
     if (ret == 0) {
-        levels_or(&copy->levels, &b->levels);
+        levels_or(&copy->levels, &b->levels, 0, 0);
         *out = copy;
     }
     pthread_mutex_unlock(&b->lock);
@@ -183,17 +184,6 @@ int64_t bg_bitmap_count(bg_bitmap *b)
     return (int64_t)((full << b->shift) + cut);
 }
 
-/* Set in `into` the granules that the dirty runs of `from` touch. */
-static void merge_runs(bg_bitmap *into, const bg_bitmap *from)
-{
-    const bg_levels *levels = &from->levels;
-    for (uint64_t first = levels_next_set(levels, 0), end; first < levels->nbits; first = levels_next_set(levels, end)) {
-        end = levels_next_clear(levels, first, levels->nbits);
-        uint64_t last_byte = end == levels->nbits ? from->size - 1 : (end << from->shift) - 1;
-        levels_set(&into->levels, first << from->shift >> into->shift, last_byte >> into->shift);
-    }
-}
-
 static void lock_both(bg_bitmap *a, bg_bitmap *b)
 {
     pthread_mutex_lock(a < b ? &a->lock : &b->lock);
@@ -206,18 +196,29 @@ static void unlock_both(bg_bitmap *a, bg_bitmap *b)
     pthread_mutex_unlock(&b->lock);
 }
 
-int bg_bitmap_merge(bg_bitmap *into, bg_bitmap *from)
+const char *bg_bitmap_merger(size_t number)
 {
+    const block_maker *by[BLOCK_MAKERS];
+    return number < block_makers(by) ? by[number]->name : NULL;
+}
+
+int bg_bitmap_merge_by(size_t merger, bg_bitmap *into, bg_bitmap *from)
+{
+    if (!bg_bitmap_merger(merger))
+        return -EINVAL;
     if (into == from)
         return 0;
     lock_both(into, from);
     int ret = into->size == from->size ? 0 : -EINVAL;
-    if (ret == 0 && into->shift == from->shift)
-        levels_or(&into->levels, &from->levels);
-    else if (ret == 0)
-        merge_runs(into, from);
+    if (ret == 0)
+        levels_or(&into->levels, &from->levels, (int)from->shift - (int)into->shift, merger);
     unlock_both(into, from);
     return ret;
+}
+
+int bg_bitmap_merge(bg_bitmap *into, bg_bitmap *from)
+{
+    return bg_bitmap_merge_by(0, into, from);
 }
 
 int bg_bitmap_subtract(bg_bitmap *into, bg_bitmap *from)
@@ -247,7 +248,7 @@ int bg_bitmap_truncate(bg_bitmap *b, int64_t size)
         if (ret == 0) {
             if (nbits < b->levels.nbits)
                 levels_clear(&b->levels, nbits, b->levels.nbits - 1);
-            levels_or(&levels, &b->levels);
+            levels_or(&levels, &b->levels, 0, 0);
             levels_free(&b->levels);
             b->levels = levels;
         }

@@ -110,6 +110,10 @@ int64_t bg_bitmap_extents_by(size_t decoder, bg_bitmap *bitmap, int64_t offset, 
  */
 int bg_bitmap_merge(bg_bitmap *into, bg_bitmap *from);
 
+/* The ways to merge, and merging by one of them: as with bg_bitmap_decoder and bg_bitmap_extents_by. */
+const char *bg_bitmap_merger(size_t number);
+int bg_bitmap_merge_by(size_t merger, bg_bitmap *into, bg_bitmap *from);
+
 /*
  * Clear in `into` whatever is set in `from`; sizes and granularities must be equal (-EINVAL).
  */

@@ -2,6 +2,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Bits to and from bytes, as images and the wire carry them. */
 #include "bitmap_internal.h"
+#include "zero.h"
 
 #include <endian.h>
 #include <errno.h>
@@ -38,22 +39,77 @@ static size_t in_word(uint64_t at, uint64_t left)
     return left < room ? left : room;
 }
 
+#define BLOCK 512 /* bytes of level 0 for a word of level 1 */
+#define PAGE 4096
+#define WINDOW_BYTES (WINDOW_BITS / 8)
+
+/* Whether the range of `left` bytes from byte `at` on begins with a block of its own. */
+static bool whole_block(const bg_levels *levels, uint64_t at, uint64_t left)
+{
+    return at % BLOCK == 0 && left >= BLOCK && (at + BLOCK) * 8 <= levels->nbits;
+}
+
+static void copy_block(unsigned char *p, const uint64_t *words)
+{
+    for (unsigned i = 0; i < BLOCK / 8; i++, p += 8) {
+        uint64_t word = htole64(words[i]);
+        memcpy(p, &word, sizeof(word));
+    }
+}
+
 int bg_bitmap_serialise(bg_bitmap *b, int64_t offset, int64_t length, void *buf, size_t bytes)
 {
     uint64_t at, count;
     int ret = -EINVAL;
     pthread_mutex_lock(&b->lock);
     if (bytes_of(b, offset, length, &at, &count) && count == bytes) {
+        const bg_levels *levels = &b->levels;
         unsigned char *p = buf;
         for (size_t n; count; at += n, p += n, count -= n) {
+            if (whole_block(levels, at, count)) {
+                n = BLOCK;
+                /* What is clean is not looked at: its memory may never have been touched. */
+                if (levels->level[1][at / BLOCK])
+                    copy_block(p, levels->level[0] + at / 8);
+                else
+                    memset(p, 0, n);
+                continue;
+            }
+            uint64_t word = htole64(levels->level[0][at / 8]);
             n = in_word(at, count);
-            uint64_t word = htole64(b->levels.level[0][at / 8]);
             memcpy(p, (unsigned char *)&word + at % 8, n);
         }
         ret = 0;
     }
     pthread_mutex_unlock(&b->lock);
     return ret;
+}
+
+/* Bytes from `at` on will be loaded: have the memory there where they fill half of a window's pages. */
+static void expect(bg_levels *levels, uint64_t at, const unsigned char *p, uint64_t left)
+{
+    unsigned used = 0;
+    if (!levels_window(levels, at / WINDOW_BYTES))
+        return;
+    if (left > WINDOW_BYTES - at % WINDOW_BYTES)
+        left = WINDOW_BYTES - at % WINDOW_BYTES;
+    for (uint64_t page = 0; page + PAGE <= left && used < WINDOW_PAGES / 2; page += PAGE)
+        used += !bg_is_zero(p + page, PAGE);
+    if (used >= WINDOW_PAGES / 2)
+        levels_populate(levels, at / WINDOW_BYTES);
+}
+
+static void load_word(bg_levels *levels, uint64_t at, const unsigned char *p, size_t n)
+{
+    uint64_t w = at / 8, old = levels->level[0][w], word = htole64(old);
+    memcpy((unsigned char *)&word + at % 8, p, n);
+    word = le64toh(word);
+    if (w == levels->words[0] - 1 && levels->nbits % 64)
+        word &= ~(uint64_t)0 >> (64 - levels->nbits % 64);
+    if (word != old) {
+        word_store(&levels->level[0][w], word);
+        levels_word_changed(levels, w, old);
+    }
 }
 
 int bg_bitmap_deserialise(bg_bitmap *b, int64_t offset, int64_t length, const void *buf, size_t bytes)
@@ -64,17 +120,20 @@ int bg_bitmap_deserialise(bg_bitmap *b, int64_t offset, int64_t length, const vo
     if (bytes_of(b, offset, length, &at, &count) && count == bytes) {
         bg_levels *levels = &b->levels;
         const unsigned char *p = buf;
+        uint64_t expected = UINT64_MAX;
         for (size_t n; count; at += n, p += n, count -= n) {
-            n = in_word(at, count);
-            uint64_t w = at / 8, old = levels->level[0][w], word = htole64(old);
-            memcpy((unsigned char *)&word + at % 8, p, n);
-            word = le64toh(word);
-            if (w == levels->words[0] - 1 && levels->nbits % 64)
-                word &= ~(uint64_t)0 >> (64 - levels->nbits % 64);
-            if (word != old) {
-                word_store(&levels->level[0][w], word);
-                levels_word_changed(levels, w, old);
+            if (!whole_block(levels, at, count)) {
+                n = in_word(at, count);
+                load_word(levels, at, p, n);
+                continue;
             }
+            n = BLOCK;
+            if (at / WINDOW_BYTES != expected) {
+                expected = at / WINDOW_BYTES;
+                expect(levels, at, p, count);
+            }
+            if (levels->level[1][at / BLOCK] || !bg_is_zero(p, n))
+                levels_load(levels, at / BLOCK, p);
         }
         cleared();
         ret = 0;

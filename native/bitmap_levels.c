@@ -3,13 +3,7 @@
 /* The bits and their summaries. */
 #include "bitmap_internal.h"
 
-#include <errno.h>
-#include <sys/mman.h>
-
 #define FULL (~(uint64_t)0)
-#define GUARD 8 /* words before level 0, always 0: what finds edges looks at the bit before each */
-/* Below this much memory zeroing it is cheaper than giving the pages back. */
-#define DROP_PAGES_FROM (256u << 10)
 
 static inline uint64_t from_bit(uint64_t bit)
 {
@@ -21,40 +15,11 @@ static inline uint64_t to_bit(uint64_t bit)
     return FULL >> (63 - (bit & 63));
 }
 
-int levels_init(bg_levels *levels, uint64_t nbits)
-{
-    *levels = (bg_levels){.nbits = nbits};
-    uint64_t bits = nbits ? nbits : 1, total = GUARD;
-    do {
-        bits = (bits + 63) / 64;
-        levels->words[levels->nlevels++] = bits;
-        total += bits;
-    } while (bits > 1 || levels->nlevels < 2);
-    levels->map_bytes = total * sizeof(uint64_t);
-    levels->map = mmap(NULL, levels->map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (levels->map == MAP_FAILED)
-        return -errno;
-    uint64_t *at = (uint64_t *)levels->map + GUARD;
-    for (unsigned i = 0; i < levels->nlevels; i++) {
-        levels->level[i] = at;
-        at += levels->words[i];
-    }
-    return 0;
-}
-
-void levels_free(bg_levels *levels)
-{
-    munmap(levels->map, levels->map_bytes);
-}
-
 /* Set bits first..last of `words`, and return how many were clear. */
 static uint64_t words_set(uint64_t *words, uint64_t first, uint64_t last)
 {
-    uint64_t turned = 0;
-    for (uint64_t w = first / 64; w <= last / 64; w++) {
-        uint64_t mask = FULL;
-        if (w == first / 64)
-            mask &= from_bit(first);
+    uint64_t turned = 0, mask = from_bit(first);
+    for (uint64_t w = first / 64; w <= last / 64; w++, mask = FULL) {
         if (w == last / 64)
             mask &= to_bit(last);
         uint64_t new_bits = mask & ~words[w];
@@ -68,7 +33,17 @@ static uint64_t words_set(uint64_t *words, uint64_t first, uint64_t last)
 
 void levels_set(bg_levels *levels, uint64_t first, uint64_t last)
 {
-    uint64_t turned = words_set(levels->level[0], first, last);
+    uint64_t turned = 0, from = first, stop;
+    for (;; from = stop + 1) {
+        stop = from | (WINDOW_BITS - 1);
+        if (stop > last)
+            stop = last;
+        else if (stop - from == WINDOW_BITS - 1)
+            levels_populate(levels, from / WINDOW_BITS);
+        turned += words_set(levels->level[0], from, stop);
+        if (stop == last)
+            break;
+    }
     if (turned == 0)
         return; /* the summaries of bits already set are right */
     levels->set += turned;
@@ -80,12 +55,10 @@ void levels_set(bg_levels *levels, uint64_t first, uint64_t last)
     }
 }
 
-/* From `level` on, drop the summary bits of words first..last of the level below, as far as those are zero. */
-static void summaries_clear(bg_levels *levels, unsigned level, uint64_t first, uint64_t last)
+void levels_summary_clear(bg_levels *levels, unsigned level, uint64_t first, uint64_t last)
 {
     for (; level < levels->nlevels; level++) {
         const uint64_t *below = levels->level[level - 1];
-        /* Only the outer words can have kept bits: those between were covered entirely. */
         if (below[first])
             first++;
         if (last > first && below[last])
@@ -128,7 +101,7 @@ void levels_clear(bg_levels *levels, uint64_t first, uint64_t last)
         return;
     levels->set -= turned;
     cleared();
-    summaries_clear(levels, 1, first / 64, last / 64);
+    levels_summary_clear(levels, 1, first / 64, last / 64);
 }
 
 void levels_summary_set(bg_levels *levels, unsigned level, uint64_t bit)
@@ -145,20 +118,14 @@ void levels_word_changed(bg_levels *levels, uint64_t word, uint64_t old)
     if (now && !old) {
         levels_summary_set(levels, 1, word);
     } else if (old && !now) {
-        summaries_clear(levels, 1, word, word);
+        levels_summary_clear(levels, 1, word, word);
     }
 }
 
 void levels_fill(bg_levels *levels)
 {
-    uint64_t bits = levels->nbits;
-    levels->set = bits;
-    for (unsigned i = 0; bits && i < levels->nlevels; i++) {
-        for (uint64_t w = 0; w < levels->words[i] - 1; w++)
-            word_store(&levels->level[i][w], FULL);
-        word_store(&levels->level[i][levels->words[i] - 1], to_bit(bits - 1));
-        bits = levels->words[i];
-    }
+    if (levels->nbits)
+        levels_set(levels, 0, levels->nbits - 1);
 }
 
 void levels_clear_all(bg_levels *levels)
@@ -166,20 +133,16 @@ void levels_clear_all(bg_levels *levels)
     if (levels->set == 0)
         return;
     levels->set = 0;
-    /* Dropping the pages zeroes them, and gives the memory back. */
-    if (levels->map_bytes < DROP_PAGES_FROM || madvise(levels->map, levels->map_bytes, MADV_DONTNEED) != 0) {
-        uint64_t *words = levels->map;
-        for (size_t w = 0; w < levels->map_bytes / sizeof(*words); w++)
-            word_store(&words[w], 0);
-    }
+    levels_zero(levels);
     cleared();
 }
 
-uint64_t levels_next_set(const bg_levels *levels, uint64_t from)
+uint64_t levels_next(const bg_levels *levels, unsigned base, uint64_t from)
 {
-    if (from >= levels->nbits)
-        return levels->nbits;
-    unsigned level = 0;
+    uint64_t bits = base ? levels->words[base - 1] : levels->nbits;
+    if (from >= bits)
+        return bits;
+    unsigned level = base;
     uint64_t at = from;
     for (;;) {
         uint64_t word = at / 64;
@@ -191,10 +154,10 @@ uint64_t levels_next_set(const bg_levels *levels, uint64_t from)
             }
         }
         if (++level == levels->nlevels)
-            return levels->nbits;
+            return bits;
         at = word + 1;
     }
-    while (level > 0) {
+    while (level > base) {
         level--;
         at = at * 64 + (uint64_t)__builtin_ctzll(levels->level[level][at]);
     }

@@ -119,6 +119,33 @@ static void random_steps(int64_t bits, uint64_t seed)
     bg_bitmap_free(b);
 }
 
+/* Bits of one granularity into bits of another, by each way to do so. */
+static void merges(int64_t bits, unsigned from_shift, unsigned into_shift, uint64_t seed)
+{
+    int64_t granule = (int64_t)1 << from_shift, into_granule = (int64_t)1 << into_shift, size = bits * granule - 5;
+    for (size_t merger = 0; bg_bitmap_merger(merger); merger++) {
+        bg_bitmap *from, *into;
+        CHECK(bg_bitmap_new(size, granule, &from) == 0 && bg_bitmap_new(size, into_granule, &into) == 0);
+        int64_t most = (size + into_granule - 1) / into_granule;
+        CHECK(most <= MOST_BITS);
+        memset(model, 0, sizeof(model));
+        for (int64_t bit = 0; bit < bits; bit++) {
+            if (next_random(&seed) % 7)
+                continue;
+            CHECK(bg_bitmap_set(from, bit * granule, 1) == 0);
+            for (int64_t at = bit * granule / into_granule; at < most && at * into_granule < (bit + 1) * granule; at++)
+                model[at] = 1;
+        }
+        CHECK(bg_bitmap_set(into, 0, 1) == 0);
+        model[0] = 1;
+        CHECK(bg_bitmap_merge_by(merger, into, from) == 0);
+        for (int64_t at = 0; at < most; at++)
+            CHECK(bg_bitmap_get(into, at * into_granule) == model[at]);
+        bg_bitmap_free(from);
+        bg_bitmap_free(into);
+    }
+}
+
 #define SHARED_BITS 4096
 
 static void *set_and_take(void *arg)
@@ -164,5 +191,9 @@ void test_bitmap(void)
     CHECK(bg_bitmap_set(b, 0, 0) == 0 && bg_bitmap_set(b, 0, 1) == -EINVAL);
     CHECK(bg_bitmap_set(b, INT64_MAX, INT64_MAX) == -EINVAL);
     bg_bitmap_free(b);
+    for (unsigned shift = 9; shift < 24; shift++) {
+        merges(20000, 12, shift < 12 ? 12 : shift, 1 + shift);
+        merges(20000 >> (shift - 9), shift, 9, 1 + shift);
+    }
     threads_share_one();
 }

@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from array import array
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,15 +25,15 @@ from blockgraph.native.bitmap import RUNS_MIN
 TIB = 1 << 40
 
 
-def decoders() -> list[str]:
+def names_by(name_of: Callable[[int], Any]) -> list[str]:
     names: list[str] = []
-    while (name := lib.bg_bitmap_decoder(len(names))) != ffi.NULL:
+    while (name := name_of(len(names))) != ffi.NULL:
         names.append(ffi.string(name).decode())
     return names
 
 
-DECODERS = decoders()
-"""The ways to find runs that this processor has."""
+DECODERS, MERGERS = names_by(lib.bg_bitmap_decoder), names_by(lib.bg_bitmap_merger)
+"""The ways to find runs, and to merge, that this processor has."""
 
 
 class Model:
@@ -273,6 +277,13 @@ def pattern(parts: list[tuple[int, bytes, int]], seed: int) -> bytes:
     return bytes(marks)
 
 
+def marked(marks: bytes, size: int, granularity: int) -> Bitmap:
+    bitmap = Bitmap(size, granularity)
+    packed = int(marks[::-1].translate(bytes.maketrans(b"\0\1", b"01")), 2).to_bytes(-(-len(marks) // 8), "little")
+    bitmap.deserialise(0, packed)
+    return bitmap
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 @given(
     parts=st.lists(PARTS, min_size=1, max_size=8),
@@ -287,9 +298,7 @@ def test_runs_by_each_decoder_equal_those_of_model(
 ) -> None:
     granularity, marks = 1 << shift, pattern(parts, seed)
     size = len(marks) * granularity - cut
-    bitmap = Bitmap(size, granularity)
-    packed = int(marks[::-1].translate(bytes.maketrans(b"\0\1", b"01")), 2).to_bytes(-(-len(marks) // 8), "little")
-    bitmap.deserialise(0, packed)
+    bitmap = marked(marks, size, granularity)
     offset = data.draw(st.integers(0, size) | st.just(0))
     end = data.draw(st.integers(offset, size) | st.just(size))
     assert runs_by(decoder, bitmap, offset, end) == model_runs(marks, granularity, offset, end)
@@ -317,6 +326,115 @@ def test_read_dirty_in_turn_gives_all_runs() -> None:
         runs, at = bitmap.read_dirty(out, at)
         found += out[: 2 * runs]
     assert found == [i * 2**22 + 2**20 + edge for i in range(3 * RUNS_MIN) for edge in (0, 2**17)]
+
+
+def merge_by(merger: str, into: Bitmap, other: Bitmap) -> None:
+    assert lib.bg_bitmap_merge_by(MERGERS.index(merger), into._bitmap, other._bitmap) == 0
+
+
+def check_merged(into: Bitmap, expected: Bitmap) -> None:
+    """Bits, count and summaries are right."""
+    assert into.serialise(0, into.size) == expected.serialise(0, into.size)
+    assert into.count() == expected.count()
+    assert list(into.dirty_extents()) == list(expected.dirty_extents())
+
+
+@pytest.mark.parametrize("merger", MERGERS)
+@given(
+    finer=st.integers(-9, 9) | st.sampled_from([-13, 13]),
+    parts=st.lists(PARTS, min_size=1, max_size=8),
+    seed=st.integers(0, 2**32),
+    cut=st.integers(0, 511),
+    before=st.lists(st.tuples(st.integers(0, 2**40), st.integers(1, 2**20)), max_size=3),
+)
+@settings(max_examples=80, deadline=None)
+def test_merge_by_each_merger_sets_what_the_runs_of_the_other_touch(
+    merger: str, finer: int, parts: list[tuple[int, bytes, int]], seed: int, cut: int, before: list[tuple[int, int]]
+) -> None:
+    granularity = 512 << max(0, finer)
+    marks = pattern(parts, seed)[: 2**22 >> max(0, finer)]
+    size = len(marks) * granularity - cut
+    other = marked(marks, size, granularity)
+    into = Bitmap(size, granularity >> finer if finer > 0 else granularity << -finer)
+    for offset, length in before:
+        offset %= size
+        into.set(offset, min(length, size - offset))
+    expected = into.copy()
+    for run in other.dirty_extents():
+        expected.set(*run)
+    merge_by(merger, into, other)
+    check_merged(into, expected)
+
+
+@pytest.mark.parametrize("finer", [-7, -2, -1, 0, 1, 3, 6], ids=lambda finer: f"by-2^{finer}")
+@pytest.mark.parametrize("merger", MERGERS)
+def test_merge_of_densely_and_thinly_dirty_areas_is_complete(merger: str, finer: int) -> None:
+    """Some of the areas whose memory comes in huge pages, and some that do not."""
+    window = 2**24
+    granularity = 2**16
+    size = (3 * window + 5000) * granularity - 1
+    grain = granularity << max(0, finer)
+    other = Bitmap(size, grain)
+    for start, length in ((0, window), (2 * window - 100, window // 2)):
+        for at in range(start, start + length, 1 << 13):
+            other.set(at * granularity, 100 * granularity)
+    for at in range(window, 3 * window, 10**6):
+        other.set(at * granularity, 1)
+    other.set(size - 1, 1)
+    into = Bitmap(size, grain >> finer if finer > 0 else grain << -finer)
+    into.set(2 * window * granularity, 1)
+    expected = into.copy()
+    for run in other.dirty_extents():
+        expected.set(*run)
+    merge_by(merger, into, other)
+    check_merged(into, expected)
+    assert into.copy().serialise(0, size) == expected.serialise(0, size)
+
+
+def test_portable_merger_is_always_there() -> None:
+    assert MERGERS[-1] == "portable"
+    bitmap = Bitmap(1, 512)
+    assert lib.bg_bitmap_merge_by(len(MERGERS), bitmap._bitmap, bitmap._bitmap) < 0
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_few_bits_of_64_tib_take_little_memory_however_they_come() -> None:
+    """128 MiB of bits: set, copied, merged, loaded, cleared and set again."""
+    thousand = Bitmap(64 * TIB, 65536)
+    before = resident()
+    for number in range(1000):
+        thousand.set(number * (64 * TIB // 1000), 1)
+    copy = thousand.copy()
+    merged, loaded, again = (Bitmap(64 * TIB, 65536) for _ in range(3))
+    merged.merge(thousand)
+    for offset in range(0, 64 * TIB, TIB):
+        loaded.deserialise(offset, thousand.serialise(offset, TIB))
+    again.fill()
+    again.clear()
+    again.merge(thousand)
+    assert thousand.count() == copy.count() == merged.count() == loaded.count() == again.count()
+    assert resident() - before < 64 << 20
+
+
+def test_bytes_over_several_areas_are_taken_over() -> None:
+    """Full, empty and mixed areas replace full, empty and mixed ones."""
+    size, window = (4 * 2**24 + 777) * 512, 2**21
+    rng = random.Random(5)
+    bitmap = Bitmap(size, 512)
+    for _ in range(3):
+        kinds = [rng.choice([bytes, lambda n: b"\xff" * n, rng.randbytes]) for _ in range(4)]
+        data = b"".join([kind(window) for kind in kinds]) + rng.randbytes(97) + b"\1"
+        bitmap.deserialise(0, data)
+        assert bitmap.serialise(0, size) == data
+        assert bitmap.count() == int.from_bytes(data, "little").bit_count() * 512
+        assert bitmap.next_dirty() is not None
+    bitmap.deserialise(0, bytes(len(data)))
+    assert bitmap.count() == 0
+    assert bitmap.next_dirty() is None
 
 
 @pytest.mark.parametrize(
