@@ -150,7 +150,7 @@ def test_bitmap_merge(benchmark: BenchmarkFixture, zeroed: memoryview, make: Cal
 def test_bitmap_merge_of_another_granularity(
     benchmark: BenchmarkFixture, zeroed: memoryview, make: Callable[[], Bitmap], granularity: int
 ) -> None:
-    """Into a new bitmap, beside reading as much memory as is read and written: one is read, the other read and written."""
+    """Into a new bitmap, beside reading what is read and written: one is read, the other read and written."""
     other, per_word = make(), 2 * GRANULARITY // granularity
 
     def ours() -> float:
