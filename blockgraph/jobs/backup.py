@@ -284,6 +284,11 @@ class BackupJob(Job):
             await self.chain.discard()
 
     async def clean(self) -> None:
+        await self._detach()
+        if self._loop is not None and self.options.sync != "none":
+            self._loop.tell()  # the last bit may have gone to guest writes, which by now have counted
+
+    async def _detach(self) -> None:
         try:
             await self._leave(remove=self._own_filter)
         except BlockGraphError:

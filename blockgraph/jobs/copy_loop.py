@@ -80,7 +80,7 @@ class CopyLoop:
                     await self.sleep(back_off)
                     back_off = min(back_off * 2, _BACK_OFF[1])
             elif not self._copy.pending(0, self._copy.length):
-                self._tell()  # guest writes may have copied the last of it
+                self.tell()  # guest writes may have copied the last of it
                 return  # else the workers stopped for a pause, which may be over already
 
     async def _run_workers(self) -> None:
@@ -103,7 +103,7 @@ class CopyLoop:
                 self._failure = self._failure or failure
             finally:
                 self._backend.leave()
-                self._tell()
+                self.tell()
 
     async def _step(self) -> bool:
         """Copy one run. False: nothing is left and nothing is in flight."""
@@ -143,6 +143,7 @@ class CopyLoop:
             return False
         return True
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Bring the job's progress up to date."""
         left = self._copy.bitmap.count()
         self._job.progress.update(self._copy.bytes_copied, self._copy.bytes_copied + left)
