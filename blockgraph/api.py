@@ -36,7 +36,7 @@ from blockgraph.errors import IOFailure
 from blockgraph.extent import BlockStatus
 from blockgraph.flags import Flag
 from blockgraph.graph.action import Action
-from blockgraph.graph.bitmaps import BitmapOptions
+from blockgraph.graph.bitmaps import BitmapOptions, granularity_bytes
 from blockgraph.graph.description import Description, NodeDescription
 from blockgraph.graph.graph import Graph
 from blockgraph.graph.load import Describable, load
@@ -112,7 +112,7 @@ def _bitmap_actions(options: BitmapOptions) -> Iterator[Action]:
         yield AttachSidecar(options.node, path, crash_safe=options.crash_safe, shared=True)
     yield EnsureBitmap(
         BitmapName(options.node, options.name),
-        granularity=options.granularity_bytes,
+        granularity=granularity_bytes(options.granularity),
         enabled=not options.disabled,
         persistent=options.persistent or bool(options.sidecar),
         epochs=options.epochs,

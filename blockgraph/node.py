@@ -124,6 +124,13 @@ class Node:
     def __repr__(self) -> str:
         return f"<Node {self.name} {self.driver.name}>"
 
+    def shown(self) -> Node:
+        """The node whose disk this one shows: the one below it and further filters, or itself."""
+        node = self
+        while (below := next((c.node for c in node.children.values() if c.role & Role.FILTERED), None)) is not None:
+            node = below
+        return node
+
     def size(self) -> int:
         """Length of the node, bytes."""
         return self.driver.size()

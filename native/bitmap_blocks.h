@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #define BLOCK_WORDS 64
+#define BLOCK_BYTES (BLOCK_WORDS * 8)
 
 /*
  * Bits are set where words have them, or where bits spread to 2^k each (k = 1..6) are, or where any of 2^k bits (k = 1..5) is. Or

@@ -1,6 +1,7 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
 /* Bits to and from bytes, as images and the wire carry them. */
+#include "bitmap_blocks.h"
 #include "bitmap_internal.h"
 #include "zero.h"
 
@@ -39,19 +40,15 @@ static size_t in_word(uint64_t at, uint64_t left)
     return left < room ? left : room;
 }
 
-#define BLOCK 512 /* bytes of level 0 for a word of level 1 */
-#define PAGE 4096
-#define WINDOW_BYTES (WINDOW_BITS / 8)
-
 /* Whether the range of `left` bytes from byte `at` on begins with a block of its own. */
 static bool whole_block(const bg_levels *levels, uint64_t at, uint64_t left)
 {
-    return at % BLOCK == 0 && left >= BLOCK && (at + BLOCK) * 8 <= levels->nbits;
+    return at % BLOCK_BYTES == 0 && left >= BLOCK_BYTES && (at + BLOCK_BYTES) * 8 <= levels->nbits;
 }
 
 static void copy_block(unsigned char *p, const uint64_t *words)
 {
-    for (unsigned i = 0; i < BLOCK / 8; i++, p += 8) {
+    for (unsigned i = 0; i < BLOCK_WORDS; i++, p += 8) {
         uint64_t word = htole64(words[i]);
         memcpy(p, &word, sizeof(word));
     }
@@ -67,9 +64,9 @@ int bg_bitmap_serialise(bg_bitmap *b, int64_t offset, int64_t length, void *buf,
         unsigned char *p = buf;
         for (size_t n; count; at += n, p += n, count -= n) {
             if (whole_block(levels, at, count)) {
-                n = BLOCK;
+                n = BLOCK_BYTES;
                 /* What is clean is not looked at: its memory may never have been touched. */
-                if (levels->level[1][at / BLOCK])
+                if (levels->level[1][at / BLOCK_BYTES])
                     copy_block(p, levels->level[0] + at / 8);
                 else
                     memset(p, 0, n);
@@ -93,8 +90,8 @@ static void expect(bg_levels *levels, uint64_t at, const unsigned char *p, uint6
         return;
     if (left > WINDOW_BYTES - at % WINDOW_BYTES)
         left = WINDOW_BYTES - at % WINDOW_BYTES;
-    for (uint64_t page = 0; page + PAGE <= left && used < WINDOW_PAGES / 2; page += PAGE)
-        used += !bg_is_zero(p + page, PAGE);
+    for (uint64_t page = 0; page + PAGE_BYTES <= left && used < WINDOW_PAGES / 2; page += PAGE_BYTES)
+        used += !bg_is_zero(p + page, PAGE_BYTES);
     if (used >= WINDOW_PAGES / 2)
         levels_populate(levels, at / WINDOW_BYTES);
 }
@@ -127,13 +124,13 @@ int bg_bitmap_deserialise(bg_bitmap *b, int64_t offset, int64_t length, const vo
                 load_word(levels, at, p, n);
                 continue;
             }
-            n = BLOCK;
+            n = BLOCK_BYTES;
             if (at / WINDOW_BYTES != expected) {
                 expected = at / WINDOW_BYTES;
                 expect(levels, at, p, count);
             }
-            if (levels->level[1][at / BLOCK] || !bg_is_zero(p, n))
-                levels_load(levels, at / BLOCK, p);
+            if (levels->level[1][at / BLOCK_BYTES] || !bg_is_zero(p, n))
+                levels_load(levels, at / BLOCK_BYTES, p);
         }
         cleared();
         ret = 0;

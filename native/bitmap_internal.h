@@ -13,8 +13,10 @@
 #include <stdbool.h>
 
 #define LEVELS_MAX 7 /* 64^7 bits > BG_BITMAP_MAX_BITS */
-#define WINDOW_PAGES 512 /* of 4 KiB in a huge page, whose memory is a window of level 0 */
-#define WINDOW_BITS ((uint64_t)WINDOW_PAGES * 4096 * 8)
+#define PAGE_BYTES 4096
+#define WINDOW_PAGES 512 /* in a huge page, whose memory is a window of level 0 */
+#define WINDOW_BYTES ((uint64_t)WINDOW_PAGES * PAGE_BYTES)
+#define WINDOW_BITS (WINDOW_BYTES * 8)
 
 typedef struct {
     uint64_t nbits;

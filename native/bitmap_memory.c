@@ -9,7 +9,6 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#define WINDOW_BYTES (WINDOW_BITS / 8)
 #define GUARD 8 /* words before level 0, always 0: what finds edges looks at the bit before each */
 /* Below this much memory zeroing it is cheaper than giving the pages back. */
 #define DROP_PAGES_FROM (256u << 10)

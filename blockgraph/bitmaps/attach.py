@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockgraph.bitmaps.crash_safe import CrashSafeStore
-from blockgraph.bitmaps.identity import storage_of
+from blockgraph.bitmaps.identity import FILES, storage_of
 from blockgraph.bitmaps.sidecar import SUFFIX, Sidecar
 from blockgraph.errors import CorruptImage, GraphError
 from blockgraph.graph.action import Action
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from blockgraph.node import Node
 
 log = logging.getLogger(__name__)
-
-#: Protocols whose images may have a sidecar beside them.
-_FILES = frozenset({"file", "host_device"})
 
 
 def default_path(node: Node) -> str | None:
@@ -47,7 +44,7 @@ async def find_sidecar(node: Node) -> bool:
         IOFailure: it can not be read, or is in use elsewhere while this node may write.
     """
     storage = storage_of(node)
-    if storage is None or storage is node or storage.driver.name not in _FILES:
+    if storage is None or storage is node or storage.driver.name not in FILES:
         return False
     if node.bitmap_store is None and (node.driver.name != "raw" or node.children["file"].node is not storage):
         return False

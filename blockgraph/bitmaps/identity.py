@@ -43,6 +43,9 @@ from blockgraph.perm import Role
 if TYPE_CHECKING:
     from blockgraph.node import Node
 
+#: Protocols of images with a name in the file system: in a header, or with a sidecar beside them.
+FILES = frozenset({"file", "host_device"})
+
 #: Seconds between heartbeats, while anything may be written.
 BEAT = 5.0
 #: A change so many seconds after the last heartbeat is somebody else's.

@@ -39,7 +39,6 @@ from blockgraph.errors import GraphError, IOFailure
 from blockgraph.filters.backup_top import MIN_CLUSTER, BackupTop
 from blockgraph.formats.patch import Patch, digest, empty_patch
 from blockgraph.native import Bitmap
-from blockgraph.perm import Role
 
 if TYPE_CHECKING:
     from blockgraph.graph.graph import Graph
@@ -120,16 +119,6 @@ def _unfit(chain: Chain, backup: Backup, node: Node, image_format: ChainFormat) 
     return None
 
 
-def _shown(graph: Graph, device: str) -> Node:
-    """The node that has the disk's bitmaps: below filters."""
-    node = graph.node(device)
-    while True:
-        below = [child.node for child in node.children.values() if child.role & Role.FILTERED]
-        if node.driver.kind != "filter" or not below:
-            return node
-        node = below[0]
-
-
 class Recorder:
     """One backup of a chain, for the job that makes it; see the module's text.
 
@@ -151,7 +140,7 @@ class Recorder:
         self._graph = graph
         self._directory = directory
         self._known = _load(directory)
-        node = _shown(graph, device)
+        node = graph.node(device).shown()
         size = graph.node(device).size()
         self.node = node.name
         self.plan = plan(self._known, node, device, sync, image_format)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from blockgraph.checkpoints.checkpoints import Backups, Checkpoints
 from blockgraph.errors import BlockGraphError
+from blockgraph.graph.bitmaps import granularity_bytes
 from blockgraph.graph.checkpoints import TIME, CheckpointOptions, export_id
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Taken:
         checkpoints = Checkpoints(
             graph,
             prefix=options.prefix,
-            granularity=options.granularity_bytes,
+            granularity=granularity_bytes(options.granularity),
             epochs=options.epochs,
             persistent=options.persistent,
             sidecar=options.sidecar,

@@ -234,11 +234,11 @@ class Line:
             epochs=epochs,
         )
 
-    def changes(self, since: str, into: str, keeping: Keeping | None = None) -> list[Action]:
+    def changes(self, since: str, into: str, keeping: Keeping = _NOT) -> list[Action]:
         """A new bitmap `into`, disabled, with what has changed since a checkpoint that has no problem.
 
         Args:
-            keeping: None: it is not kept.
+            keeping: how it is kept; default: it is not.
         """
         at = self.index(since)
         assert at is not None
@@ -247,11 +247,11 @@ class Line:
             recorder = self._recorders[-1]
             epoch = self.marks[at].epoch
             assert epoch is not None
-            add = self._add(target, keeping or _NOT, granularity=recorder.granularity, enabled=False)
+            add = self._add(target, keeping, granularity=recorder.granularity, enabled=False)
             return [add, MergeEpochs(target, recorder.name, epoch)]
         bitmaps = [mark.bitmap for mark in self.marks[at:]]
         granularity = min(bitmap.granularity for bitmap in bitmaps)
-        add = self._add(target, keeping or _NOT, granularity=granularity, enabled=False)
+        add = self._add(target, keeping, granularity=granularity, enabled=False)
         return [add, MergeBitmaps(target, [self._at(bitmap) for bitmap in bitmaps])]
 
     def delete(self, name: str) -> list[Action]:

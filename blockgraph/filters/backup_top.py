@@ -203,10 +203,7 @@ class BackupTop(Filter):
 
     def _is_fleecing(self) -> bool:
         """The target shows the disk where nothing has been copied."""
-        disk = self.file.node
-        while (below := _filtered(disk)) is not None:
-            disk = below
-        return reaches(self.target.node, disk)
+        return reaches(self.target.node, self.file.node.shown())
 
     def _choose_cluster_size(self) -> int:
         least = self.options.min_cluster_size or 0
@@ -417,11 +414,6 @@ class BackupTop(Filter):
         await self.copy.wait_range(start, end)
         self.copy.bitmap.reset(start, end - start)  # of a copy in flight that failed
         await self.target.discard(start, end - start)
-
-
-def _filtered(node: Node) -> Node | None:
-    """What a filter shows; None for other nodes."""
-    return next((child.node for child in node.children.values() if child.role & Role.FILTERED), None)
 
 
 class _FrozenRead:

@@ -70,16 +70,6 @@ class BitmapOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown
     crash_safe: bool | None = None
     epochs: bool = False
 
-    @property
-    def granularity_bytes(self) -> int | None:
-        """`granularity` as a number.
-
-        Raises:
-            ValueError: it is no size.
-        """
-        given = self.granularity
-        return parse_size(given) if isinstance(given, str) else given
-
 
 def name_problem(name: str) -> str | None:
     """What is wrong with the name of a bitmap; None: nothing."""
@@ -91,6 +81,24 @@ def name_problem(name: str) -> str | None:
 
 #: What to do about it.
 NAME_HINT = f"a name has 1 to {MAX_NAME} bytes and no NUL character"
+
+
+def granularity_bytes(described: Granularity | None) -> int | None:
+    """A granularity that a file gives, as a number.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    return parse_size(described) if isinstance(described, str) else described
+
+
+def described_granularity_problem(described: Granularity | None) -> str | None:
+    """What is wrong with a granularity that a file gives; None: nothing."""
+    try:
+        granularity = granularity_bytes(described)
+    except ValueError as error:
+        return str(error)
+    return None if granularity is None else granularity_problem(granularity)
 
 
 def granularity_problem(granularity: int) -> str | None:
@@ -133,7 +141,7 @@ def check_opened(model: Model, description: Description, found: Mapping[str, Map
     for bitmap in description.bitmaps:
         options = bitmap.options
         granularity = found.get(options.node, {}).get(options.name)
-        wanted = options.granularity_bytes
+        wanted = granularity_bytes(options.granularity)
         if granularity is not None and wanted not in (None, granularity):
             problems.append(
                 Problem(
@@ -227,13 +235,8 @@ def _check_one(model: Model, bitmap: BitmapDescription) -> Iterator[Problem]:
         yield _dangling(model, f"bitmap {quote(options.name)}", options.node, f"{where}.node")
     if (wrong := name_problem(options.name)) is not None:
         yield problem(wrong, "name", NAME_HINT)
-    try:
-        granularity = options.granularity_bytes
-    except ValueError as error:
-        yield problem(str(error), "granularity")
-    else:
-        if granularity is not None and (wrong := granularity_problem(granularity)) is not None:
-            yield problem(wrong, "granularity")
+    if (wrong := described_granularity_problem(options.granularity)) is not None:
+        yield problem(wrong, "granularity")
     if options.sidecar == "":
         yield problem("a file needs a name", "sidecar", "give one, or true")
     if model.has(options.node) and not model.node(options.node).broken:

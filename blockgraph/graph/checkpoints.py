@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from blockgraph.errors import OptionError
-from blockgraph.graph.bitmaps import MAX_NAME, Granularity, granularity_problem, name_problem
+from blockgraph.graph.bitmaps import MAX_NAME, Granularity, described_granularity_problem, name_problem
 from blockgraph.graph.problem import Problem
 from blockgraph.options import NodeRef
-from blockgraph.text import parse_size
 
 if TYPE_CHECKING:
     from blockgraph.graph.description import CheckpointDescription, Description
@@ -67,16 +66,6 @@ class CheckpointOptions(msgspec.Struct, kw_only=True, rename="kebab", forbid_unk
     sidecar: bool = False
     persistent: bool | None = None
     prefix: _Name = "checkpoint"
-
-    @property
-    def granularity_bytes(self) -> int | None:
-        """`granularity` as a number.
-
-        Raises:
-            ValueError: it is no size.
-        """
-        given = self.granularity
-        return parse_size(given) if isinstance(given, str) else given
 
 
 def export_id(checkpoint: str, disk: str) -> str:
@@ -131,13 +120,8 @@ def _check_one(model: Model, description: Description, checkpoint: CheckpointDes
         yield problem("is of use with 'backup' only", "grouped")
     if options.view and description.nbd_server is None:
         yield problem("a view is served, and the section 'nbd-server' is missing", "view")
-    try:
-        granularity = options.granularity_bytes
-    except ValueError as error:
-        yield problem(str(error), "granularity", options.granularity)
-    else:
-        if granularity is not None and (wrong := granularity_problem(granularity)) is not None:
-            yield problem(wrong, "granularity", options.granularity)
+    if (wrong := described_granularity_problem(options.granularity)) is not None:
+        yield problem(wrong, "granularity", options.granularity)
 
 
 def _place(model: Model, checkpoint: CheckpointDescription, disk: str, member: str) -> Iterator[Problem]:

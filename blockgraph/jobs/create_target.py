@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from blockgraph.bitmaps.identity import whole
+from blockgraph.bitmaps.identity import FILES, whole
 from blockgraph.create import create_file
 from blockgraph.errors import OptionError
 from blockgraph.perm import Role
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from blockgraph.graph.graph import Graph
     from blockgraph.jobs.options import BackupOptions
     from blockgraph.node import Node
-
-#: Protocols whose names can stand in an image.
-_FILES = frozenset({"file", "host_device"})
 
 
 class _Image(NamedTuple):
@@ -79,16 +76,9 @@ def created_file(options: BackupOptions) -> str:
     return filename
 
 
-def _shown(node: Node) -> Node:
-    """What a node shows, below its filters."""
-    while filtered := [child for child in node.children.values() if child.role & Role.FILTERED]:
-        node = filtered[0].node
-    return node
-
-
 def _below(device: Node) -> str | None:
     """Name of the node that the device's top layer is over; None: it is over nothing."""
-    cow = [child for child in _shown(device).children.values() if child.role & Role.COW]
+    cow = [child for child in device.shown().children.values() if child.role & Role.COW]
     return cow[0].node.name if cow else None
 
 
@@ -106,7 +96,7 @@ def _image(graph: Graph, backing: object) -> _Image:
 
 def _of_description(graph: Graph, backing: Mapping[str, Any]) -> _Image | None:
     driver, file = backing.get("driver"), backing
-    if driver in _FILES:
+    if driver in FILES:
         driver = "raw"
     else:
         below = backing.get("file")
@@ -119,13 +109,13 @@ def _of_description(graph: Graph, backing: Mapping[str, Any]) -> _Image | None:
             return None
         file = below
     filename = file.get("filename")
-    return _Image(filename, str(driver)) if file.get("driver") in _FILES and isinstance(filename, str) else None
+    return _Image(filename, str(driver)) if file.get("driver") in FILES and isinstance(filename, str) else None
 
 
 def _of_node(node: Node) -> _Image | None:
-    node = _shown(node)
+    node = node.shown()
     driver = node.driver.name
-    if driver in _FILES:
+    if driver in FILES:
         driver = "raw"
     elif driver not in ("raw", "qcow2") or (driver == "raw" and not whole(node)):
         return None
@@ -136,7 +126,7 @@ def _of_node(node: Node) -> _Image | None:
 
 
 def _filename(storage: Node) -> str | None:
-    return storage.driver.filename() if storage.driver.name in _FILES else None
+    return storage.driver.filename() if storage.driver.name in FILES else None
 
 
 def _named_in(image: str, backing: str) -> str:

@@ -82,6 +82,10 @@ class Pair:
                 await restore(chain, point, str(out), force=True)
                 assert out.read_bytes() == reference[disk]
 
+    def kinds(self) -> list[list[str]]:
+        """Of the backups of each disk."""
+        return [[point.manifest.kind for point in Chain.load(str(self.folder / disk)).points()] for disk in "ab"]
+
     def files(self) -> dict[str, set[str]]:
         """What is in the directories."""
         return {disk: {path.name for path in (self.folder / disk).glob("*")} for disk in "ab"}
@@ -113,8 +117,7 @@ def test_links_of_several_disks_are_of_one_instant(tmp_path: Path, mode: str, im
                 await p.write(random.Random(number))
                 await p.backup(mode)
             await p.check()
-            kinds = [[point.manifest.kind for point in Chain.load(str(tmp_path / disk)).points()] for disk in "ab"]
-            assert kinds == [["full", "incremental", "incremental"]] * 2
+            assert p.kinds() == [["full", "incremental", "incremental"]] * 2
 
     run()
 
@@ -149,8 +152,7 @@ def test_group_that_fails_leaves_no_link_and_misses_nothing_later(tmp_path: Path
             await p.write(random.Random(2))
             await p.backup("grouped")
             await p.check()
-            kinds = [[point.manifest.kind for point in Chain.load(str(tmp_path / disk)).points()] for disk in "ab"]
-            assert kinds == [["full", "incremental"]] * 2
+            assert p.kinds() == [["full", "incremental"]] * 2
 
     run()
 

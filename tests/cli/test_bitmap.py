@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,44 +12,11 @@ from typing import Any
 import pytest
 
 import blockgraph
-from blockgraph.cli import main
 
 MIB = 1 << 20
 GRANULE = 64 << 10
 
 Run = Callable[..., str]
-
-
-@pytest.fixture
-def ours(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in the test's folder; its output, or its error with `status`."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object, status: int = 0) -> str:
-        capsys.readouterr()
-        try:
-            got = main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            got = int(str(ended.code))
-        told = capsys.readouterr()
-        assert got == status, told.err
-        return told.err if status else told.out
-
-    return run
-
-
-@pytest.fixture
-def qemu_img(require_tool: Callable[[str], str], tmp_path: Path) -> Run:
-    """Runs qemu-img in the test's folder."""
-    program = require_tool("qemu-img")
-
-    def run(*arguments: object) -> str:
-        command = [program, *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout
-
-    return run
 
 
 def listed(ours: Run, image: str, *more: str) -> dict[str, dict[str, Any]]:
@@ -123,17 +89,17 @@ def test_bitmaps_of_another_file_are_merged(ours: Run) -> None:
     assert "bitmap 'b0' covers 1048576 bytes, bitmap 'b0' 4194304; only bitmaps of disks of the same size" in error
 
 
-def test_qemu_img_sees_what_ours_made_and_the_reverse(ours: Run, qemu_img: Run) -> None:
+def test_qemu_img_sees_what_ours_made_and_the_reverse(ours: Run, qemu: Run) -> None:
     ours("create", "-f", "qcow2", "d", "4M")
     ours("bitmap", "d", "--add", "b0")
     write("d", GRANULE)
-    qemu_img("bitmap", "d", "--add", "--merge", "b0", "-f", "qcow2", "theirs")
-    qemu_img("bitmap", "d", "--disable", "-f", "qcow2", "b0")
+    qemu("qemu-img", "bitmap", "d", "--add", "--merge", "b0", "-f", "qcow2", "theirs")
+    qemu("qemu-img", "bitmap", "d", "--disable", "-f", "qcow2", "b0")
     assert listed(ours, "d") == {"b0": state(GRANULE, recording=False), "theirs": state(GRANULE)}
     ours("bitmap", "d", "--remove", "theirs")
-    data = json.loads(qemu_img("info", "--output=json", "d"))["format-specific"]["data"]
+    data = json.loads(qemu("qemu-img", "info", "--output=json", "d"))["format-specific"]["data"]
     assert data["bitmaps"] == [{"name": "b0", "granularity": GRANULE, "flags": []}]
-    qemu_img("check", "d")
+    qemu("qemu-img", "check", "d")
 
 
 def test_bitmaps_of_a_raw_image_are_in_a_sidecar(ours: Run, tmp_path: Path) -> None:
@@ -216,7 +182,7 @@ def test_image_in_use_is_left_alone(ours: Run) -> None:
     assert listed(ours, "d") == {}
 
 
-def test_bitmap_that_was_not_closed_can_only_be_removed(ours: Run, qemu_img: Run, tmp_path: Path) -> None:
+def test_bitmap_that_was_not_closed_can_only_be_removed(ours: Run, qemu: Run, tmp_path: Path) -> None:
     ours("create", "-f", "qcow2", "d", "4M")
     ours("bitmap", "d", "--add", "b0")
     node = {"node-name": "disk", "driver": "qcow2", "file": {"driver": "file", "filename": "d"}}
@@ -233,7 +199,7 @@ def test_bitmap_that_was_not_closed_can_only_be_removed(ours: Run, qemu_img: Run
         assert "remove it, and make a full backup next" in error
     ours("bitmap", "crashed", "--remove", "--add", "b0")
     assert listed(ours, "crashed") == {"b0": state(0)}
-    qemu_img("check", "crashed")
+    qemu("qemu-img", "check", "crashed")
 
 
 def test_map_shows_what_is_dirty(ours: Run) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,9 @@ MIB = 1024 * KIB
 Qemu = Callable[..., str]
 
 
-@pytest.fixture
-def qemu(require_tool: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qemu:
-    """Runs qemu-img or qemu-io in the test's folder, which is also the working directory."""
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-    def run(tool: str, *arguments: object) -> str:
-        command = [require_tool(tool), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout
-
-    return run
 
 
 def ours(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
