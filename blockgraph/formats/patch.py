@@ -22,11 +22,12 @@ All numbers are little-endian. Extents are multiples of the cluster, but for the
     12      4      cluster, bytes, a power of two from 512 to 2 GiB
     16      8      size of the disk, bytes
     24      8      extents in the table
-    32      8      where the data begins, a multiple of 4096
+    32      8      where the data begins: the next multiple of 4096 after the table
     40      24     zero
     64      16     BLAKE2b of 16 bytes of the table
     80      16     the same of the 80 bytes above
-    4096           the table: 8 bytes offset, 8 bytes length of each extent
+    96             zero
+    4096           the table: 8 bytes offset, 8 bytes length of each extent; zero up to the data
     data           the extents' bytes in the order of the table. What is a hole in the file is zeroes
 
 Options:
@@ -89,6 +90,11 @@ def header(size: int, cluster: int, table: bytes, data: int) -> bytes:
     return (fixed + digest(fixed)).ljust(TABLE, b"\0")
 
 
+def data_place(table: int) -> int:
+    """Where the data of a patch begin whose table has so many bytes."""
+    return TABLE + table + -table % TABLE
+
+
 def empty_patch(size: int, cluster: int) -> bytes:
     """A patch of a disk of `size` bytes that changes nothing."""
     return header(size, cluster, b"", TABLE)
@@ -129,13 +135,16 @@ class Patch(Format):
             raise self._corrupt("has a header that does not have its checksum")
         if not 512 <= cluster <= 2 << 30 or cluster & (cluster - 1) or size > _LARGEST:
             raise self._corrupt(f"has cluster {cluster} or size {size} out of range")
-        if count > MAX_EXTENTS or data % TABLE or data < TABLE + 16 * count:
+        if count > MAX_EXTENTS or data != data_place(16 * count):
             raise self._corrupt(f"has {count} extents with data at {data}, which can not be")
         self._size: int = size
         self._cluster: int = cluster
         table = await self._read(TABLE, 16 * count, "its table")
         if digest(table) != table_digest:
             raise self._corrupt("has a table that does not have its checksum")
+        for place, length in ((_HEADER_BYTES, TABLE - _HEADER_BYTES), (TABLE + len(table), data - TABLE - len(table))):
+            if any(await self._read(place, length, "its header")):
+                raise self._corrupt(f"has other bytes than zeroes in the {length} at {place}, where nothing is kept")
         self._take(table, data)
 
     async def _read(self, offset: int, length: int, what: str) -> bytes:
@@ -190,7 +199,7 @@ class Patch(Format):
             numbers.byteswap()
         table = numbers.tobytes()
         self._cluster = bits.granularity
-        data = TABLE + len(table) + -len(table) % TABLE
+        data = data_place(len(table))
         await self.file.truncate(data + bits.count())
         await self.file.pwrite(0, memoryview(header(self._size, self._cluster, table, data)))
         for at in range(0, len(table), _STEP):

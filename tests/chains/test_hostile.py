@@ -19,7 +19,7 @@ from blockgraph.api import aopen
 from blockgraph.chains import Chain, restore, sumsfile, verify
 from blockgraph.chains import manifest as manifests
 from blockgraph.chains.manifest import Manifest
-from blockgraph.errors import BlockGraphError, GraphError
+from blockgraph.errors import BlockGraphError, CorruptImage, GraphError
 from blockgraph.formats.patch import TABLE, digest, empty_patch
 from blockgraph.native import Bitmap, Sums
 
@@ -174,6 +174,18 @@ async def open_patch(path: Path) -> tuple[int, bytes]:
     async with await aopen({"nodes": nodes}) as graph:
         backend = await graph.backend("p")
         return backend.size(), await backend.pread(0, min(backend.size(), MIB)) if backend.size() else b""
+
+
+@pytest.mark.parametrize("at", [0, 8, 79, 95, 96, TABLE - 1, TABLE, TABLE + 15, TABLE + 16, 2 * TABLE - 1])
+def test_patch_with_any_byte_before_its_data_changed_is_refused(tmp_path: Path, at: int) -> None:
+    content = bytearray(patch_with([(0, 65536)], size=MIB, data=2 * TABLE, length=2 * TABLE + 65536))
+    path = tmp_path / "patch"
+    path.write_bytes(content)
+    assert asyncio.run(open_patch(path)) == (MIB, bytes(MIB))
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptImage):
+        asyncio.run(open_patch(path))
 
 
 @pytest.mark.parametrize(
