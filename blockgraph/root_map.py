@@ -383,8 +383,11 @@ class RootMap:
         self._offered = False
 
     async def forget_bitmaps(self) -> None:
-        """No native write marks a bitmap any more: bitmaps are about to be resized, behind a serialising request."""
-        self.extents.start_invalidate(0, self.extents.size)
+        """No native write marks a bitmap any more: bitmaps are about to be resized, behind a serialising request.
+
+        Writes mark when they are over, so those that are under way keep the bitmaps until then.
+        """
+        await self.settle(self.extents.start_invalidate(0, self.extents.size))
         self._bitmaps.clear()
         await self.extents.set_bitmaps([])
 

@@ -111,8 +111,8 @@ int bg_map_set_zeroing(bg_map *map, int slot, int how);
 
 /*
  * Replace the dirty bitmaps whose bits a native write sets when it is over, also when it failed. Returns a ticket; until it has
- * settled, writes may set bits in either list. A bitmap must be at least as large as the disk (-EINVAL), and is neither freed
- * nor resized while the map has it.
+ * settled, writes may set bits in either list: before a bitmap is taken away, what leads to it is invalidated and has settled. A
+ * bitmap must be at least as large as the disk (-EINVAL), and is neither freed nor resized while the map has it.
  */
 int64_t bg_map_set_bitmaps(bg_map *map, bg_bitmap **bitmaps, int64_t count);
 

@@ -466,8 +466,9 @@ class ExtentMap:
     def start_set_bitmaps(self, bitmaps: Sequence[Bitmap]) -> int:
         """Replace the bitmaps that native writes mark when they are over. Returns a ticket.
 
-        Until it settles, writes under way may mark either the former ones or these. A bitmap must not be resized while
-        the map has it. To be called from one thread at a time.
+        Until it settles, writes under way may mark either the former ones or these: before a bitmap is taken away, what
+        leads to it is invalidated, and that settles. A bitmap must not be resized while the map has it. To be called
+        from one thread at a time.
 
         Raises:
             ValueError: a bitmap is smaller than the disk.

@@ -11,12 +11,12 @@ import os
 import resource
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+from helpers.native_request import native_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -30,17 +30,6 @@ TIB = 1 << 40
 REGION = 16 * MIB
 BLOCK = 4096
 PART = MIB // 4
-
-
-@contextmanager
-def request(extents: ExtentMap, offset: int, length: int, *, write: bool = False) -> Iterator[Any]:
-    """A native request that has begun and does not end before the block does."""
-    pieces, held = ffi.new("bg_map_piece[8]"), ffi.new("bg_map_request *")
-    assert lib.bg_map_begin(extents.native, offset, length, ffi.NULL, write, pieces, 8, held) == 0
-    try:
-        yield [(p.slot, p.storage_offset, p.length) for p in pieces[0 : held.count]]
-    finally:
-        lib.bg_map_end(extents.native, held, 1)
 
 
 def put(extents: ExtentMap, *items: MapExtent) -> int:
@@ -206,7 +195,7 @@ def whole(extents: ExtentMap, slot: int | None, *, writable: bool = True) -> Map
 def test_invalidate_with_a_request_under_way_waits_for_it(extents: ExtentMap) -> None:
     async def main() -> None:
         put(extents, whole(extents, extents.add_slot(0)))
-        with request(extents, 0, 100):
+        with native_request(extents, 0, 100):
             task = asyncio.create_task(extents.invalidate(0, BLOCK))
             later = asyncio.create_task(extents.protect(BLOCK, BLOCK))
             for _ in range(5):
@@ -222,9 +211,9 @@ def test_invalidate_with_a_request_under_way_waits_for_it(extents: ExtentMap) ->
 def test_invalidate_does_not_wait_for_requests_begun_after_it(extents: ExtentMap) -> None:
     async def main() -> None:
         put(extents, whole(extents, extents.add_slot(0)))
-        with request(extents, 0, 100):
+        with native_request(extents, 0, 100):
             first = extents.start_invalidate(0, 200)
-            later = request(extents, 500, 100)
+            later = native_request(extents, 500, 100)
             later.__enter__()
         assert extents.is_settled(first)
         second = extents.start_invalidate(500, 100)
@@ -238,7 +227,7 @@ def test_invalidate_does_not_wait_for_requests_begun_after_it(extents: ExtentMap
 def test_invalidate_cancelled_leaves_the_range_removed_and_the_loop_clean(extents: ExtentMap) -> None:
     async def main() -> None:
         put(extents, whole(extents, extents.add_slot(0)))
-        with request(extents, 0, 100):
+        with native_request(extents, 0, 100):
             task = asyncio.create_task(extents.invalidate(0, 100))
             await asyncio.sleep(0)
             task.cancel()
@@ -253,7 +242,7 @@ def test_invalidate_cancelled_leaves_the_range_removed_and_the_loop_clean(extent
 def test_settle_in_another_loop_meanwhile_is_refused(extents: ExtentMap) -> None:
     async def main() -> None:
         put(extents, whole(extents, extents.add_slot(0)))
-        with request(extents, 0, 100):
+        with native_request(extents, 0, 100):
             task = asyncio.create_task(extents.invalidate(0, 100))
             await asyncio.sleep(0)
             ticket = extents.start_invalidate(0, 100)
@@ -273,7 +262,7 @@ def test_settle_blocking_waits_for_a_request_of_another_thread(extents: ExtentMa
         extents.settle_blocking(extents.start_invalidate(0, 100))
         done.set()
 
-    with request(extents, 0, 100):
+    with native_request(extents, 0, 100):
         thread = threading.Thread(target=invalidate)
         thread.start()
         while extents.find(0) is not None:
@@ -335,7 +324,7 @@ def test_write_marks_bitmaps_and_its_slots(extents: ExtentMap, file: int) -> Non
 def test_bitmap_replaced_during_a_write_lives_until_the_write_is_over(extents: ExtentMap) -> None:
     put(extents, whole(extents, extents.add_slot(0)))
     extents.start_set_bitmaps([Bitmap(MIB, BLOCK)])
-    with request(extents, 0, 100, write=True):
+    with native_request(extents, 0, 100, write=True):
         extents.start_set_bitmaps([])
         gc.collect()
 
@@ -436,7 +425,7 @@ def test_slots_used_up_raise_until_one_is_removed_and_settled(extents: ExtentMap
     with pytest.raises(OSError, match="No space"):
         extents.add_slot(file)
     put(extents, whole(extents, slots[7]))
-    with request(extents, 0, 1):
+    with native_request(extents, 0, 1):
         extents.start_remove_slot(slots[7])
         with pytest.raises(OSError, match="No space"):
             extents.add_slot(file)
@@ -452,7 +441,7 @@ def test_whole_raw_file_of_a_tebibyte_is_one_extent() -> None:
     stats = extents.stats()
     assert (stats.extents, stats.regions) == (1, 0)
     assert stats.bytes - empty < 4096
-    with request(extents, 5, TIB - 10) as pieces:
+    with native_request(extents, 5, TIB - 10) as pieces:
         assert pieces == [(slot, 5, TIB - 10)]
 
 
@@ -645,7 +634,7 @@ def test_flush_that_fails_leaves_its_error_and_the_mark(extents: ExtentMap) -> N
     reading, writing = os.pipe()
     slot = extents.add_slot(writing)
     put(extents, MapExtent(0, MIB, slot, 0, writable=True))
-    with request(extents, 0, 1, write=True):
+    with native_request(extents, 0, 1, write=True):
         pass
     extents.flushed(extents.dirt())
     assert not extents.flush()
