@@ -43,6 +43,7 @@ from blockgraph.native import (
     CopyFlag,
     CopyProgress,
     MapExtent,
+    Runs,
     Sums,
     allocate_aligned,
     get_pool,
@@ -59,9 +60,8 @@ if TYPE_CHECKING:
 #: Longest run that a guest's write waits for, and longest buffer, bytes.
 _GUEST_CHUNK = 1 << 20
 
-#: Where guest writes have left shorter runs than this to copy, bytes, native code goes through so many of them at once.
+#: Shorter runs than this, bytes, are copied natively, many at once, where the maps can tell where they are.
 _FRAGMENT = 1 << 20
-_SWEEP = 32 << 20
 
 #: Pieces of source that are held at a time.
 _MAX_LEAVES = 512
@@ -179,8 +179,14 @@ class BlockCopy:
         self._bytes_shared = 0
         self._offload: dict[tuple[int, int], CopyFlag] = {}
         self.sums: Sums | None = None
-        self._runs = _MAX_RUNS
+        self._position = 0
+        self._runs = 1
         self._choosing = asyncio.Lock()
+        #: batches of runs that native code is at, not all of them claimed
+        self._batches = 0
+        self._batch_ended = asyncio.Event()
+        #: storage can copy by itself; None: not known yet
+        self._offloads: bool | None = None
         self._set_mode()
 
     @property
@@ -260,6 +266,7 @@ class BlockCopy:
     async def forget_maps(self) -> None:
         """The edges are about to lead elsewhere, or have just begun to; no guest request is in flight."""
         self._offload.clear()
+        self._offloads = None
         await self._source_map.clear()
         await self._target_map.clear()
 
@@ -348,33 +355,85 @@ class BlockCopy:
                     await self._copy_rest(rest)
                 self._bytes_for_guest += claim.end - claim.offset
 
-    async def sweep(self, offset: int) -> int | None:
-        """Where guest writes have left only short runs to copy, from `offset` on: copy many of them natively.
+    async def copy_next(self, chunk: int) -> int | None:
+        """Copy the next runs that are still to be copied, behind what the last call was given: about `chunk` bytes of
+        data with the zeroes before and between them, however many. What the source holds is asked once.
 
-        Returns: where to go on; None: this is no such place, or something there is for `copy_next`.
-        Cancelled: after the copy.
-        """
-        if not self.native or has_cow(self.target.node):  # it would write as data what is better left as zeroes
-            return None
-        area = self.bitmap.next_dirty(offset, max_length=_FRAGMENT)
-        if area is None or area[1] == _FRAGMENT or not await self.learn(area[0], sum(area)):
-            return None
-        end = min(area[0] + _SWEEP, self.length)
-        if not (await finish(self.copy_natively(area[0], end, for_guest=False))).whole:
-            return None
-        self._release(area[0], end)
-        return end
+        Short runs are copied natively, as far as the maps can tell where they are.
 
-    async def copy_next(self, offset: int, chunk: int) -> tuple[int, int] | None:
-        """Copy the next runs that are still to be copied at or after `offset`: about `chunk` bytes of data with the
-        zeroes before and between them, however many. What the source holds is asked once.
-
-        Returns: where to go on, and how many bytes of data were moved; None: nothing was left there.
+        Returns: how many bytes of data were moved; None: nothing was left, here or with others.
         Raises:
             CopyFailed: the bits are set again.
+        Cancelled: after a native copy.
         """
-        if self.bitmap.next_dirty(offset) is None:
-            return None
+        while self.bitmap.next_dirty(self._position) is None:
+            if self._batches:
+                await self._batch_ended.wait()
+            elif self._position:
+                self._position = 0  # what failed, or was passed by, lies behind
+            elif self.active:
+                await self.wait_any()
+            else:
+                return None
+        offset, moved = self._position, 0
+        if self.native and self._goes_in_batches():
+            runs = self.copier.find_runs(offset, _FRAGMENT, chunk, _MAX_RUNS)
+            if runs:
+                self._position = runs.end
+                moved, missed = await finish(self._copy_runs(runs))
+                if missed is None:
+                    return moved
+                offset = missed
+        end, more = await self._copy_here(offset, chunk)
+        self._position = end
+        return moved + more
+
+    def _goes_in_batches(self) -> bool:
+        """Native copies write as data what a target with a backing image had better left as zeroes, and let no storage
+        copy by itself."""
+        return (self._offloads is False or self.sums is not None) and not has_cow(self.target.node)
+
+    async def _copy_runs(self, runs: Runs) -> tuple[int, int | None]:
+        """Returns how many bytes were moved, and where something is left to copy otherwise."""
+        self._batches += 1
+        try:
+            if not await self._learn_runs(runs):
+                return 0, runs.start
+            done = await asyncio.to_thread(self.copier.copy_runs, runs)
+        finally:
+            self._batches -= 1
+            self._batch_ended.set()
+            self._batch_ended = asyncio.Event()
+        self._bytes_copied += done.copied
+        self._bytes_moved += done.moved
+        for start, end in runs.released():
+            self._released(start, end)
+        return done.moved, None if done.whole else runs.missed()
+
+    async def _learn_runs(self, runs: Runs) -> bool:
+        """Let the maps know where the runs are. False: the target has no place ready for some."""
+        if self.copier.check_runs(runs):
+            return True
+        source, target = self._source_map.extents, self._target_map.extents
+        with suppress(BlockGraphError):  # whoever copies will tell
+            for start, end in runs.unmapped("target"):
+                if not _takes_writes(target.find(start)):
+                    await self._target_map.fill(start, end - start)
+                    if not _takes_writes(target.find(start)):
+                        return False
+            if unknown := runs.unmapped("source"):
+                await self._source_map.look_up(unknown)
+                self.copier.check_runs(runs)
+                for start, end in runs.unmapped("source"):
+                    if source.find(start) is None:
+                        await self._source_map.fill(start, end - start)
+        return True
+
+    async def _copy_here(self, offset: int, chunk: int) -> tuple[int, int]:
+        """Copy the next runs from `offset` on, moving data between storages and the rest through the nodes.
+
+        Returns: where to go on, and how many bytes of data were moved.
+        """
         async with Pins() as pins:
             with ExitStack() as claims:
                 async with self._choosing:  # else all of them would look at the same run, for one to have it
@@ -596,6 +655,8 @@ class BlockCopy:
             raise CopyFailed(failure, "source" if side == "source" else "target") from error
         finally:
             self._bytes_shared += progress.shared
+            if self._offloads is None:
+                self._offloads = progress.shared > 0 or any(extent.flags & CopyFlag.COPY_RANGE for extent in extents)
             for extent, (_, target) in zip(extents, storages, strict=True):
                 target.driver.stored(extent.target_offset, extent.length)
         self._bytes_moved += sum(extent.length for extent in extents)

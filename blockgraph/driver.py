@@ -16,7 +16,7 @@ Third parties register drivers through the entry-point group `blockgraph.drivers
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from typing import Protocol as TypingProtocol
 
@@ -29,7 +29,7 @@ from blockgraph.options import NodeOptions
 from blockgraph.perm import ALL, Perm, Role, cow_child, filtered_child, storage_child
 
 if TYPE_CHECKING:
-    from blockgraph.native import ExtentMap, L2Places
+    from blockgraph.native import ExtentMap, L2Parts, L2Places
     from blockgraph.node import Child, Node
 
 
@@ -106,6 +106,18 @@ class FirstWrites(TypingProtocol):
 
     async def withdraw(self) -> None:
         """No map does them any more, and what maps know of the node is gone."""
+
+
+class Lookup(NamedTuple):
+    """What `Format.look_up` found.
+
+    Attributes:
+        parts: entries of tables, whose host offsets are the storage's.
+        storage: the node whose descriptor has the bytes.
+    """
+
+    parts: L2Parts
+    storage: Node
 
 
 class Driver:
@@ -426,6 +438,16 @@ class Format(Driver):
     def places(self, offset: int) -> L2Places | None:
         """Where the neighbourhood of `offset` lives in the child that `map` has just named; None: its answers are not
         short ones. As with `map`, every change is revoked."""
+        return None
+
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> Lookup | None:
+        """Where many short runs (offset, end) live, at once; None: `map` has to be asked about each.
+
+        So it has to be about what is left out. Nothing is awaited between the answer's making and its return.
+
+        Raises:
+            IOFailure: the tables can not be read.
+        """
         return None
 
     async def read_special(self, extent: Extent, buf: memoryview) -> None:

@@ -29,6 +29,7 @@ cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockgraph.driver import Format
@@ -143,6 +144,37 @@ class RootMap:
         if extent is not None:
             self.extents.insert(generation, [extent])
         return extent
+
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Enter what a format can tell at once about many short runs (offset, end), for reading.
+
+        The caller is inside the backend's gate, and looks for what is still unknown.
+        """
+        if self._backend.node not in self._nodes or self.extents.size != self._backend.size():
+            await self.fill(runs[0][0], runs[0][1] - runs[0][0])  # makes the nodes known to us, and us to them
+        generation = self.extents.generation()
+        node, shift, low, high = self._backend.node, 0, 0, self.extents.size
+        path = [node]
+        while not isinstance(node.driver, Format):
+            position = runs[0][0] - shift
+            extent = (await node.map(position, 1)) if position < node.size() else None
+            if extent is None or extent.child is None or extent.status is not Status.DATA:
+                return
+            low, high = max(low, extent.offset + shift), min(high, extent.offset + extent.length + shift)
+            node, shift = extent.child.node, shift + extent.offset - extent.child_offset
+            path.append(node)
+        low, high = max(low, shift), min(high, node.size() + shift)
+        if any(self._nodes.get(node) is None for node in path):
+            return
+        inside = [(offset - shift, end - shift) for offset, end in runs if low <= offset and end <= high]
+        found = await node.driver.look_up(inside)
+        # From here to the insert nothing is awaited.
+        if found is None or found.storage.serialising or any(node.serialising for node in path):
+            return
+        self._register(found.storage, None)
+        slot = self._slot(found.storage)
+        if slot is not None:
+            self.extents.insert_parts(generation, found.parts, shift, 0, MapExtent(low, high - low, slot))
 
     async def _resolve(self, offset: int, length: int, generation: int) -> MapExtent | None:
         """The widest extent around `offset`; None: it has to be asked for each time.

@@ -18,6 +18,7 @@
 #define SPARE_BUFFERS 16
 #define BUFFER_ALIGNMENT 4096
 #define FEW_PIECES 16
+#define TAKES_WRITES (BG_MAP_WRITABLE | BG_MAP_ALLOCATE)
 
 enum kind { NATIVE, PYTHON, FROZEN };
 
@@ -275,12 +276,10 @@ int bg_copier_thaw(bg_copier *c, int64_t number)
     return r ? 0 : -ENOENT;
 }
 
-int bg_copier_release(bg_copier *c, int64_t offset, int64_t end)
+/* With the lock held: 1 when all of [offset, end), whole clusters, is done now. */
+static int release(bg_copier *c, int64_t offset, int64_t end)
 {
-    if (!clusters_ok(c, offset, end))
-        return -EINVAL;
     int ret = 1;
-    pthread_mutex_lock(&c->lock);
     for (int64_t at = offset, stop; at < end; at = stop) {
         const range *frozen = frozen_in(c, at, end);
         int64_t clear = frozen ? frozen->start - frozen->start % c->cluster : end;
@@ -295,6 +294,15 @@ int bg_copier_release(bg_copier *c, int64_t offset, int64_t end)
             stop = at + c->cluster < end ? at + c->cluster : end;
         }
     }
+    return ret;
+}
+
+int bg_copier_release(bg_copier *c, int64_t offset, int64_t end)
+{
+    if (!clusters_ok(c, offset, end))
+        return -EINVAL;
+    pthread_mutex_lock(&c->lock);
+    int ret = release(c, offset, end);
     pthread_mutex_unlock(&c->lock);
     return ret;
 }
@@ -329,7 +337,7 @@ static bool is_mapped(const bg_copier *c, int64_t at)
 {
     bg_map_extent e;
     return bg_map_find(c->source, at, &e) && bg_map_find(c->target, at, &e) &&
-           e.flags & (BG_MAP_WRITABLE | BG_MAP_ALLOCATE);
+           e.flags & TAKES_WRITES;
 }
 
 /* Whether the target is known to read as zeroes, without reading it. */
@@ -433,6 +441,84 @@ int bg_copier_copy(bg_copier *c, int64_t offset, int64_t end, bg_copier_stats *o
     int ret = copy_all(c, offset, end, out);
     pthread_mutex_unlock(&c->lock);
     return ret;
+}
+
+int64_t bg_copier_find_runs(bg_copier *c, int64_t offset, int64_t longest, int64_t bytes, bg_copier_run *out, int64_t max)
+{
+    if (longest < 1 || bytes < c->cluster || !range_ok(c, offset, c->size))
+        return -EINVAL;
+    int64_t count = 0;
+    bg_bitmap_extent run;
+    bytes -= bytes % c->cluster;
+    while (count < max && bytes > 0 && bg_bitmap_next_dirty(c->todo, offset, c->size, longest, &run) == 1) {
+        int64_t length = run.end - run.start;
+        if (length >= longest)
+            break;
+        length = length < bytes ? length : bytes;
+        out[count++] = (bg_copier_run){.start = run.start, .end = run.start + length};
+        bytes -= length;
+        offset = run.start + length;
+    }
+    return count;
+}
+
+/* Whether the map knows a place for all of [start, end): with one of these flags, if any are asked for. */
+static bool all_mapped(bg_map *map, int64_t start, int64_t end, int flags)
+{
+    bg_map_extent e;
+    while (start < end) {
+        if (!bg_map_find(map, start, &e) || (flags && !(e.flags & flags)))
+            return false;
+        start = e.offset + e.length;
+    }
+    return true;
+}
+
+int64_t bg_copier_check_runs(bg_copier *c, bg_copier_run *runs, int64_t count)
+{
+    int64_t unmapped = 0;
+    for (int64_t i = 0; i < count; i++) {
+        bg_copier_run *r = &runs[i];
+        if (!clusters_ok(c, r->start, r->end))
+            return -EINVAL;
+        r->unmapped = all_mapped(c->source, r->start, r->end, 0) ? 0 : BG_COPIER_SOURCE;
+        if (!all_mapped(c->target, r->start, r->end, TAKES_WRITES))
+            r->unmapped |= BG_COPIER_TARGET;
+        unmapped += r->unmapped != 0;
+    }
+    return unmapped;
+}
+
+/* With the lock held: 0, or a miss. */
+static int copy_own(bg_copier *c, int64_t start, int64_t end, bg_copier_stats *mine)
+{
+    int64_t longest = c->cluster < CLAIM ? CLAIM : c->cluster;
+    bg_bitmap_extent run;
+    while (c->mode == BG_COPIER_ON && bg_bitmap_next_dirty(c->todo, start, end, longest, &run) == 1) {
+        if (copy_run(c, &run, mine) != 0)
+            return BG_MAP_MISS;
+        release(c, run.start, run.end);
+        start = run.end;
+    }
+    return c->mode == BG_COPIER_ON ? 0 : BG_MAP_MISS;
+}
+
+int64_t bg_copier_copy_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg_copier_stats *out)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (!clusters_ok(c, runs[i].start, runs[i].end))
+            return -EINVAL;
+    int64_t missed = 0;
+    *out = (bg_copier_stats){0};
+    for (int64_t i = 0; i < count; i++) {
+        pthread_mutex_lock(&c->lock);
+        runs[i].missed = copy_own(c, runs[i].start, runs[i].end, out) != 0;
+        bg_bitmap_extent kept;
+        runs[i].released = bg_bitmap_next_clean(c->done, runs[i].start, runs[i].end, BG_BITMAP_NO_LIMIT, &kept) == 0;
+        pthread_mutex_unlock(&c->lock);
+        missed += runs[i].missed;
+    }
+    return missed;
 }
 
 /* With the lock held: 0 once [start, end) may be overwritten. */

@@ -82,6 +82,32 @@ int bg_copier_pending(bg_copier *copier, int64_t offset, int64_t end);
  */
 int bg_copier_copy(bg_copier *copier, int64_t offset, int64_t end, bg_copier_stats *out);
 
+/* A run of todo: [start, end), whole clusters. */
+typedef struct {
+    int64_t start, end;
+    int32_t unmapped; /* a map does not know where it is: BG_COPIER_SOURCE, BG_COPIER_TARGET */
+    int32_t missed;   /* some of it is still to be copied: Python's, or it failed */
+    int32_t released; /* the guest may overwrite all of it */
+} bg_copier_run;
+
+#define BG_COPIER_SOURCE 1
+#define BG_COPIER_TARGET 2
+
+/*
+ * The first runs of todo from `offset` on, up to `max` and `bytes` (>= a cluster, the last is cut) in all, stopping before one
+ * of `longest` or more. Returns how many.
+ */
+int64_t bg_copier_find_runs(bg_copier *copier, int64_t offset, int64_t longest, int64_t bytes, bg_copier_run *out, int64_t max);
+
+/* Set `unmapped` of all runs, and return how many are not 0. */
+int64_t bg_copier_check_runs(bg_copier *copier, bg_copier_run *runs, int64_t count);
+
+/*
+ * Copy what is still to be copied of each run, and let the guest overwrite what is copied, except where a range is frozen. What
+ * others are copying is left to them. Sets `missed` and `released`, and returns how many runs have `missed`; *out as for bg_copier_copy.
+ */
+int64_t bg_copier_copy_runs(bg_copier *copier, bg_copier_run *runs, int64_t count, bg_copier_stats *out);
+
 /* A claim that touches [offset, end): its number, -1: a native write's, 0: none. */
 int64_t bg_copier_claimed(bg_copier *copier, int64_t offset, int64_t end);
 

@@ -2,6 +2,8 @@
 /* SPDX-License-Identifier: MIT */
 #include "l2_places.h"
 
+#include "io.h"
+
 #include <errno.h>
 #include <stdbool.h>
 
@@ -22,26 +24,40 @@ static bool touches_metadata(const bg_l2_places *p, uint64_t first, uint64_t cou
     return low < p->metadata_count && p->metadata[low] < first + count;
 }
 
-/* False: nothing of the run is to be entered. */
-static bool place(const bg_l2_places *p, const bg_l2_run *run, bg_map_extent *out)
+/* Cut to what is asked for. False: nothing is left. */
+static bool bound(const bg_l2_places *p, int64_t start, int64_t length, bg_map_extent *out)
+{
+    int64_t end = start + length;
+    int64_t low = start > p->low ? start : p->low, high = end < p->high ? end : p->high;
+    *out = (bg_map_extent){.offset = low, .length = high - low};
+    return low < high;
+}
+
+/* False: nothing of the run, whose table begins at `disk`, is to be entered. */
+static bool place(const bg_l2_places *p, const bg_l2_run *run, int64_t disk, bg_map_extent *out)
 {
     int64_t cluster = (int64_t)1 << p->cluster_bits, host = run->host_offset, length = run->count << p->cluster_bits;
+    int64_t start = disk + (run->index << p->cluster_bits);
     if (run->kind != BG_L2_DATA || host < cluster || host >= p->host_end)
         return false;
     bool writable = run->flags & BG_L2_COPIED &&
                     !touches_metadata(p, (uint64_t)host >> p->cluster_bits, (uint64_t)run->count);
-    if (length > p->host_end - host)
-        length = p->host_end - host;
-    int64_t start = p->disk + (run->index << p->cluster_bits), end = start + length;
-    int64_t low = start > p->low ? start : p->low, high = end < p->high ? end : p->high;
-    *out = (bg_map_extent){
-        .offset = low,
-        .length = high - low,
-        .storage_offset = host + p->storage + low - start,
-        .slot = p->slot,
-        .flags = writable ? p->flags : 0,
-    };
-    return low < high && out->storage_offset >= 0;
+    if (!bound(p, start, length < p->host_end - host ? length : p->host_end - host, out))
+        return false;
+    out->storage_offset = host + p->storage + out->offset - start;
+    out->slot = p->slot;
+    out->flags = writable ? p->flags : 0;
+    return out->storage_offset >= 0;
+}
+
+/* False: it is not known to read as zeroes. */
+static bool place_zero(const bg_l2_places *p, const bg_l2_run *run, int64_t disk, bool zeroes, bg_map_extent *out)
+{
+    bool zero = run->kind == BG_L2_ZERO || run->kind == BG_L2_ZERO_ALLOCATED || (zeroes && run->kind == BG_L2_UNALLOCATED);
+    if (!zero || !bound(p, disk + (run->index << p->cluster_bits), run->count << p->cluster_bits, out))
+        return false;
+    out->flags = BG_MAP_ZERO;
+    return true;
 }
 
 int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *places)
@@ -55,11 +71,70 @@ int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *pl
             return n;
         int64_t count = 0;
         for (int64_t i = 0; i < n; i++)
-            count += place(places, &runs[i], &extents[count]);
+            count += place(places, &runs[i], places->disk, &extents[count]);
         int64_t ret = bg_map_insert(map, generation, extents, count);
         if (ret < 0)
             return ret;
         taken += ret;
     }
     return taken;
+}
+
+int bg_l2_read_parts(int fd, const bg_l2_part *parts, int64_t count, void *entries, int64_t bytes)
+{
+    for (int64_t i = 0; i < count; i++) {
+        const bg_l2_part *part = &parts[i];
+        if (part->host < 0)
+            continue;
+        if (part->position < 0 || part->count < 0 || part->count > (bytes - part->position) / 8)
+            return -EINVAL;
+        int64_t ret = bg_pread(fd, (char *)entries + part->position, part->count * 8, part->host);
+        if (ret < 0)
+            return (int)ret;
+    }
+    return 0;
+}
+
+/* The extents of a part, up to `max` runs of it: how many, or -EINVAL. *at is where to go on. */
+static int64_t place_part(const bg_l2_places *p, const bg_l2_part *part, bool zeroes, int64_t *at, bg_map_extent *out,
+                          int64_t max)
+{
+    bg_l2_run runs[BATCH] = {{.count = part->count}};
+    int64_t count = 0, n = 1;
+    if (part->position >= 0) {
+        if (part->count < 0 || part->position > p->entries * 8 || part->count > p->entries - part->position / 8)
+            return -EINVAL;
+        n = bg_l2_decode((const char *)p->table + part->position, *at, part->count, p->cluster_bits, p->version, 0, runs,
+                         max < BATCH ? max : BATCH);
+        if (n < 0)
+            return n;
+    }
+    for (int64_t i = 0; i < n; i++)
+        count += place(p, &runs[i], p->disk + part->first, &out[count]) ||
+                 place_zero(p, &runs[i], p->disk + part->first, zeroes, &out[count]);
+    *at = n ? runs[n - 1].index + runs[n - 1].count : part->count;
+    return count;
+}
+
+int64_t bg_map_insert_l2_parts(bg_map *map, int64_t generation, const bg_l2_places *places, const bg_l2_part *parts,
+                               int64_t count, int zeroes)
+{
+    bg_map_extent extents[BATCH];
+    int64_t taken = 0, held = 0;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t at = 0; at < parts[i].count;) {
+            int64_t n = place_part(places, &parts[i], zeroes, &at, extents + held, BATCH - held);
+            if (n < 0)
+                return n;
+            held += n;
+            if (held == BATCH) {
+                int64_t ret = bg_map_insert(map, generation, extents, held);
+                if (ret < 0)
+                    return ret;
+                taken += ret;
+                held = 0;
+            }
+        }
+    int64_t ret = bg_map_insert(map, generation, extents, held);
+    return ret < 0 ? ret : taken + ret;
 }

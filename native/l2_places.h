@@ -31,6 +31,24 @@ typedef struct {
 
 /* Insert the clusters that are plain data; returns how many extents the map took. */
 int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *places);
+
+/* Some entries of a table. */
+typedef struct {
+    int64_t first;   /* offset in the image of the first */
+    int64_t position; /* of its bytes among the entries of all parts, for whom -1: there is no table */
+    int64_t count;
+    int64_t host; /* where they are in the image's file; -1: they need not be read */
+} bg_l2_part;
+
+/* Read the entries of all parts into `entries`; zeroes past the file's end. 0, or -errno of the first failure. */
+int bg_l2_read_parts(int fd, const bg_l2_part *parts, int64_t count, void *entries, int64_t bytes);
+
+/*
+ * Insert what the parts say, of which `places` has what they have in common: its table and entries are those of all parts, its
+ * disk is where the image's first byte is. What reads as zeroes is entered, too; `zeroes`: unallocated clusters do.
+ */
+int64_t bg_map_insert_l2_parts(bg_map *map, int64_t generation, const bg_l2_places *places, const bg_l2_part *parts,
+                               int64_t count, int zeroes);
 /* cffi:end */
 
 #endif

@@ -266,10 +266,7 @@ class _Restore:
         return []
 
     async def _worker(self, copy: BlockCopy) -> None:
-        position = 0
-        while copy.bitmap.next_dirty() is not None:
-            copied = await copy.copy_next(position, _CHUNK)
-            position = 0 if copied is None else copied[0]
+        while await copy.copy_next(_CHUNK) is not None:
             self._progress(self._done + copy.bytes_copied, self.result.bytes)
 
     async def _copy_what_can_be(self, copy: BlockCopy, part: _Part) -> list[tuple[int, int]]:

@@ -56,7 +56,6 @@ class CopyLoop:
         self._chunk = max(chunk or DEFAULT_CHUNK, copy.cluster_size)
         self._policy: dict[str, OnError] = {"source": on_source_error, "target": on_target_error}
         self._broken = broken
-        self._position = 0
         self._failure: CopyFailed | None = None
         self._done = 0
 
@@ -106,21 +105,11 @@ class CopyLoop:
                 self.tell()
 
     async def _step(self) -> bool:
-        """Copy one run. False: nothing is left and nothing is in flight."""
-        if not self.limit.speed and (reached := await self._copy.sweep(self._position)) is not None:
-            self._position = reached
-            return True
-        copied = await self._copy.copy_next(self._position, self._chunk_now())
-        if copied is not None:
-            self._position, moved = copied
-            self.limit.charge(moved)
-            return True
-        if self._position:
-            self._position = 0  # what failed, or was passed by, lies behind
-        elif self._copy.active:
-            await self._copy.wait_any()
-        else:
+        """Copy some. False: nothing is left and nothing is in flight."""
+        moved = await self._copy.copy_next(self._chunk_now())
+        if moved is None:
             return False
+        self.limit.charge(moved)
         return True
 
     def _chunk_now(self) -> int:

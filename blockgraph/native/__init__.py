@@ -9,7 +9,7 @@ out of range raise ValueError; failed system calls raise OSError with `errno`.
 
 from blockgraph.native.allocator import Allocator, Link
 from blockgraph.native.bitmap import Bitmap
-from blockgraph.native.copier import ClaimedRun, CopiedRange, Copier, CopierLink, CopierMode, CopierStats
+from blockgraph.native.copier import ClaimedRun, CopiedRange, Copier, CopierLink, CopierMode, CopierStats, Runs
 from blockgraph.native.copy import (
     CopyCancelled,
     CopyError,
@@ -21,7 +21,17 @@ from blockgraph.native.copy import (
     offload,
 )
 from blockgraph.native.extent_map import ExtentMap, MapExtent, MapStats, Zeroing
-from blockgraph.native.l2 import L2Kind, L2Places, L2Run, decode_l2, free_run_refcount16, next_nonzero_u64
+from blockgraph.native.l2 import (
+    L2Kind,
+    L2Part,
+    L2Parts,
+    L2Places,
+    L2Run,
+    decode_l2,
+    free_run_refcount16,
+    next_nonzero_u64,
+    read_l2_parts,
+)
 from blockgraph.native.pool import Pool, close_pool, get_pool
 from blockgraph.native.sums import SUM_BLOCK, Sums
 from blockgraph.native.zero import ZeroRun, allocate_aligned, is_zero, zero_runs
@@ -45,12 +55,15 @@ __all__ = [
     "CopySide",
     "ExtentMap",
     "L2Kind",
+    "L2Part",
+    "L2Parts",
     "L2Places",
     "L2Run",
     "Link",
     "MapExtent",
     "MapStats",
     "Pool",
+    "Runs",
     "Sums",
     "ZeroRun",
     "Zeroing",
@@ -62,5 +75,6 @@ __all__ = [
     "is_zero",
     "next_nonzero_u64",
     "offload",
+    "read_l2_parts",
     "zero_runs",
 ]

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import enum
 import errno
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
@@ -66,6 +67,44 @@ class CopiedRange(NamedTuple):
     moved: int
 
 
+class Runs:
+    """Runs that are to be copied, found by `Copier.find_runs`. Bounds are (offset, end), bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._native = ffi.new("bg_copier_run[]", most)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _some(self, wanted: Callable[[Any], int]) -> list[tuple[int, int]]:
+        return [(run.start, run.end) for run in self._native[0 : self._count] if wanted(run)]
+
+    def unmapped(self, side: Literal["source", "target"]) -> list[tuple[int, int]]:
+        """Those of which that side's map does not know some place, as of `Copier.check_runs`."""
+        bit = lib.BG_COPIER_SOURCE if side == "source" else lib.BG_COPIER_TARGET
+        return self._some(lambda run: run.unmapped & bit)
+
+    def missed(self) -> int | None:
+        """Where the first begins that `Copier.copy_runs` has left some of."""
+        return next((int(run.start) for run in self._native[0 : self._count] if run.missed), None)
+
+    def released(self) -> list[tuple[int, int]]:
+        """Those that the guest may overwrite after `Copier.copy_runs`."""
+        return self._some(lambda run: run.released)
+
+    @property
+    def start(self) -> int:
+        """Of the first."""
+        return int(self._native[0].start)
+
+    @property
+    def end(self) -> int:
+        """Of the last."""
+        return int(self._native[self._count - 1].end)
+
+
 class Copier:
     """Who copies which cluster. Any thread may call any method but `native_ended`; each is atomic.
 
@@ -119,6 +158,30 @@ class Copier:
         out = ffi.new("bg_copier_stats *")
         whole = check(lib.bg_copier_copy(self._native, offset, end, out)) == 0
         return CopiedRange(whole, out.copied, out.moved)
+
+    def find_runs(self, offset: int, longest: int, size: int, most: int) -> Runs:
+        """What is to be copied first from `offset` on: runs shorter than `longest`, up to the first that is not.
+
+        Args:
+            size: bytes of them all, at least a cluster; the last is cut.
+            most: how many, at most.
+        """
+        runs = Runs(most)
+        code = lib.bg_copier_find_runs(self._native, offset, longest, size, runs._native, most)
+        if code < 0:
+            raise ValueError(f"no runs of {size} bytes can be found from {offset} on")
+        runs._count = code
+        return runs
+
+    def check_runs(self, runs: Runs) -> bool:
+        """Find out what the maps do not know. True: they know all."""
+        return check(lib.bg_copier_check_runs(self._native, runs._native, len(runs))) == 0
+
+    def copy_runs(self, runs: Runs) -> CopiedRange:
+        """Copy what is still to be copied of each, as `copy` does, and release it; what others copy is left to them."""
+        out = ffi.new("bg_copier_stats *")
+        missed = check(lib.bg_copier_copy_runs(self._native, runs._native, len(runs), out))
+        return CopiedRange(missed == 0, out.copied, out.moved)
 
     def claimed(self, offset: int, end: int) -> int:
         """Number of a claim that touches [offset, end); -1: a native write's; 0: there is none."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from blockgraph.native.allocator import Allocator
     from blockgraph.native.bitmap import Bitmap
     from blockgraph.native.copier import CopierLink
-    from blockgraph.native.l2 import L2Places
+    from blockgraph.native.l2 import L2Parts, L2Places
 
 DEFAULT_MEMORY = 64 << 20
 """Bytes that a map may use, unless told otherwise."""
@@ -282,27 +282,17 @@ class ExtentMap:
         Raises:
             ValueError: the range is not inside the disk, or the slot out of range.
         """
-        assert within.slot is not None
-        table, metadata = _from_buffer(places.table), _from_buffer("uint64_t[]", places.metadata)
-        native = ffi.new(
-            "bg_l2_places *",
-            {
-                "table": table,
-                "entries": len(places.table) // 8,
-                "cluster_bits": places.cluster_bits,
-                "version": places.version,
-                "metadata": metadata,
-                "metadata_count": len(places.metadata),
-                "host_end": places.host_end,
-                "disk": places.first + shift,
-                "low": within.offset,
-                "high": within.offset + within.length,
-                "storage": storage_shift,
-                "slot": within.slot,
-                "flags": within.flags(),
-            },
-        )
-        code = lib.bg_map_insert_l2(self._native, generation, native)
+        native = _places(places, shift, storage_shift, within)
+        code = lib.bg_map_insert_l2(self._native, generation, native.places)
+        if code < 0:
+            raise ValueError(f"range {within.offset}+{within.length} or slot {within.slot} is not in the map")
+        return int(code)
+
+    def insert_parts(self, generation: int, parts: L2Parts, shift: int, storage_shift: int, within: MapExtent) -> int:
+        """Insert what parts of many L2 tables say, as `insert_places` does, zeroes too."""
+        native = _places(parts.places, shift, storage_shift, within)
+        items = ffi.new("bg_l2_part[]", parts.parts)
+        code = lib.bg_map_insert_l2_parts(self._native, generation, native.places, items, len(items), parts.zeroes)
         if code < 0:
             raise ValueError(f"range {within.offset}+{within.length} or slot {within.slot} is not in the map")
         return int(code)
@@ -579,6 +569,37 @@ class ExtentMap:
         if offset < 0 or length < 0 or offset + length > size:
             raise ValueError(f"range {offset}+{length} is not inside the disk of {size} bytes")
         raise OSError(-code, os.strerror(-code))
+
+
+class _Places(NamedTuple):
+    """A `bg_l2_places *`, and what it points to."""
+
+    places: Any
+    table: Any
+    metadata: Any
+
+
+def _places(places: L2Places, shift: int, storage_shift: int, within: MapExtent) -> _Places:
+    table, metadata = _from_buffer(places.table), _from_buffer("uint64_t[]", places.metadata)
+    native = ffi.new(
+        "bg_l2_places *",
+        {
+            "table": table,
+            "entries": len(places.table) // 8,
+            "cluster_bits": places.cluster_bits,
+            "version": places.version,
+            "metadata": metadata,
+            "metadata_count": len(places.metadata),
+            "host_end": places.host_end,
+            "disk": places.first + shift,
+            "low": within.offset,
+            "high": within.offset + within.length,
+            "storage": storage_shift,
+            "slot": -1 if within.slot is None else within.slot,
+            "flags": within.flags(),
+        },
+    )
+    return _Places(native, table, metadata)
 
 
 def _call(function: Callable[..., int], *args: Any) -> int:

@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockgraph._native import ffi, lib
+from blockgraph.native.check import check
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -64,7 +65,48 @@ class L2Places(NamedTuple):
     metadata: array[int]
 
 
+class L2Part(NamedTuple):
+    """Some entries of a table.
+
+    Attributes:
+        first: offset in the image of the first, bytes.
+        position: of their bytes in `L2Parts.table`; -1: there is no table, all are unallocated.
+        entries: how many.
+        host: where they are in the file; -1: they need not be read.
+    """
+
+    # In the order of bg_l2_part: lists of these are handed to C as they are.
+    first: int
+    position: int
+    entries: int
+    host: int
+
+
+class L2Parts(NamedTuple):
+    """Parts of many tables, for an extent map to take at once (`ExtentMap.insert_parts`).
+
+    Attributes:
+        places: what they have in common; the table is all parts' entries, `first` is 0.
+        parts: in any order.
+        zeroes: what is unallocated reads as zeroes.
+    """
+
+    places: L2Places
+    parts: list[L2Part]
+    zeroes: bool
+
+
 _KINDS = tuple(sorted(L2Kind))
+
+
+def read_l2_parts(fd: int, parts: list[L2Part], table: bytearray) -> None:
+    """Read the parts' entries, big-endian, from the image's file; zeroes past its end. Blocks, without the GIL.
+
+    Raises:
+        OSError: the storage failed.
+    """
+    native = ffi.new("bg_l2_part[]", parts)
+    check(lib.bg_l2_read_parts(fd, native, len(parts), ffi.from_buffer(table), len(table)))
 
 
 def decode_l2(

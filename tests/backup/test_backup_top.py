@@ -227,7 +227,7 @@ async def test_writes_overlapping_share_one_copy() -> None:
 async def test_write_waits_for_a_background_copy_of_its_cluster() -> None:
     async with backup_top() as s:
         s.target.break_at("pwritev", "job", offset=0)
-        job = asyncio.ensure_future(s.copy.copy_next(0, CLUSTER))
+        job = asyncio.ensure_future(s.copy.copy_next(CLUSTER))
         await s.target.wait_break("job")
         write = asyncio.ensure_future(s.guest.pwrite(0, b"new"))
         await settle()

@@ -50,12 +50,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping as MappingABC
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
 from blockgraph import debug
-from blockgraph.driver import Allocation, ChildSpec, Format, ImpliedChild, Info
+from blockgraph.driver import Allocation, ChildSpec, Format, ImpliedChild, Info, Lookup
 from blockgraph.errors import CorruptImage, OptionError, ReadOnly
 from blockgraph.extent import BlockStatus, Extent, Status
 from blockgraph.flags import Flag
@@ -65,6 +66,7 @@ from blockgraph.formats.qcow2.compressed import CompressedClusters
 from blockgraph.formats.qcow2.first_writes import FirstWrites
 from blockgraph.formats.qcow2.header import AUTOCLEAR, MAX_CLUSTER_BITS, Autoclear, Incompatible, parse_header
 from blockgraph.formats.qcow2.image import Image
+from blockgraph.formats.qcow2.lookup import look_up
 from blockgraph.formats.qcow2.mapping import Mapping
 from blockgraph.formats.qcow2.rebuild import rebuild
 from blockgraph.formats.qcow2.refcount import Refcounts
@@ -353,6 +355,9 @@ class Qcow2(Format):
         return L2Places(
             table.buf, index << self._span_bits, image.cluster_bits, image.header.version, image.file_end(), metadata
         )
+
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> Lookup | None:
+        return await look_up(self, runs)
 
     def _may_write(self, host: int, length: int) -> bool:
         return self.image.damaged is None and self.refcounts.overlaps.find(host, length) is None

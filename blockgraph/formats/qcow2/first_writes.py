@@ -157,6 +157,12 @@ class FirstWrites:
             self._collect()
         return self._links.pop(index, None) if self._links else None
 
+    def waiting(self, index: int) -> bool:
+        """There are links for the table of an L1 index."""
+        if self._native.has_links:
+            self._collect()
+        return index in self._links
+
     def _collect(self) -> None:
         end = 0
         for link in self._native.take_links():

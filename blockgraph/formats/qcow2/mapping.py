@@ -313,6 +313,10 @@ class Mapping:
         self.tables.touch(table, low * 8, high * 8)
         self._bound_runs(table)
 
+    def is_behind(self, index: int) -> bool:
+        """The table lacks what native writes have placed; it gets that when it is looked at."""
+        return self.first_writes is not None and self.first_writes.waiting(index)
+
     def _bound_runs(self, table: L2Table) -> None:
         if table.runs is not None and len(table.runs) > self._image.l2_entries // _RUNS_PART + _WINDOW:
             table.runs = None
