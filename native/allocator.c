@@ -20,6 +20,13 @@
 #define MAX_BITS 21
 /* Longer writes are done in parts: a part's room is claimed in one piece, and must be found so. */
 #define MAX_PART (4 << 20)
+/* Old bytes and new ones up to this are brought together, to be written at once. */
+#define MAX_ONE (128 << 10)
+/* Most that is placed by who must not be kept for long. */
+#define MAX_NOW (128 << 10)
+#define SPARE_BUFFERS 8
+#define BUFFER_ALIGNMENT 4096
+#define FEW_PIECES 16
 
 /* Guest clusters that are being placed, or held. */
 typedef struct range {
@@ -43,9 +50,12 @@ struct bg_allocator {
     size_t link_count, link_space;
     size_t promised; /* links that claims may add */
     atomic_bool has_links;
+    atomic_bool waits; /* a write to fd without waiting was refused */
+    void *spare[SPARE_BUFFERS]; /* of MAX_ONE bytes */
+    int spares;
 };
 
-static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, const void *buf, int64_t length);
+static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, const void *buf, int64_t length, int now);
 
 int bg_allocator_new(int bits, bg_allocator **out)
 {
@@ -76,6 +86,8 @@ void bg_allocator_free(bg_allocator *a)
         next = hold->next;
         free(hold);
     }
+    while (a->spares)
+        free(a->spare[--a->spares]);
     free(a->rooms);
     free(a->links);
     close(a->eventfd);
@@ -98,6 +110,7 @@ void bg_allocator_bind(bg_allocator *a, int fd, int slot)
     pthread_mutex_lock(&a->lock);
     a->fd = fd;
     a->slot = slot;
+    atomic_store(&a->waits, false);
     pthread_mutex_unlock(&a->lock);
 }
 
@@ -272,19 +285,18 @@ int bg_allocator_release(bg_allocator *a, int64_t first, int64_t end)
 }
 
 /*
- * Claim the first cluster of `c` and those behind it that nobody has. -EAGAIN: after waiting for somebody who had it;
- * BG_MAP_MISS: it is held.
+ * Claim the first cluster of `c` and those behind it that nobody has. -EAGAIN: somebody had it, and, unless it is `now`, has
+ * been waited for; BG_MAP_MISS: it is held.
  */
-static int claim(bg_allocator *a, range *c)
+static int claim(bg_allocator *a, range *c, bool now)
 {
     int ret = 0;
     pthread_mutex_lock(&a->lock);
     if (overlapping(a->holds, c->first, c->first + 1)) {
         ret = BG_MAP_MISS;
     } else if (overlapping(a->claims, c->first, c->first + 1)) {
-        do
+        while (!now && overlapping(a->claims, c->first, c->first + 1))
             bg_wait(&a->placed, &a->lock);
-        while (overlapping(a->claims, c->first, c->first + 1));
         ret = -EAGAIN;
     } else if (!make_space((void **)&a->links, &a->link_space, a->link_count + a->promised + 1, sizeof(*a->links))) {
         ret = BG_MAP_MISS;
@@ -299,8 +311,25 @@ static int claim(bg_allocator *a, range *c)
     return ret;
 }
 
-/* The end of a claim. What of `unused` there is goes back. */
-static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused)
+/* Memory for old bytes; NULL when there is none. With the lock. */
+static void *take_buffer(bg_allocator *a, int64_t size)
+{
+    if (size <= MAX_ONE && a->spares)
+        return a->spare[--a->spares];
+    size = (size + BUFFER_ALIGNMENT - 1) / BUFFER_ALIGNMENT * BUFFER_ALIGNMENT;
+    return aligned_alloc(BUFFER_ALIGNMENT, (size_t)(size < MAX_ONE ? MAX_ONE : size));
+}
+
+static void give_buffer(bg_allocator *a, void *buf, int64_t size)
+{
+    if (buf && size <= MAX_ONE && a->spares < SPARE_BUFFERS)
+        a->spare[a->spares++] = buf;
+    else
+        free(buf);
+}
+
+/* The end of a claim. What of `unused` there is goes back, and the buffer of so many bytes. */
+static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused, void *buf, int64_t size)
 {
     pthread_mutex_lock(&a->lock);
     range **at = &a->claims;
@@ -311,6 +340,7 @@ static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused)
     /* For want of memory it is lost: counted in the image, and used by nobody. */
     if (unused && unused->clusters)
         add_room(a, unused);
+    give_buffer(a, buf, size);
     tell_low(a);
     bg_wake_all(&a->placed);
     pthread_mutex_unlock(&a->lock);
@@ -352,75 +382,146 @@ static bool shows_zeroes(bg_map *map, int64_t offset, int64_t end)
     return true;
 }
 
-/*
- * Keep the old bytes of [start, end), which begin at `host`; from `limit` on they lie past the disk's end. 0, BG_MAP_MISS or
- * -errno.
- */
-static int keep(const bg_allocator *a, bg_map *map, int64_t start, int64_t end, int64_t limit, int64_t host, bool fresh)
+/* What a first write puts into its room: whole clusters [start, end), of which [offset, stop) is new. */
+typedef struct {
+    int64_t start, offset, stop, end;
+    bool one;           /* `old` has room for all of it, so that it can be written at once; else the old ends in a row */
+    bool head, tail;    /* there is something to keep in front, behind */
+    char *old;          /* or NULL */
+} content;
+
+static int64_t old_size(const content *c)
 {
-    if (start == end)
-        return 0;
-    if (limit > end)
-        limit = end;
-    bool zeroes = shows_zeroes(map, start, limit);
-    if (zeroes && fresh)
-        return 0;
-    char *buf = calloc(1, (size_t)(end - start));
-    if (!buf)
-        return -ENOMEM;
-    int ret = zeroes || start >= limit ? 0 : bg_map_pread(map, start, buf, limit - start);
-    if (ret == 0 && !(fresh && bg_is_zero(buf, (size_t)(end - start)))) {
-        int64_t n = bg_pwrite(a->fd, buf, end - start, host);
+    return c->one ? c->end - c->start : c->offset - c->start + c->end - c->stop;
+}
+
+static char *old_tail(const content *c)
+{
+    return c->old + (c->one ? c->stop : c->offset) - c->start;
+}
+
+/* As bg_map_pread, without waiting: -EAGAIN. */
+static int read_now(bg_map *map, int64_t offset, char *buf, int64_t length)
+{
+    bg_map_piece pieces[FEW_PIECES];
+    bg_map_request request;
+    int ret = bg_map_begin(map, offset, length, buf, 0, pieces, FEW_PIECES, &request);
+    if (ret != 0)
+        return ret == -E2BIG ? -EAGAIN : ret;
+    for (int i = 0; i < request.count && ret == 0; i++) {
+        const bg_map_piece *p = &pieces[i];
+        int64_t n = 0;
+        if (p->fd < 0)
+            memset(buf, 0, (size_t)p->length);
+        else
+            n = bg_pread_now(p->fd, buf, p->length, p->storage_offset);
         ret = n < 0 ? (int)n : 0;
+        buf += p->length;
     }
-    free(buf);
+    bg_map_end(map, &request, ret == 0);
     return ret;
 }
 
+/*
+ * The old bytes of [start, end); from `size` on they lie past the disk's end. *kept: they have to be written. 0, BG_MAP_MISS or
+ * -errno.
+ */
+static int read_old(bg_map *map, int64_t start, int64_t end, int64_t size, char *buf, bool fresh, bool now, bool *kept)
+{
+    int64_t limit = size < start ? start : size < end ? size : end;
+    bool zeroes = shows_zeroes(map, start, limit);
+    *kept = start < end && !(zeroes && fresh);
+    if (!*kept)
+        return 0;
+    memset(buf + limit - start, 0, (size_t)(end - limit));
+    int ret = 0;
+    if (zeroes)
+        memset(buf, 0, (size_t)(limit - start));
+    else
+        ret = now ? read_now(map, start, buf, limit - start) : bg_map_pread(map, start, buf, limit - start);
+    *kept = !(fresh && ret == 0 && bg_is_zero(buf, (size_t)(end - start)));
+    return ret;
+}
+
+static int put(const bg_allocator *a, const char *buf, int64_t length, int64_t host, bool now)
+{
+    int64_t n = now ? bg_pwrite_now(a->fd, buf, length, host) : bg_pwrite(a->fd, buf, length, host);
+    return n < 0 ? (int)n : 0;
+}
+
+static int put_content(const bg_allocator *a, const content *c, const char *buf, int64_t host, bool now)
+{
+    if (c->one && (c->head || c->tail)) {
+        /* One write: a file's lock is taken once, and so is every page. */
+        memcpy(c->old + c->offset - c->start, buf, (size_t)(c->stop - c->offset));
+        int64_t from = c->head ? c->start : c->offset, to = c->tail ? c->end : c->stop;
+        return put(a, c->old + from - c->start, to - from, host + from - c->start, now);
+    }
+    int ret = c->head ? put(a, c->old, c->offset - c->start, host, now) : 0;
+    if (ret == 0 && c->tail)
+        ret = put(a, old_tail(c), c->end - c->stop, host + c->stop - c->start, now);
+    return ret == 0 ? put(a, buf, c->stop - c->offset, host + c->offset - c->start, now) : ret;
+}
+
+/* Room for the clusters of `claim` that the map shows without a place; the rest of them is claimed no longer. */
+static int64_t find_room(bg_allocator *a, range *claim, int64_t seen, bg_allocator_room *room)
+{
+    int64_t start = claim->first << a->bits;
+    if (seen > start && take_room(a, (seen - start + ((int64_t)1 << a->bits) - 1) >> a->bits, room))
+        claim->end = claim->first + room->clusters;
+    return room->clusters;
+}
+
 /* bg_map_allocator's write; 0: a miss. */
-static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, const void *buf, int64_t length)
+static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, const void *buf, int64_t length, int now)
 {
     bg_allocator *a = (bg_allocator *)hook;
     int64_t size = bg_map_size(map), most = MAX_PART >> a->bits;
-    range c = {.first = offset >> a->bits, .end = ((offset + length - 1) >> a->bits) + 1};
-    if (c.end - c.first > most)
-        c.end = c.first + most;
-    int ret = claim(a, &c);
+    range claimed = {.first = offset >> a->bits, .end = ((offset + length - 1) >> a->bits) + 1};
+    if (now && (atomic_load(&a->waits) || (claimed.end - claimed.first) << a->bits > MAX_NOW))
+        return -EAGAIN;
+    if (claimed.end - claimed.first > most)
+        claimed.end = claimed.first + most;
+    int ret = claim(a, &claimed, now);
     if (ret)
         return ret == -EAGAIN ? ret : 0;
     /* Claimed: what the map shows from now on stays, unless it is taken away. */
-    int64_t start = c.first << a->bits, end = c.end << a->bits;
-    int64_t seen = unplaced(a, map, start, end < size ? end : size);
+    content c = {.start = claimed.first << a->bits, .offset = offset};
+    int64_t end = claimed.end << a->bits, seen = unplaced(a, map, c.start, end < size ? end : size);
     bg_allocator_room room = {0};
     pthread_mutex_lock(&a->lock);
-    if (seen > start) {
-        int64_t want = (seen - start + ((int64_t)1 << a->bits) - 1) >> a->bits;
-        c.end = take_room(a, want, &room) ? c.first + room.clusters : c.end;
+    if (find_room(a, &claimed, seen, &room)) {
+        c.end = claimed.end << a->bits;
+        c.stop = offset + length < c.end ? offset + length : c.end;
+        c.one = c.end - c.start <= MAX_ONE;
+        if (c.start < c.offset || c.stop < c.end)
+            c.old = take_buffer(a, old_size(&c));
     }
     pthread_mutex_unlock(&a->lock);
     if (room.clusters == 0) {
-        unclaim(a, &c, NULL);
+        unclaim(a, &claimed, NULL, NULL, 0);
         return seen == -EAGAIN ? -EAGAIN : 0;
     }
-    end = c.end << a->bits;
-    int64_t stop = offset + length < end ? offset + length : end, limit = end < size ? end : size;
-    ret = keep(a, map, start, offset, size, room.host, room.fresh);
+    ret = (c.start < c.offset || c.stop < c.end) && !c.old ? -ENOMEM : 0;
     if (ret == 0)
-        ret = keep(a, map, stop, end, size, room.host + stop - start, room.fresh);
+        ret = read_old(map, c.start, c.offset, size, c.old, room.fresh, now, &c.head);
+    if (ret == 0)
+        ret = read_old(map, c.stop, c.end, size, c.old ? old_tail(&c) : NULL, room.fresh, now, &c.tail);
     if (ret == 0) {
-        int64_t n = bg_pwrite(a->fd, buf, stop - offset, room.host + offset - start);
-        ret = n < 0 ? (int)n : 0;
+        ret = put_content(a, &c, buf, room.host, now);
+        if (ret == -EAGAIN && now)
+            atomic_store(&a->waits, true);
+        room.fresh = 0;
     }
     if (ret == 0) {
         /* In this order: who sees the link knows that there is something to flush; who fills the map from now on sees the link. */
         bg_map_wrote(map, a->slot);
         pthread_mutex_lock(&a->lock);
-        add_link(a, start, room.host, room.clusters);
+        add_link(a, c.start, room.host, room.clusters);
         pthread_mutex_unlock(&a->lock);
-        bg_map_placed(map, start, limit - start, a->slot, room.host);
+        bg_map_placed(map, c.start, (c.end < size ? c.end : size) - c.start, a->slot, room.host);
         room.clusters = 0;
     }
-    room.fresh = 0;
-    unclaim(a, &c, &room);
-    return ret == 0 ? stop - offset : 0;
+    unclaim(a, &claimed, &room, c.old, old_size(&c));
+    return ret == 0 ? c.stop - offset : ret == -EAGAIN && now ? -EAGAIN : 0;
 }

@@ -17,7 +17,8 @@
  *            borrowed until then, or until another is bound.
  * Errno:     0 or a count, else -EINVAL, -ENOMEM, or -errno of a system call.
  * Threads:   any; bind only while no map uses the allocator. A first write waits for others to the same clusters, and for
- *            I/O; nothing else waits.
+ *            I/O, unless it is to be done now; nothing else waits. Now: short ones, whose old bytes can be read, and all be
+ *            written, as io.h's _now functions do; once the room's descriptor has refused that, no more until bind.
  */
 #ifndef BG_ALLOCATOR_H
 #define BG_ALLOCATOR_H

@@ -140,7 +140,7 @@ int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
  * copy:  once it has returned 0, [offset, offset + length) may be overwritten; it calls bg_map_copied for that, which takes
  *        COPY away wherever it still is.
  * write: finds room for the first bytes from `offset`, writes them and enters the place. Returns how many (> 0), or -EAGAIN:
- *        the extents have changed, look again.
+ *        the extents have changed, look again; or, when it is to be done `now`, it would have to wait.
  * Anything else they return is a miss.
  */
 typedef struct bg_map_copier bg_map_copier;
@@ -150,7 +150,7 @@ struct bg_map_copier {
 
 typedef struct bg_map_allocator bg_map_allocator;
 struct bg_map_allocator {
-    int64_t (*write)(bg_map_allocator *self, bg_map *map, int64_t offset, const void *buf, int64_t length);
+    int64_t (*write)(bg_map_allocator *self, bg_map *map, int64_t offset, const void *buf, int64_t length, int now);
 };
 
 /* Borrowed until the ticket of their replacement has settled; NULL: none. Return a ticket. */
@@ -170,6 +170,12 @@ void bg_map_wrote(bg_map *map, int slot);
 
 /* 1 when a write to the range, which misses, might be done by bg_map_pwrite all the same. */
 int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length);
+
+/*
+ * Such a write at once, if the allocator alone can do all of it without waiting: 0, else call bg_map_pwrite where it may wait; a
+ * part may have been done then.
+ */
+int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t length);
 
 /* 1 when every request that began before the ticket was given has ended, else 0. */
 int bg_map_settled(bg_map *map, int64_t ticket);

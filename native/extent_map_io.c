@@ -389,7 +389,7 @@ static int first_write(bg_map *map, int64_t offset, const char *buf, int64_t len
             int ret = transfer(map, at, part, NULL, buf + done, true, 0);
             written = ret == 0 ? part : ret == BG_MAP_MISS ? -EAGAIN : ret;
         } else if (e.flags & BG_MAP_ALLOCATE && allocator) {
-            written = allocator->write(allocator, map, at, buf + done, part);
+            written = allocator->write(allocator, map, at, buf + done, part, 0);
             if (written > 0)
                 mark(map, at, written);
         }
@@ -416,6 +416,25 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length)
         at = e.offset + e.length;
     }
     return first;
+}
+
+int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t length)
+{
+    bg_map_extent e;
+    if (!bg_map_find(map, offset, &e) || (e.flags & WRITES) != BG_MAP_ALLOCATE || e.offset + e.length < offset + length)
+        return BG_MAP_MISS;
+    reader *r = map_enter(map);
+    if (!r)
+        return BG_MAP_MISS;
+    map_looked(r);
+    bg_map_allocator *allocator = atomic_load(&map->allocator);
+    int64_t written = allocator ? allocator->write(allocator, map, offset, buf, length, 1) : 0;
+    if (written > 0)
+        mark(map, offset, written);
+    if (written == length)
+        count(&r->first_writes, 1);
+    map_leave(map, r);
+    return written == length ? 0 : BG_MAP_MISS;
 }
 
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)

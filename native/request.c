@@ -13,6 +13,11 @@
 #include <unistd.h>
 
 #define FEW_PIECES 16
+/*
+ * First writes with more bytes go to the pool: receiving the next payload meanwhile is worth the wake-up. With fewer, the
+ * wake-up costs more than the write, and a file takes one writer at a time anyway.
+ */
+#define MAX_FIRST_NOW (16U << 10)
 
 struct bg_faults {
     int eventfd;
@@ -190,8 +195,11 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
     int ret = bg_map_begin(map, (int64_t)request->offset, request->length, request->buf,
                            request->kind == BG_REQUEST_WRITE, pieces, FEW_PIECES, &found);
     if (ret == BG_MAP_MISS && request->kind == BG_REQUEST_WRITE &&
-        bg_map_has_first_write(map, (int64_t)request->offset, request->length))
-        return BG_REQUEST_BLOCKS;
+        bg_map_has_first_write(map, (int64_t)request->offset, request->length)) {
+        bool done = request->length <= (longest < MAX_FIRST_NOW ? longest : MAX_FIRST_NOW) &&
+                    bg_map_first_write_now(map, (int64_t)request->offset, request->buf, request->length) == 0;
+        return done ? BG_REQUEST_DONE : BG_REQUEST_BLOCKS;
+    }
     if (ret != 0)
         return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
     bool blocks = request->kind == BG_REQUEST_CACHE || request->length > longest;

@@ -14,6 +14,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -168,7 +169,11 @@ static void *write_own(void *arg)
             for (int k = 0; k < SECTOR / 8; k++)
                 memcpy(buf + i * SECTOR + k * 8, &word, 8);
         }
-        int ret = bg_map_pwrite(map, first * SECTOR, buf, count * SECTOR);
+        int ret = BG_MAP_MISS;
+        if (next_random(&seed) % 2)
+            ret = bg_map_first_write_now(map, first * SECTOR, buf, count * SECTOR);
+        if (ret)
+            ret = bg_map_pwrite(map, first * SECTOR, buf, count * SECTOR);
         CHECK(ret == 0 || ret == BG_MAP_MISS);
         if (ret)
             fault_write(first * SECTOR, buf, count * SECTOR);
@@ -320,6 +325,59 @@ static void test_failure(void)
     bg_map_wait(map, bg_map_invalidate(map, 0, SIZE));
 }
 
+/* What may be done without waiting, and where it may not: then nothing has been placed, and the room is back. */
+static void test_now(void)
+{
+    char buf[3 * SECTOR], back[CLUSTER], old[CLUSTER];
+    memset(buf, 0xab, sizeof(buf));
+    for (int64_t c = 0; c < 5; c++)
+        fill_map(bg_map_generation(map), c);
+    int64_t before = bg_allocator_reserve(allocator);
+    /* Not a first write, or not of one extent. */
+    CHECK(bg_map_first_write_now(map, CLUSTERS / 2 * CLUSTER, buf, SECTOR) == BG_MAP_MISS);
+    CHECK(bg_map_first_write_now(map, 3 * CLUSTER - SECTOR, buf, 2 * SECTOR) == BG_MAP_MISS);
+    CHECK(bg_allocator_hold(allocator, 1, 2) == 0);
+    CHECK(bg_map_first_write_now(map, CLUSTER, buf, SECTOR) == BG_MAP_MISS);
+    CHECK(bg_allocator_release(allocator, 1, 2) == 0);
+    CHECK(bg_allocator_reserve(allocator) == before && !bg_allocator_has_links(allocator));
+    /* The kernel would wait for the device: found out once, then not tried again. */
+    char name[64];
+    snprintf(name, sizeof(name), "/proc/self/fd/%d", data_fd);
+    int slow = open(name, O_RDWR | O_DSYNC | O_CLOEXEC);
+    CHECK(slow >= 0);
+    bg_allocator_bind(allocator, slow, data_slot);
+    for (int i = 0; i < 2; i++)
+        CHECK(bg_map_first_write_now(map, CLUSTER + SECTOR, buf, SECTOR) == BG_MAP_MISS);
+    CHECK(bg_allocator_reserve(allocator) == before && !bg_allocator_has_links(allocator));
+    CHECK(bg_map_pwrite(map, CLUSTER + SECTOR, buf, SECTOR) == 0);
+    bg_allocator_bind(allocator, data_fd, data_slot);
+    close(slow);
+    /* In the middle, at the end, over zeroes. */
+    CHECK(bg_map_first_write_now(map, 2 * CLUSTER + SECTOR, buf, SECTOR) == 0);
+    CHECK(bg_map_first_write_now(map, 5 * CLUSTER - 3 * SECTOR, buf, 3 * SECTOR) == 0);
+    CHECK(bg_map_first_write_now(map, 3 * CLUSTER, buf, SECTOR) == 0);
+    CHECK(bg_allocator_reserve(allocator) == before - 4);
+    CHECK(bg_map_first_write_now(map, 3 * CLUSTER, buf, SECTOR) == BG_MAP_MISS); /* it has a place */
+    static const struct { int cluster, from, sectors; } wrote[] = {{1, 1, 1}, {2, 1, 1}, {3, 0, 1}, {4, 5, 3}};
+    for (int i = 0; i < 4; i++) {
+        int64_t start = wrote[i].cluster * CLUSTER;
+        memset(old, 0, sizeof(old));
+        if (wrote[i].cluster % 3)
+            CHECK(bg_pread(backing_fd, old, CLUSTER, start) == CLUSTER);
+        memset(old + wrote[i].from * SECTOR, 0xab, (size_t)wrote[i].sectors * SECTOR);
+        CHECK(bg_map_pread(map, start, back, CLUSTER) == 0 && memcmp(back, old, CLUSTER) == 0);
+        CHECK(bg_bitmap_get(bitmap, start + wrote[i].from * SECTOR) == 1);
+    }
+    bg_map_stats stats;
+    bg_map_get_stats(map, &stats);
+    CHECK(stats.first_writes == 4);
+    /* As if it had not been: nobody has written to these clusters yet. */
+    collect();
+    memset(table, 0, sizeof(table));
+    CHECK(bg_bitmap_reset(bitmap, 0, SIZE) == 0);
+    bg_map_wait(map, bg_map_invalidate(map, 0, SIZE));
+}
+
 void test_allocator(void)
 {
     data_fd = memfd_create("data", MFD_CLOEXEC);
@@ -342,6 +400,7 @@ void test_allocator(void)
     bg_map_set_allocator(map, bg_allocator_hook(allocator));
     test_refusals();
     test_failure();
+    test_now();
     run_threads();
     bg_map_wait(map, bg_map_set_allocator(map, NULL));
     check_tables();

@@ -1,0 +1,67 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""First writes of an NBD client to a qcow2 image: which thread makes them, and that Python makes none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.harness import EVERYTHING, edge, opened
+from helpers.qcow2 import create, over
+
+from blockgraph.backend import Backend
+from blockgraph.exports.nbd import NbdExport, NbdServer
+from blockgraph.testing.nbd_client import NbdClient
+from tests.helpers.nbd import run_async
+
+CLUSTER = 64 << 10
+CLUSTERS = 8  # fewer than the least reserve
+
+
+@pytest.mark.parametrize(
+    "length, threads_of_the_pool", [(4096, False), (16384, False), (CLUSTER, True)], ids=["4k", "16k", "cluster"]
+)
+@pytest.mark.parametrize("backed", [False, True], ids=["alone", "with-backing"])
+@run_async
+async def test_short_first_writes_in_memory_are_made_by_the_thread_that_received_them(
+    tmpfs: Path, backed: bool, length: int, threads_of_the_pool: bool
+) -> None:
+    size = (CLUSTERS + 1) * CLUSTER
+    old = bytes(i // 512 % 255 + 1 for i in range(size)) if backed else bytes(size)
+    (tmpfs / "base").write_bytes(old)
+    await create(tmpfs / "disk", size, backing_file=str(tmpfs / "base"), backing_fmt="raw")
+    async with (
+        opened("file", "base", filename=str(tmpfs / "base")) as base,
+        opened("file", "file", filename=str(tmpfs / "disk")) as file,
+        over(file.node, backing=base.node if backed else None) as driver,
+    ):
+        backend = Backend("root", need=EVERYTHING)
+        backend.set_child("root", edge(driver.node))
+        server = NbdServer(threads=1)
+        await server.listen_unix(str(tmpfs / "socket"))
+        server.add_export(NbdExport("disk", backend, writable=True))
+        async with await NbdClient.connect_unix(str(tmpfs / "socket"), "disk") as client:
+            # Writing begins, by Python, in the last cluster.
+            await client.pwrite(size - CLUSTER, old[size - CLUSTER :])
+            assert await client.pread(0, size) == old  # and everything is mapped
+            assert driver.first_writes is not None
+            while not driver.first_writes.reserve:
+                await client.pread(0, 1)
+            before = server.stats
+            assert before is not None
+            for cluster in range(CLUSTERS):
+                await client.pwrite(cluster * CLUSTER + 512 * (length < CLUSTER), b"\xff" * length)
+            after = server.stats
+            assert after is not None
+            assert after.faults == before.faults
+            assert after.blocked - before.blocked == (CLUSTERS if threads_of_the_pool else 0)
+            assert backend.use_map().extents.stats().first_writes == CLUSTERS
+            model = bytearray(old)
+            for start in range(512 * (length < CLUSTER), CLUSTERS * CLUSTER, CLUSTER):
+                model[start : start + length] = b"\xff" * length
+            assert await client.pread(0, size) == model
+        await server.close()
+        assert backend.map is not None
+        await backend.map.clear()
+        await driver.node.wait_idle()
