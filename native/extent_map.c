@@ -3,6 +3,8 @@
 /* The map as a whole: life, storage slots, bitmaps, inserting, invalidating, statistics. */
 #include "extent_map_internal.h"
 
+#include "io.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -327,6 +329,7 @@ int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment)
 {
     if (fd < 0 || !alignment_ok(alignment) || !alignment_ok(memory_alignment))
         return -EINVAL;
+    enum bg_haste haste = bg_haste_of(fd);
     pthread_mutex_lock(&map->lock);
     int slot = find_free_slot(map);
     if (slot < 0 && has_removed_slots(map)) {
@@ -338,6 +341,7 @@ int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment)
         s->state = SLOT_LIVE;
         s->alignment = (uint32_t)alignment;
         s->memory_alignment = (uint32_t)memory_alignment;
+        s->haste = haste;
         atomic_store(&s->written, false);
         atomic_store(&s->flush_error, 0);
         atomic_store(&s->zeroing, 0);

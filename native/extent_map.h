@@ -91,7 +91,8 @@ int64_t bg_map_resize(bg_map *map, int64_t size);
 
 /*
  * A place where bytes live: returns its slot, 0 to BG_MAP_SLOTS - 1. Requests that are not aligned for it, or whose memory
- * is not, are misses (powers of two up to BG_MAP_MAX_ALIGNMENT; 1: no matter). -ENOSPC: no slot is free.
+ * is not, are misses (powers of two up to BG_MAP_MAX_ALIGNMENT; 1: no matter). The flags of `fd` must not change from now
+ * on. -ENOSPC: no slot is free.
  */
 int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment);
 
@@ -233,6 +234,7 @@ typedef struct {
     int64_t storage_offset;
     int32_t slot;
     int32_t fd; /* -1: zeroes */
+    int32_t haste; /* of fd: see io.h */
 } bg_map_piece;
 
 typedef struct {

@@ -107,6 +107,7 @@ enum slot_state { SLOT_FREE, SLOT_LIVE, SLOT_REMOVED, SLOT_UNMAPPED };
 typedef struct {
     atomic_int fd; /* -1 unless live */
     uint32_t alignment, memory_alignment;
+    int32_t haste; /* of fd: see io.h */
     atomic_bool written;
     atomic_uint flushing;    /* how many flushes are at it, after having taken `written` */
     atomic_int flush_error;  /* errno */

@@ -116,6 +116,7 @@ static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_m
             piece.fd = atomic_load(&map->slots[s.slot].fd);
             if (piece.fd < 0)
                 return BG_MAP_MISS;
+            piece.haste = map->slots[s.slot].haste;
         }
         if (write && (s.flags & WRITES) != BG_MAP_WRITABLE)
             return BG_MAP_MISS;

@@ -68,49 +68,51 @@ int64_t bg_pwrite(int fd, const void *buf, int64_t length, int64_t offset)
     return done;
 }
 
-static bool in_memory(int fd)
+enum bg_haste bg_haste_of(int fd)
 {
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || flags & (O_DIRECT | O_DSYNC))
+        return BG_HASTE_NONE;
     struct statfs fs;
-    return fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+    bool in_memory = fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+    return in_memory ? BG_HASTE_ALL : BG_HASTE_ASK;
 }
 
-/* 0 when a NOWAIT attempt may be made. */
-static int may_try_now(int fd, int64_t length, int64_t offset)
+static int64_t outcome(ssize_t n, int64_t length)
+{
+    if (n == length)
+        return n;
+    return n >= 0 || errno == EOPNOTSUPP || errno == ENOSYS || errno == EINTR ? -EAGAIN : -errno;
+}
+
+int64_t bg_pread_in(enum bg_haste haste, int fd, void *buf, int64_t length, int64_t offset)
 {
     if (!range_ok(length, offset))
         return -EINVAL;
-    int flags = fcntl(fd, F_GETFL);
-    if (flags < 0)
-        return -errno;
-    return flags & (O_DIRECT | O_DSYNC) ? -EAGAIN : 0;
+    if (haste != BG_HASTE_ASK)
+        return haste == BG_HASTE_ALL ? bg_pread(fd, buf, length, offset) : -EAGAIN;
+    struct iovec iov = {buf, (size_t)length};
+    return outcome(preadv2(fd, &iov, 1, offset, RWF_NOWAIT), length);
+}
+
+int64_t bg_pwrite_in(enum bg_haste haste, int fd, const void *buf, int64_t length, int64_t offset)
+{
+    if (!range_ok(length, offset))
+        return -EINVAL;
+    if (haste != BG_HASTE_ASK)
+        return haste == BG_HASTE_ALL ? bg_pwrite(fd, buf, length, offset) : -EAGAIN;
+    struct iovec iov = {(void *)buf, (size_t)length};
+    return outcome(pwritev2(fd, &iov, 1, offset, RWF_NOWAIT), length);
 }
 
 int64_t bg_pread_now(int fd, void *buf, int64_t length, int64_t offset)
 {
-    int ret = may_try_now(fd, length, offset);
-    if (ret < 0)
-        return ret;
-    struct iovec iov = {buf, (size_t)length};
-    ssize_t n = preadv2(fd, &iov, 1, offset, RWF_NOWAIT);
-    if (n == length)
-        return n;
-    if (n < 0 && (errno == EOPNOTSUPP || errno == ENOSYS) && in_memory(fd))
-        return bg_pread(fd, buf, length, offset);
-    return n >= 0 || errno == EOPNOTSUPP || errno == ENOSYS || errno == EINTR ? -EAGAIN : -errno;
+    return bg_pread_in(bg_haste_of(fd), fd, buf, length, offset);
 }
 
 int64_t bg_pwrite_now(int fd, const void *buf, int64_t length, int64_t offset)
 {
-    int ret = may_try_now(fd, length, offset);
-    if (ret < 0)
-        return ret;
-    struct iovec iov = {(void *)buf, (size_t)length};
-    ssize_t n = pwritev2(fd, &iov, 1, offset, RWF_NOWAIT);
-    if (n == length)
-        return n;
-    if (n < 0 && (errno == EOPNOTSUPP || errno == ENOSYS) && in_memory(fd))
-        return bg_pwrite(fd, buf, length, offset);
-    return n >= 0 || errno == EOPNOTSUPP || errno == ENOSYS || errno == EINTR ? -EAGAIN : -errno;
+    return bg_pwrite_in(bg_haste_of(fd), fd, buf, length, offset);
 }
 
 /* Not written to by anyone, so it costs one page of zeroes. Aligned for O_DIRECT. */

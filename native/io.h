@@ -41,4 +41,14 @@ int64_t bg_pwrite_now(int fd, const void *buf, int64_t length, int64_t offset);
 int bg_pwrite_zeroes(int fd, int64_t length, int64_t offset, int flags);
 /* cffi:end */
 
+/* What the _now functions find out about a descriptor, for who uses it often. Its flags must not change meanwhile. */
+enum bg_haste {
+    BG_HASTE_NONE, /* O_DIRECT, O_DSYNC, or no descriptor: -EAGAIN */
+    BG_HASTE_ASK,  /* the kernel, each time */
+    BG_HASTE_ALL   /* tmpfs */
+};
+enum bg_haste bg_haste_of(int fd);
+int64_t bg_pread_in(enum bg_haste haste, int fd, void *buf, int64_t length, int64_t offset);
+int64_t bg_pwrite_in(enum bg_haste haste, int fd, const void *buf, int64_t length, int64_t offset);
+
 #endif

@@ -166,9 +166,9 @@ static int64_t transfer_now(const bg_map_request *found, char *buf)
         if (p->fd < 0)
             memset(buf, 0, (size_t)p->length);
         else if (found->write)
-            ret = bg_pwrite_now(p->fd, buf, p->length, p->storage_offset);
+            ret = bg_pwrite_in(p->haste, p->fd, buf, p->length, p->storage_offset);
         else
-            ret = bg_pread_now(p->fd, buf, p->length, p->storage_offset);
+            ret = bg_pread_in(p->haste, p->fd, buf, p->length, p->storage_offset);
         buf += p->length;
     }
     return ret;
