@@ -274,6 +274,7 @@ static void parse(bg_nbd_conn *conn)
         }
         if (!take_request(conn, &header))
             return;
+        conn->busy |= i > 0 || header.length >= LONG_WRITE;
         if (conn->output_bytes >= SEND_AT && !conn->full) {
             nbd_flush(conn);
             if (conn->closed)
@@ -338,7 +339,7 @@ void nbd_turn(bg_nbd_conn *conn, uint32_t events)
         return;
     if (!conn->stalled && !conn->more && (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)) || !receive(conn)))
         return;
-    conn->stalled = conn->more = false;
+    conn->stalled = conn->more = conn->busy = false;
     parse(conn);
     post_faults(conn);
     if (conn->misses == (conn->by_caller ? -MISSES : MISSES) && !conn->closed)

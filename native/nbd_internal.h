@@ -38,6 +38,7 @@ typedef struct nbd_thread {
     bg_nbd_loop *loop;
     int epoll, wakeup;
     pthread_t thread;
+    unsigned naps, next_naps; /* so often it goes to sleep before it watches again; and after the next time in vain */
     pthread_mutex_t lock;  /* of the two lists */
     bg_nbd_conn *first;    /* connections, until they are released */
     bg_nbd_conn *released; /* to be freed when no event can name them any more */
@@ -98,6 +99,7 @@ struct bg_nbd_conn {
     uint32_t stalled_by; /* cost of the request that is not taken yet */
     bool stalled;        /* there is one */
     bool more;           /* the turn ended before the input did */
+    bool busy;           /* the turn had several requests, or a long one */
     bool full;           /* the socket takes no more output */
     bool ending;         /* no more input is wanted */
     bool shutdown;

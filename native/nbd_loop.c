@@ -10,11 +10,19 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #define EVENTS 64
 /* What Python's thread reads or writes itself, bytes. */
 #define CALLER_LONGEST (64 << 10)
+
+/* How long a thread watches for events, and what a look takes at most while nobody else wants the processor, ns. */
+#define WATCH 50000
+#define CROWDED 5000
+/* Times it sleeps at once: when it has watched in vain again and again, so that an idle client costs nothing; when busy. */
+#define MOST_NAPS 1023
+#define BUSY_NAPS 64
 
 static int epoll_of(const bg_nbd_conn *conn)
 {
@@ -80,26 +88,68 @@ static void free_released(nbd_thread *thread)
     }
 }
 
-static void serve(bg_nbd_loop *loop, int epoll, int timeout)
+static int64_t now(void)
 {
-    struct epoll_event events[EVENTS];
-    int n = epoll_wait(epoll, events, EVENTS, timeout);
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
+}
+
+/*
+ * Wait for events. Being woken costs more than a short request does, and the client pays for it, too, so the thread watches
+ * for a while before it sleeps. Not when there is enough to do without, when it was in vain of late, or when others want the
+ * processor: it offers it to them between looks, for a client that can run nowhere else will send nothing before.
+ */
+static int await(nbd_thread *thread, struct epoll_event *events)
+{
+    if (thread->naps) {
+        thread->naps--;
+        return epoll_wait(thread->epoll, events, EVENTS, -1);
+    }
+    bool at_once = true;
+    for (int64_t start = now(), last = start, t; last - start < WATCH; last = t) {
+        int n = epoll_wait(thread->epoll, events, EVENTS, 0);
+        if (n != 0) {
+            if (!at_once)
+                thread->next_naps /= 2;
+            return n;
+        }
+        sched_yield();
+        at_once = false;
+        t = now();
+        if (t - last > CROWDED)
+            break;
+    }
+    thread->next_naps = thread->next_naps < MOST_NAPS ? thread->next_naps * 2 + 1 : MOST_NAPS;
+    thread->naps = thread->next_naps;
+    return epoll_wait(thread->epoll, events, EVENTS, -1);
+}
+
+/* Whether a connection had more to do than to answer one short request. */
+static bool serve(bg_nbd_loop *loop, const struct epoll_event *events, int n)
+{
+    bool busy = false;
     atomic_fetch_add_explicit(&loop->counters.wakeups, 1, memory_order_relaxed);
     for (int i = 0; i < n; i++) {
         bg_nbd_conn *conn = events[i].data.ptr;
         if (conn) {
             pthread_mutex_lock(&conn->lock);
             nbd_turn(conn, events[i].events);
+            busy |= conn->busy;
             nbd_leave(conn);
         }
     }
+    return busy;
 }
 
 static void *run(void *arg)
 {
     nbd_thread *thread = arg;
     while (!atomic_load(&thread->stop)) {
-        serve(thread->loop, thread->epoll, -1);
+        struct epoll_event events[EVENTS];
+        int n = await(thread, events);
+        if (serve(thread->loop, events, n) && thread->naps < BUSY_NAPS)
+            thread->naps = BUSY_NAPS;
         free_released(thread);
     }
     return NULL;
@@ -107,7 +157,8 @@ static void *run(void *arg)
 
 void bg_nbd_poll(bg_nbd_loop *loop)
 {
-    serve(loop, loop->caller_epoll, 0);
+    struct epoll_event events[EVENTS];
+    serve(loop, events, epoll_wait(loop->caller_epoll, events, EVENTS, 0));
 }
 
 int bg_nbd_loop_pollfd(const bg_nbd_loop *loop)

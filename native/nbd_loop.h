@@ -8,7 +8,8 @@
  *                                               │ faults: bg_nbd_take ── Python ── bg_nbd_reply, bg_nbd_kick
  *
  * What the extent map knows is done where it is parsed. Whoever completes a request (the loop's thread, a pool's, Python's)
- * sends its reply, unless another thread is at work on that connection, which then sends it too.
+ * sends its reply, unless another thread is at work on that connection, which then sends it too. A thread that has answered
+ * one short request looks for the next for some microseconds before it sleeps.
  *
  * Memory is bounded whatever a client does: a request is taken while those whose replies have not reached the socket are
  * fewer than BG_NBD_MAX_REQUESTS and their payload is at most BG_NBD_MAX_BYTES (one is always taken); the rest stays in
