@@ -376,7 +376,8 @@ class BlockCopy:
             else:
                 return None
         offset, moved = self._position, 0
-        if self.native and self._goes_in_batches():
+        # Native copies would write as data what a target with a backing image had better left as zeroes.
+        if self.native and not self._offloads and not has_cow(self.target.node):
             runs = self.copier.find_runs(offset, _FRAGMENT, chunk, _MAX_RUNS)
             if runs:
                 self._position = runs.end
@@ -388,16 +389,22 @@ class BlockCopy:
         self._position = end
         return moved + more
 
-    def _goes_in_batches(self) -> bool:
-        """Native copies write as data what a target with a backing image had better left as zeroes, and let no storage
-        copy by itself."""
-        return (self._offloads is False or self.sums is not None) and not has_cow(self.target.node)
+    async def _may_offload(self) -> bool:
+        """Storage may copy by itself what lies where the maps have looked so far."""
+        if self.sums is not None:
+            return False
+        if self._offloads is None:
+            pairs = [(one, other) for one in self._source_map.storages() for other in self._target_map.storages()]
+            if any([await self._how(one, other) for one, other in pairs]):
+                return True  # by trying it we shall know
+            self._offloads = False
+        return self._offloads
 
     async def _copy_runs(self, runs: Runs) -> tuple[int, int | None]:
         """Returns how many bytes were moved, and where something is left to copy otherwise."""
         self._batches += 1
         try:
-            if not await self._learn_runs(runs):
+            if not await self._learn_runs(runs) or await self._may_offload():
                 return 0, runs.start
             done = await asyncio.to_thread(self.copier.copy_runs, runs)
         finally:

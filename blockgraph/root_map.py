@@ -120,6 +120,10 @@ class RootMap:
         """Native requests may write."""
         return self._backend.writable
 
+    def storages(self) -> list[int]:
+        """Descriptors of what the map has found bytes in."""
+        return [fd for node in self._slots if (fd := node.driver.fd()) is not None]
+
     # Filling.
 
     async def fill(self, offset: int, length: int, *, written: bool = False) -> None:

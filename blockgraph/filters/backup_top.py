@@ -102,6 +102,8 @@ class BackupTop(Filter):
 
     def __init__(self, node: Node, options: NodeOptions) -> None:
         super().__init__(node, options)
+        #: what the snapshot has; None: everything. Not changed any more
+        self._wanted: Bitmap | None = None
         self.broken: BlockGraphError | None = None
         self.lost = asyncio.Event()
         self._ready = False
@@ -151,9 +153,11 @@ class BackupTop(Filter):
             native=not self.options.cbw_timeout,  # nobody can give up waiting for a native copy
             released=self._released,
         )
-        self._release_unwanted()
+        if self.options.bitmap is not None:
+            self._release_unwanted()
         self._kept = self.target.node
-        self._access = bitmap.copy()
+        self._wanted = None if self.options.bitmap is None else bitmap.copy()
+        self._forgotten = Bitmap(size, self.cluster_size)
         self._frozen: list[_FrozenRead] = []
         self._ready = True
 
@@ -162,11 +166,11 @@ class BackupTop(Filter):
             await self.copy.forget_maps()
 
     def keep_only(self, bits: Bitmap) -> None:
-        """Keep only what is set in `bits`, of any granularity. For whoever has just inserted this node, which is still
-        drained: no request has come yet."""
+        """Keep only what is set in `bits`, of any granularity, which never change. For whoever has just inserted this
+        node, which is still drained: no request has come yet."""
         self.copy.bitmap.clear()
         self.copy.bitmap.merge(bits)
-        self._access = self.copy.bitmap.copy()
+        self._wanted = bits if bits.granularity == self.cluster_size else self.copy.bitmap.copy()
         self._release_unwanted()
 
     def _release_unwanted(self) -> None:
@@ -368,7 +372,9 @@ class BackupTop(Filter):
                 offset=offset,
                 length=length,
             )
-        if length and self._access.next_clean(offset, offset + length) is not None:
+        end = offset + length
+        unwanted = length and self._wanted is not None and self._wanted.next_clean(offset, end) is not None
+        if unwanted or (length and self._forgotten.next_dirty(offset, end) is not None):
             raise SnapshotBroken(
                 "the snapshot does not have this range (outside its bitmap, or discarded)",
                 node=self.node.name,
@@ -409,7 +415,7 @@ class BackupTop(Filter):
             end -= end % self.cluster_size
         if start >= end:
             return
-        self._access.reset(start, end - start)
+        self._forgotten.set(start, end - start)
         self.copy.bitmap.reset(start, end - start)
         await self.copy.wait_range(start, end)
         self.copy.bitmap.reset(start, end - start)  # of a copy in flight that failed

@@ -45,11 +45,16 @@ class CopyFlag(IntFlag):
 #: File systems whose server copies by itself, as statfs(2) names them: NFS, CIFS, SMB2.
 _SERVED = frozenset({0x6969, 0xFF534D42, 0xFE534D42})
 
+#: File systems that share no blocks: tmpfs, ramfs, ext2 to ext4.
+_UNSHARED = frozenset({0x01021994, 0x858458F6, 0xEF53})
+
 
 def offload(source_fd: int, target_fd: int) -> CopyFlag:
     """How the bytes of two files need not pass through this machine's processor. May ask a server."""
-    kinds = {lib.bg_copy_file_system(source_fd), lib.bg_copy_file_system(target_fd)}
-    return CopyFlag.CLONE | (CopyFlag.COPY_RANGE if len(kinds) == 1 and kinds <= _SERVED else CopyFlag.NONE)
+    kind = lib.bg_copy_file_system(source_fd)
+    if kind in _UNSHARED or kind != lib.bg_copy_file_system(target_fd):
+        return CopyFlag.NONE
+    return CopyFlag.CLONE | (CopyFlag.COPY_RANGE if kind in _SERVED else CopyFlag.NONE)
 
 
 class CopyExtent(NamedTuple):
