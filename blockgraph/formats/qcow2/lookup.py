@@ -37,6 +37,7 @@ async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]]) -> Lookup | No
     if fd is None or storage.driver.request_alignment != 1 or driver.image.damaged is not None or debug.enabled:
         return None
     image, mapping = driver.image, driver.mapping
+    changes = mapping.l1_changes
     found = _parts(driver, runs)
     table = bytearray(8 * sum(part.entries for part in found if part.position >= 0))
     if any(part.host >= 0 for part in found):
@@ -52,7 +53,9 @@ async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]]) -> Lookup | No
         if cached is not None and part.position >= 0:
             mapping.catch_up(cached)
             table[part.position : part.position + 8 * part.entries] = cached.buf[8 * first : 8 * (first + part.entries)]
-        elif cached is not None or mapping.is_behind(index) or _host(driver, index, first) != part.host:
+        elif cached is not None or mapping.is_behind(index):
+            continue
+        if cached is None and mapping.l1_changes != changes and _host(driver, index, first) != part.host:
             continue
         parts.append(part)
     places = L2Places(table, 0, image.cluster_bits, image.header.version, image.file_end(), array("Q"))

@@ -68,6 +68,7 @@ class Mapping:
 
     Attributes:
         tables: L2 tables by L1 index.
+        l1_changes: how often an entry of the L1 table has changed.
     """
 
     def __init__(self, image: Image, refcounts: Refcounts, cache_size: int) -> None:
@@ -78,6 +79,7 @@ class Mapping:
         self._host_bits = OFFSET_MASK & ~(image.cluster_size - 1)
         self.tables: TableCache[L2Table] = TableCache(cache_size, image.cluster_size)
         self._l1 = bytearray()
+        self.l1_changes = 0
         self._dirty_l1: set[int] = set()
         self._left: tuple[int, int] | None = None
         self._moved = False
@@ -275,6 +277,7 @@ class Mapping:
 
     def _set_l1(self, index: int, entry: int) -> None:
         _ENTRY.pack_into(self._l1, index * 8, entry)
+        self.l1_changes += 1
         self._dirty_l1.add(index * 8 // WRITE_BLOCK)
 
     def set_run(self, table: L2Table, run: L2Run) -> None:
