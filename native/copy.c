@@ -338,11 +338,19 @@ static void run_runner(bg_task *task)
         bg_queue_complete(entry, result);
 }
 
+static bool in_memory(const bg_copy_extent *e)
+{
+    return (e->flags & BG_COPY_ZERO || bg_haste_of(e->source_fd) == BG_HASTE_ALL) &&
+           (e->flags & BG_COPY_READ_ONLY || bg_haste_of(e->target_fd) == BG_HASTE_ALL);
+}
+
 static void start_runners(bg_copy *job)
 {
+    /* Between files in memory more threads than processors only spin for the target's lock. Extents are mostly of two files. */
+    bool busy = job->count && in_memory(&job->extents[0]);
     job->active = job->threads;
     for (int i = 0; i < job->threads; i++) {
-        job->runners[i] = (runner){.task.run = run_runner, .job = job};
+        job->runners[i] = (runner){.task = {.run = run_runner, .busy = busy}, .job = job};
         bg_pool_submit(job->pool, &job->runners[i].task);
     }
 }

@@ -1,44 +1,89 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
 #include "pool.h"
 
 #include "wait.h"
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <unistd.h>
+
+typedef struct {
+    bg_task *first, **last;
+} tasks;
 
 struct bg_pool {
     pthread_mutex_t lock;
     bg_waiters work;
-    bg_task *first, **last;
+    tasks ready, held; /* held: busy ones, while as many run as there are processors */
+    int busy, processors;
     bool closing;
     int nthreads;
     pthread_t threads[];
 };
+
+static void put(tasks *queue, bg_task *task)
+{
+    task->next = NULL;
+    *queue->last = task;
+    queue->last = &task->next;
+}
+
+static bg_task *take(tasks *queue)
+{
+    bg_task *task = queue->first;
+    if (task) {
+        queue->first = task->next;
+        if (!queue->first)
+            queue->last = &queue->first;
+    }
+    return task;
+}
+
+/* With the lock held, but for the time in which the task runs. */
+static void run_or_hold(bg_pool *pool, bg_task *task)
+{
+    bool busy = task->busy; /* afterwards it may be gone */
+    if (busy && pool->busy == pool->processors) {
+        put(&pool->held, task);
+        return;
+    }
+    pool->busy += busy;
+    pthread_mutex_unlock(&pool->lock);
+    task->run(task);
+    pthread_mutex_lock(&pool->lock);
+    pool->busy -= busy;
+    bg_task *next = busy ? take(&pool->held) : NULL;
+    if (next)
+        put(&pool->ready, next); /* this thread looks again */
+}
 
 static void *worker(void *arg)
 {
     bg_pool *pool = arg;
     pthread_mutex_lock(&pool->lock);
     for (;;) {
-        bg_task *task = pool->first;
-        if (task) {
-            pool->first = task->next;
-            if (!pool->first)
-                pool->last = &pool->first;
-            pthread_mutex_unlock(&pool->lock);
-            task->run(task);
-            pthread_mutex_lock(&pool->lock);
-        } else if (pool->closing) {
+        bg_task *task = take(&pool->ready);
+        if (task)
+            run_or_hold(pool, task);
+        else if (pool->closing)
             break;
-        } else {
+        else
             bg_wait(&pool->work, &pool->lock);
-        }
     }
     pthread_mutex_unlock(&pool->lock);
     return NULL;
+}
+
+static int processors(void)
+{
+    cpu_set_t set;
+    int count = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    return count < 1 ? 1 : count;
 }
 
 int bg_pool_new(int threads, bg_pool **out)
@@ -49,7 +94,9 @@ int bg_pool_new(int threads, bg_pool **out)
     if (!pool)
         return -ENOMEM;
     pthread_mutex_init(&pool->lock, NULL);
-    pool->last = &pool->first;
+    pool->ready.last = &pool->ready.first;
+    pool->held.last = &pool->held.first;
+    pool->processors = processors();
     /* Signals belong to the program's own threads. */
     sigset_t all, before;
     sigfillset(&all);
@@ -90,10 +137,8 @@ int bg_pool_threads(const bg_pool *pool)
 
 void bg_pool_submit(bg_pool *pool, bg_task *task)
 {
-    task->next = NULL;
     pthread_mutex_lock(&pool->lock);
-    *pool->last = task;
-    pool->last = &task->next;
+    put(&pool->ready, task);
     bool wake = bg_changed(&pool->work);
     pthread_mutex_unlock(&pool->lock);
     if (wake)
@@ -103,7 +148,7 @@ void bg_pool_submit(bg_pool *pool, bg_task *task)
 bool bg_pool_waiting(bg_pool *pool)
 {
     pthread_mutex_lock(&pool->lock);
-    bool waiting = pool->first != NULL;
+    bool waiting = pool->ready.first != NULL;
     pthread_mutex_unlock(&pool->lock);
     return waiting;
 }

@@ -1,7 +1,8 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
 /*
- * Worker threads, and nothing more: a pool runs tasks in the order they were submitted, several at a time. What a task
+ * Worker threads, and nothing more: a pool runs tasks in the order they were submitted, several at a time, of busy ones no more
+ * than there are processors: the others pass those that wait for that. What a task
  * is and where its result goes is the submitter's: queue.h hands results to an event loop, copy.h runs copying jobs,
  * and a native request loop can embed a bg_task in its request and answer from the worker itself.
  *
@@ -33,6 +34,7 @@ int bg_pool_threads(const bg_pool *pool);
 typedef struct bg_task {
     struct bg_task *next;
     void (*run)(struct bg_task *task);
+    bool busy; /* it never waits for a device: no more of them run at once than there are processors */
 } bg_task;
 
 /* Never fails and never blocks for longer than the queue's mutex. */

@@ -137,7 +137,7 @@ int bg_queue_submit(bg_queue *queue, int64_t ticket, int op, int fd, void *buf, 
     bg_entry *entry = bg_queue_reserve(queue, ticket);
     if (!entry)
         return -ENOMEM;
-    entry->task.run = run_entry;
+    entry->task = (bg_task){.run = run_entry};
     entry->op = op;
     entry->fd = fd;
     entry->buf = buf;

@@ -153,7 +153,7 @@ static void run_on_pool(bg_task *task)
 
 void bg_request_submit(bg_request *request)
 {
-    request->task.run = run_on_pool;
+    request->task = (bg_task){.run = run_on_pool};
     bg_pool_submit(request->source->pool, &request->task);
 }
 
