@@ -146,6 +146,7 @@ class BlockCopy:
         bytes_moved: bytes that were read and written.
         bytes_shared: bytes for which the file system was told to let source and target share blocks.
         bytes_for_guest: of bytes_copied, what guest writes had to wait for.
+        waits: how often a guest write, or who else wanted a range now, waited for a copy in flight.
         sums: checksums of what is copied; None: nobody wants them.
     """
 
@@ -175,6 +176,7 @@ class BlockCopy:
         self._bytes_copied = 0
         self._bytes_moved = 0
         self._bytes_for_guest = 0
+        self.waits = 0
         self._claims: dict[int, Claim] = {}
         self._bytes_shared = 0
         self._offload: dict[tuple[int, int], CopyFlag] = {}
@@ -345,6 +347,7 @@ class BlockCopy:
         while self.copier.pending(offset, end):
             claim = self._take(offset, end, max(_GUEST_CHUNK, self.cluster_size))
             if claim is None:
+                self.waits += 1
                 await self._wait(offset, end)
             else:
                 with self._copying(claim):

@@ -19,8 +19,8 @@ from blockgraph.jobs.job import Job
 from blockgraph.jobs.options import OnError
 from blockgraph.jobs.progress import RateLimit
 
-#: Bytes of data copied at a time when the job does not say, and at least this much under a speed limit.
-DEFAULT_CHUNK = 8 << 20
+#: Bytes of data copied at a time when the job does not say: more while nobody waits for them, less when a guest does.
+_CHUNKS = (8 << 20, 32 << 20)
 
 #: Pause before an ignored error is tried again, seconds: first, and at most.
 _BACK_OFF = (0.1, 10.0)
@@ -53,7 +53,9 @@ class CopyLoop:
         self._copy = copy
         self._backend = backend
         self._workers = workers
-        self._chunk = max(chunk or DEFAULT_CHUNK, copy.cluster_size)
+        self._bounds = tuple(max(bound, copy.cluster_size) for bound in ((chunk, chunk) if chunk else _CHUNKS))
+        self._chunk = self._bounds[0]
+        self._waits = copy.waits
         self._policy: dict[str, OnError] = {"source": on_source_error, "target": on_target_error}
         self._broken = broken
         self._failure: CopyFailed | None = None
@@ -109,6 +111,9 @@ class CopyLoop:
         moved = await self._copy.copy_next(self._chunk_now())
         if moved is None:
             return False
+        waits, self._waits = self._waits, self._copy.waits
+        least, most = self._bounds
+        self._chunk = max(least, self._chunk // 2) if self._waits > waits else min(most, self._chunk * 2)
         self.limit.charge(moved)
         return True
 

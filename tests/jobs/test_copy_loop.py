@@ -112,3 +112,22 @@ def test_blocks_are_shared_where_the_file_system_can_and_guest_writes_stay_apart
                 assert await guest.pread(cluster * CLUSTER, 3) == b"new"
 
     run()
+
+
+@in_loop
+async def test_chunks_grow_while_nobody_waits_for_them(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    copy_next = BlockCopy.copy_next
+
+    async def waited_for(self: BlockCopy, chunk: int) -> int | None:
+        asked.append(chunk // MIB)
+        self.waits += len(asked) in (4, 5, 6)
+        return await copy_next(self, chunk)
+
+    monkeypatch.setattr(BlockCopy, "copy_next", waited_for)
+    (tmpfs / "disk").write_bytes(b"d" * 160 * MIB)
+    await create_file(str(tmpfs / "target"), 160 * MIB, "raw", replace=False)
+    async with graph_of(node("disk", tmpfs / "disk", "raw"), node("target", tmpfs / "target", "raw")) as graph:
+        job, _ = await start(graph, max_workers=1)
+        await job.wait()
+    assert asked[:8] == [8, 16, 32, 32, 16, 8, 8, 16]
