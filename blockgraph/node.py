@@ -504,19 +504,21 @@ class Node:
                 await self.guard.before_resize(size)
                 if size > old:
                     await self.guard.before(old, size - old)
-            for extents in list(self.maps if self.bitmaps else ()):
+            for extents in list(self.maps):  # nodes above may have bitmaps, too
                 await extents.forget_bitmaps()
             if size != old:
                 await self.driver.truncate(size)
             for bitmap in self.bitmaps.values():
                 bitmap.truncate(size)
         finally:
-            self.not_flushed()
-            if self.guard is not None:
-                await self.guard.resized()
-            for extents in self.maps:
-                self._revoked[extents] = extents.resized()
-            await self.finish(request)
+            try:
+                self.not_flushed()
+                if self.guard is not None:
+                    await self.guard.resized()
+                for extents in self.maps:
+                    self._revoked[extents] = extents.resized()
+            finally:
+                await self.finish(request)
 
 
 class Child:

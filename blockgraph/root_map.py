@@ -107,6 +107,8 @@ class RootMap:
         #: through which flushes go
         self._flushing: list[Node] = []
         self._bitmaps: set[Bitmap] = set()
+        #: how many are at `forget_bitmaps`
+        self._forgetting = 0
         self._copier: CopierLink | None = None
         #: faults, by node, offset in it, and offset of the range of the disk that shows it
         self._tables: dict[tuple[Node, int, int], int] = {}
@@ -248,13 +250,14 @@ class RootMap:
             else:
                 break
         slot = None if zero else self._slot(node)
-        if (slot is None and not zero) or low >= high or any(node.serialising for node in path):
+        if (slot is None and not zero) or low >= high or self._forgetting or any(node.serialising for node in path):
             return None
         if (writable or placing is not None) and not bitmaps <= self._bitmaps:
-            self._bitmaps |= bitmaps
-            await self.extents.set_bitmaps(list(self._bitmaps))
+            ticket = self.extents.start_set_bitmaps(list(self._bitmaps | bitmaps))
+            self._bitmaps |= bitmaps  # only now: what could not be set is not there
+            await self.settle(ticket)
         # From here to the insert nothing is awaited.
-        if any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
+        if self._forgetting or any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
             return None
         if slot is not None and writable:
             self._allow_zeroing(slot, zeroing & node.driver.zeroing())
@@ -400,8 +403,7 @@ class RootMap:
             return
         if self._first_writes is not None:
             await self._first_writes.withdraw()
-        if self._bitmaps:
-            await self.forget_bitmaps()
+        await self.forget_bitmaps()
         if self._copier is not None:
             self._copier = None
             self.extents.start_set_copier(None)
@@ -421,11 +423,18 @@ class RootMap:
     async def forget_bitmaps(self) -> None:
         """No native write marks a bitmap any more: bitmaps are about to be resized, behind a serialising request.
 
-        Writes mark when they are over, so those that are under way keep the bitmaps until then.
+        Writes mark when they are over, so those that are under way keep the bitmaps until then, and others may not
+        begin: not all of the map need lead to where the serialising request is.
         """
-        await self.settle(self.extents.start_invalidate(0, self.extents.size))
-        self._bitmaps.clear()
-        await self.extents.set_bitmaps([])
+        if not self._bitmaps:
+            return
+        self._forgetting += 1
+        try:
+            await self.settle(self.extents.start_invalidate(0, self.extents.size))
+            self._bitmaps.clear()
+            await self.extents.set_bitmaps([])
+        finally:
+            self._forgetting -= 1
 
     def sync_written(self) -> None:
         """What native requests have written counts as written by every node on the way: a flush goes down to it."""

@@ -514,7 +514,9 @@ int64_t bg_copier_copy_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg
         pthread_mutex_lock(&c->lock);
         runs[i].missed = copy_own(c, runs[i].start, runs[i].end, out) != 0;
         bg_bitmap_extent kept;
-        runs[i].released = bg_bitmap_next_clean(c->done, runs[i].start, runs[i].end, BG_BITMAP_NO_LIMIT, &kept) == 0;
+        /* What a slow guest write has made done while somebody reads it waits for the reader. */
+        runs[i].released = !frozen_in(c, runs[i].start, runs[i].end) &&
+                           bg_bitmap_next_clean(c->done, runs[i].start, runs[i].end, BG_BITMAP_NO_LIMIT, &kept) == 0;
         pthread_mutex_unlock(&c->lock);
         missed += runs[i].missed;
     }

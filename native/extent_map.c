@@ -371,7 +371,14 @@ int bg_map_take_written(bg_map *map, int slot)
     if (slot < 0 || slot >= BG_MAP_SLOTS)
         return -EINVAL;
     storage *s = &map->slots[slot];
-    return atomic_exchange(&s->written, false) || atomic_load(&s->flushing) > 0;
+    bool written = atomic_load(&s->written);
+    if (written) {
+        /* First: a flush that does not find the mark must not think that somebody has made it durable. */
+        bg_map_dirty(map);
+        atomic_store(&s->written, false);
+    }
+    /* In this order: a flush that took the mark and fails leaves its error before it is over. */
+    return written || atomic_load(&s->flushing) > 0 || atomic_load(&s->flush_error) != 0;
 }
 
 int bg_map_take_flush_error(bg_map *map, int slot)

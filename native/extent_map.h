@@ -102,7 +102,10 @@ int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment);
  */
 int64_t bg_map_remove_slot(bg_map *map, int slot);
 
-/* 1 when native writes to the slot were completed since the last call, or are being made durable right now; else 0. */
+/*
+ * 1 when native writes to the slot were completed since the last call, which has to make them durable then (bg_map_dirty), are
+ * being made durable right now, or could not be and nobody has taken the error; else 0.
+ */
 int bg_map_take_written(bg_map *map, int slot);
 
 /* What fallocate(2) may do to the bytes of a slot; nothing until this is called. */

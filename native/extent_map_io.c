@@ -296,9 +296,11 @@ int bg_map_can_zero(bg_map *map, int64_t offset, int64_t length, int how)
     return how != 0;
 }
 
-static bool is_clean(bg_map *map)
+/* What has been changed so far, or -1: native flushes are not enough for that. */
+static int64_t clean_dirt(bg_map *map)
 {
-    return atomic_load(&map->clean_at) == atomic_load(&map->dirt);
+    int64_t dirt = atomic_load(&map->dirt);
+    return atomic_load(&map->clean_at) == dirt ? dirt : -1;
 }
 
 static bool is_written(const storage *s)
@@ -308,11 +310,15 @@ static bool is_written(const storage *s)
 
 int bg_map_try_flush(bg_map *map, int counts)
 {
-    if (!is_clean(map))
+    int64_t dirt = clean_dirt(map);
+    if (dirt < 0)
         return 0;
     for (int i = 0; i < atomic_load(&map->slots_used); i++)
         if (is_written(&map->slots[i]))
             return 1;
+    /* Another flush may have taken a mark, and failed before it was looked for. */
+    if (atomic_load(&map->dirt) != dirt)
+        return 0;
     reader *r = counts ? map_enter(map) : NULL;
     if (r) {
         count(&r->hits, 1);
@@ -327,16 +333,16 @@ int bg_map_try_flush(bg_map *map, int counts)
  */
 static int flush_slot(bg_map *map, storage *s)
 {
-    int ret = BG_MAP_MISS, fd;
+    int ret, fd = atomic_load(&s->fd);
+    if (fd < 0)
+        return BG_MAP_MISS;
     atomic_fetch_add(&s->flushing, 1);
     atomic_store(&s->written, false);
-    if ((fd = atomic_load(&s->fd)) >= 0)
-        do
-            ret = fdatasync(fd) < 0 ? errno : 0;
-        while (ret == EINTR);
+    do
+        ret = fdatasync(fd) < 0 ? errno : 0;
+    while (ret == EINTR);
     if (ret != 0) {
-        if (fd >= 0)
-            atomic_store(&s->flush_error, ret);
+        atomic_store(&s->flush_error, ret);
         bg_map_dirty(map);
         atomic_store(&s->written, true);
     }
@@ -346,7 +352,8 @@ static int flush_slot(bg_map *map, storage *s)
 
 int bg_map_flush(bg_map *map, int counts)
 {
-    reader *r = is_clean(map) ? map_enter(map) : NULL;
+    int64_t dirt = clean_dirt(map);
+    reader *r = dirt >= 0 ? map_enter(map) : NULL;
     if (!r)
         return BG_MAP_MISS;
     map_looked(r);
@@ -354,6 +361,8 @@ int bg_map_flush(bg_map *map, int counts)
     for (int i = 0; ret == 0 && i < atomic_load(&map->slots_used); i++)
         if (is_written(&map->slots[i]))
             ret = flush_slot(map, &map->slots[i]);
+    if (ret == 0 && atomic_load(&map->dirt) != dirt)
+        ret = BG_MAP_MISS; /* see bg_map_try_flush */
     if (counts)
         count(ret == 0 ? &r->hits : &r->misses, 1);
     map_leave(map, r);
@@ -422,13 +431,14 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length)
 int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t length)
 {
     bg_map_extent e;
-    if (!bg_map_find(map, offset, &e) || (e.flags & WRITES) != BG_MAP_ALLOCATE || e.offset + e.length < offset + length)
-        return BG_MAP_MISS;
     reader *r = map_enter(map);
     if (!r)
         return BG_MAP_MISS;
     map_looked(r);
-    bg_map_allocator *allocator = atomic_load(&map->allocator);
+    /* Looked at within the request: who has COPY put in from now on waits for the end of this. */
+    bool fits = bg_map_find(map, offset, &e) && (e.flags & WRITES) == BG_MAP_ALLOCATE &&
+                e.offset + e.length >= offset + length;
+    bg_map_allocator *allocator = fits ? atomic_load(&map->allocator) : NULL;
     int64_t written = allocator ? allocator->write(allocator, map, offset, buf, length, 1) : 0;
     if (written > 0)
         mark(map, offset, written);

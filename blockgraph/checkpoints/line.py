@@ -295,4 +295,7 @@ class MergeEpochs(BitmapAction):
     async def prepare(self, change: Transaction) -> None:
         node = change.node(self.bitmap.node)
         bits = find_on(node, self._source).since(self._checkpoint)
-        self._undo.append(find_on(node, self.bitmap.name).merge([bits]))
+        bitmap = find_on(node, self.bitmap.name)
+        await self._begin(node, bitmap)
+        self._undo.append(bitmap.merge([bits]))
+        await self._store(node, bitmap)

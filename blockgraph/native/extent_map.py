@@ -399,8 +399,8 @@ class ExtentMap:
         await self.settle(self.start_remove_slot(slot))
 
     def take_written(self, slot: int) -> bool:
-        """Whether native writes to the slot were completed since the last call, or are being made durable now: the
-        storage needs a flush.
+        """Whether native writes to the slot were completed since the last call, are being made durable now, or could
+        not be: the storage needs a flush. Native flushes miss until it has had one (`flushed`).
 
         Raises:
             ValueError: the slot is out of range.

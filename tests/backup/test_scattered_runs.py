@@ -19,7 +19,7 @@ from blockgraph.create import create_file
 from blockgraph.formats.qcow2.driver import Qcow2
 from blockgraph.jobs.manager import JobManager
 from blockgraph.jobs.options import BackupOptions
-from blockgraph.native import Bitmap, Copier, CopierMode, ExtentMap, MapExtent
+from blockgraph.native import Bitmap, Copier, CopierMode, ExtentMap, L2Part, MapExtent, read_l2_parts
 
 #: An L2 table is for 2 MiB.
 IMAGE_CLUSTER = 4096
@@ -122,6 +122,37 @@ async def test_lookup_reads_entries_and_no_tables(tmpfs: Path) -> None:
         loaded = [index for index in range(len(marked)) if tables.get(index) is not None]
         assert loaded == [0]  # it makes the nodes known to the map
     assert (tmpfs / "target").read_bytes() == expected(held, marked)
+
+
+@in_loop
+async def test_lookup_leaves_out_a_table_that_lacked_native_writes(
+    tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come into the table, and it goes to disk and out of memory, all while its entries are being read."""
+    await create(tmpfs, "disk")
+    async with graph_of(image(tmpfs, "disk")) as graph:
+        guest = await graph.backend("disk", writable=True)
+        extents = guest.use_map().extents
+        await guest.pwrite(0, b"a" * IMAGE_CLUSTER)
+        await guest.flush()
+        driver = driver_of(graph, "disk", Qcow2)
+        driver.mapping.tables.forget(0)
+        assert extents.pwrite(IMAGE_CLUSTER, b"b" * IMAGE_CLUSTER)
+        assert driver.mapping.is_behind(0)
+        loop = asyncio.get_running_loop()
+
+        async def write_back() -> None:
+            await driver.writeback.run()
+            driver.mapping.tables.forget(0)
+
+        def read(fd: int, parts: list[L2Part], table: bytearray) -> None:
+            read_l2_parts(fd, parts, table)
+            asyncio.run_coroutine_threadsafe(write_back(), loop).result()
+
+        monkeypatch.setattr("blockgraph.formats.qcow2.lookup.read_l2_parts", read)
+        found = await driver.look_up([(IMAGE_CLUSTER, 2 * IMAGE_CLUSTER), (4 << 20, 5 << 20)])
+        assert found is not None
+        assert [part.first for part in found.parts.parts] == [4 << 20]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -238,3 +269,19 @@ def test_what_others_copy_or_read_is_not_released(sides: Sides) -> None:
     sides.copier.thaw(frozen)
     sides.copier.finish(theirs.number, copied=False)
     assert list(sides.todo.dirty_extents()) == [(2 * CLUSTER, CLUSTER)]
+
+
+def test_what_a_slow_guest_write_has_made_done_is_not_released_to_native_ones_while_it_is_read(sides: Sides) -> None:
+    """Python's guest write has copied, and waits for the reader; a native one must do so, too."""
+    sides.mark(1)
+    for extents in (sides.source, sides.target):
+        sides.learn(extents, 0, 16)
+    runs = sides.copier.find_runs(0, 1 << 30, 1 << 30, 9)
+    frozen = sides.copier.freeze(CLUSTER, CLUSTER)
+    assert sides.copier.copy(CLUSTER, 2 * CLUSTER).whole
+    sides.done.set(CLUSTER, CLUSTER)
+    assert sides.copier.copy_runs(runs).whole
+    assert runs.released() == []
+    sides.copier.thaw(frozen)
+    assert sides.copier.copy_runs(runs).whole
+    assert runs.released() == [(CLUSTER, 2 * CLUSTER)]

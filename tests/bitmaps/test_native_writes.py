@@ -89,3 +89,44 @@ async def test_write_that_began_while_the_disk_begins_to_grow_is_marked(tmp_path
             assert not growing.done()
         await growing
         assert dict(graph.dirty_extents("disk", "b0")) == {0: GRANULE, AT: GRANULE, SIZE: GRANULE}
+
+
+@in_loop
+async def test_disk_that_grows_below_the_bitmaps_node_goes_on(tmp_path: Path) -> None:
+    """The map has a bitmap of the filter, which the node below it knows nothing of."""
+    await create_file(str(tmp_path / "disk"), SIZE, "raw", replace=False)
+    file = {"driver": "file", "filename": str(tmp_path / "disk"), "node-name": "disk"}
+    async with graph_of(file, {"driver": "delay", "node-name": "top", "file": "disk"}) as graph:
+        guest = await graph.backend("top", writable=True)
+        below = await graph.backend("disk", writable=True, resize=True)
+        await graph.add_bitmap("top", "b0", granularity=GRANULE)
+        extents = guest.use_map().extents
+        await guest.pread(0, 1)
+        with native_request(extents, AT, 512, write=True):
+            growing = asyncio.create_task(below.truncate(2 * SIZE))
+            await as_far_as_it_gets()
+            assert not growing.done()
+        await growing
+        assert not graph.node("disk").in_flight
+        assert guest.size() == 2 * SIZE
+        await guest.pwrite(2 * SIZE - 1, b"x")
+        assert dict(graph.dirty_extents("top", "b0")) == {AT: GRANULE, SIZE: SIZE}
+
+
+@in_loop
+async def test_bitmap_that_can_not_be_given_to_the_map_is_given_at_the_next_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with written_disk(tmp_path, "raw") as (graph, guest, extents):
+        await graph.add_bitmap("disk", "another", granularity=GRANULE)  # empties the map
+        with monkeypatch.context() as patch:
+
+            def refuse(bitmaps: object) -> int:
+                raise MemoryError
+
+            patch.setattr(extents, "start_set_bitmaps", refuse)
+            with pytest.raises(MemoryError):
+                await guest.pread(0, 1)
+        await guest.pread(0, 1)
+        assert extents.pwrite(AT, b"x")
+        assert dict(graph.dirty_extents("disk", "b0")) == {AT: GRANULE}

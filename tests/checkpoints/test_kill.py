@@ -100,3 +100,19 @@ def test_no_change_is_missed_after_a_kill(
         assert len(killed) > 14
 
     run()
+
+
+@pytest.mark.parametrize("epochs", [False, True], ids=["bitmaps", "epochs"])
+@in_loop
+async def test_changes_that_are_kept_survive_a_kill_at_once(tmp_path: Path, epochs: bool) -> None:
+    path = new_disk(tmp_path)
+    async with session(path) as (graph, kill):
+        checkpoints = Checkpoints(graph, epochs=epochs, granularity=GRANULE, sidecar=True)
+        await checkpoints.create("c1", ["disk"])
+        guest = await graph.backend("disk", writable=True)
+        await guest.pwrite(5 * GRANULE, b"x")
+        await checkpoints.create("c2", ["disk"])
+        await guest.pwrite(9 * GRANULE, b"x")
+        await checkpoints.keep_changes("c1", "changes", ["disk"])
+        async with after(path, kill()) as other:
+            assert granules(other.bitmap("disk", "changes").contents()) == {5, 9}

@@ -125,6 +125,7 @@ async def test_mapped_flush_fua_trim_and_zeroes_are_native(structured: bool) -> 
         assert not disk.extents.take_written(disk.slot)
         await client.pwrite(9, b"d" * 100_000)
         assert disk.extents.take_written(disk.slot)
+        disk.extents.flushed(disk.extents.dirt())
         await client.pwrite(9, b"e" * 100_000)
         await client.flush()
         assert not disk.extents.take_written(disk.slot)

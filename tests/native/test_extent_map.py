@@ -630,6 +630,19 @@ def test_flush_is_native_only_while_native_writes_are_all_there_is(extents: Exte
     assert not extents.flush()
 
 
+def test_flush_after_the_mark_was_taken_is_not_native_until_python_has_flushed(extents: ExtentMap, file: int) -> None:
+    """Who takes the mark has not made anything durable yet."""
+    slot = extents.add_slot(file)
+    put(extents, MapExtent(0, MIB, slot, 0, writable=True))
+    extents.flushed(extents.dirt())
+    extents.pwrite(0, b"x")
+    assert extents.take_written(slot)
+    assert lib.bg_map_try_flush(extents.native, 0) == 0
+    assert not extents.flush()
+    extents.flushed(extents.dirt())
+    assert extents.flush()
+
+
 def test_flush_that_fails_leaves_its_error_and_the_mark(extents: ExtentMap) -> None:
     reading, writing = os.pipe()
     slot = extents.add_slot(writing)
@@ -639,9 +652,11 @@ def test_flush_that_fails_leaves_its_error_and_the_mark(extents: ExtentMap) -> N
     extents.flushed(extents.dirt())
     assert not extents.flush()
     assert lib.bg_map_try_flush(extents.native, 0) == 0
+    assert extents.take_written(slot)
+    assert extents.take_written(slot)  # who sees no mark might think that all is durable
     assert extents.take_flush_error(slot) == errno.EINVAL
     assert extents.take_flush_error(slot) == 0
-    assert extents.take_written(slot)
+    assert not extents.take_written(slot)
     extents.settle_blocking(extents.start_remove_slot(slot))
     os.close(reading)
     os.close(writing)

@@ -79,6 +79,8 @@ def _parts(driver: Qcow2, runs: Sequence[tuple[int, int]]) -> list[L2Part]:
                 if driver.mapping.tables.get(index) is not None:
                     parts.append(L2Part(cluster << bits, position, count, -1))
                     position += 8 * count
+                elif driver.mapping.is_behind(index):
+                    pass  # by the time the entries have been read the table may be up to date again, unlike these
                 elif host < 0:
                     parts.append(L2Part(cluster << bits, -1, count, -1))
                 else:
