@@ -31,6 +31,7 @@ typedef struct nbd_request {
     uint32_t cost;
     uint32_t head_size, payload_size; /* of the reply */
     unsigned char *head;              /* `small`, or allocated; NULL: there was no memory for it */
+    enum bg_nbd_refusal refusal;
     unsigned char small[BG_NBD_MAX_HEAD];
 } nbd_request;
 
@@ -46,7 +47,7 @@ typedef struct nbd_thread {
 } nbd_thread;
 
 typedef struct {
-    atomic_uint_fast64_t requests, hits, blocked, faults, received, sent, receives, sends, wakeups;
+    atomic_uint_fast64_t requests, hits, blocked, faults, refused, received, sent, receives, sends, wakeups;
 } nbd_counters;
 
 struct bg_nbd_loop {
@@ -124,6 +125,7 @@ bool nbd_admissible(const bg_nbd_conn *conn, uint32_t cost);
 
 /* nbd_output.c; with the lock */
 void nbd_answer(nbd_request *r);                /* it was done by the map: queue the reply */
+void nbd_refuse(nbd_request *r);                /* queue the error that its `refusal` calls for */
 void nbd_flush(bg_nbd_conn *conn);              /* send what the socket takes */
 void nbd_close(bg_nbd_conn *conn, int64_t why); /* idempotent */
 void nbd_forget(nbd_request *r);                /* it holds nothing any more */

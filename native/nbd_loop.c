@@ -275,6 +275,7 @@ void bg_nbd_loop_stats(bg_nbd_loop *loop, bg_nbd_stats *out)
         .hits = atomic_load(&c->hits),
         .blocked = atomic_load(&c->blocked),
         .faults = atomic_load(&c->faults),
+        .refused = atomic_load(&c->refused),
         .received = atomic_load(&c->received),
         .sent = atomic_load(&c->sent),
         .receives = atomic_load(&c->receives),
