@@ -14,6 +14,7 @@
 #define BG_NBD_INTERNAL_H
 
 #include "nbd_loop.h"
+#include "nbd_watch.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -39,7 +40,7 @@ typedef struct nbd_thread {
     bg_nbd_loop *loop;
     int epoll, wakeup;
     pthread_t thread;
-    unsigned naps, next_naps; /* so often it goes to sleep before it watches again; and after the next time in vain */
+    bg_nbd_watch watch;
     pthread_mutex_t lock;  /* of the two lists */
     bg_nbd_conn *first;    /* connections, until they are released */
     bg_nbd_conn *released; /* to be freed when no event can name them any more */
