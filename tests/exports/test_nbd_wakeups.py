@@ -97,6 +97,7 @@ async def test_faults_queued_cost_one_wakeup_for_hundreds(
         full, rest = divmod(connections * each, TAKEN)
         assert [count for count in wakeups if count] == [TAKEN] * full + [rest]
         assert len(wakeups) <= full + 2
+        assert len(wakeups) * 50 <= connections * each
         # A connection whose faults two wake-ups share is answered twice.
         assert connections <= stats(served).sends - before <= connections + full
         assert len(served.disk.calls) == connections * each
