@@ -146,8 +146,8 @@ static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
     return true;
 }
 
-/* A request that the parser does not know or like: Python will. */
-static bool take_irregular(bg_nbd_conn *conn, const bg_nbd_header *header)
+/* A request that is answered with an error. */
+static bool take_refused(bg_nbd_conn *conn, const bg_nbd_header *header, enum bg_nbd_refusal why)
 {
     bool has_payload = header->command == BG_NBD_WRITE && header->length;
     if (has_payload && header->length > BG_NBD_MAX_SKIPPED) {
@@ -157,14 +157,26 @@ static bool take_irregular(bg_nbd_conn *conn, const bg_nbd_header *header)
     nbd_request *r = new_request(conn, header);
     if (!r)
         return false;
+    r->refusal = why;
     conn->start += BG_NBD_HEADER;
     if (has_payload) {
         /* The reply follows the payload: a client that only sends until it has sent all would otherwise be stuck. */
         conn->refused = r;
         conn->skip = header->length;
     } else {
-        fault(r);
+        nbd_refuse(r);
     }
+    return true;
+}
+
+/* One that only Python knows how to do. */
+static bool take_foreign(bg_nbd_conn *conn, const bg_nbd_header *header)
+{
+    nbd_request *r = new_request(conn, header);
+    if (!r)
+        return false;
+    conn->start += BG_NBD_HEADER;
+    fault(r);
     return true;
 }
 
@@ -189,19 +201,22 @@ static bool take_bare(bg_nbd_conn *conn, const bg_nbd_header *header)
 /* Take the request at the head of the input; false: it stays there, or the connection is closed. */
 static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
 {
-    bool regular = !conn->shutdown && bg_nbd_regular(&conn->settings, header);
+    enum bg_nbd_refusal refusal = conn->shutdown ? BG_NBD_SHUT_DOWN : bg_nbd_check(&conn->settings, header);
+    bool native = refusal == BG_NBD_FINE && bg_nbd_native(header);
     bool bare = header->command == BG_NBD_FLUSH || header->command == BG_NBD_TRIM || header->command == BG_NBD_WRITE_ZEROES;
     uint32_t payload = header->length;
     if (header->command == BG_NBD_CACHE && payload > BG_NBD_CACHE_STEP)
         payload = BG_NBD_CACHE_STEP;
-    uint32_t cost = regular && !bare ? bg_buffer_size(payload) : 0;
-    bool here = regular && header->command == BG_NBD_WRITE &&
+    uint32_t cost = native && !bare ? bg_buffer_size(payload) : 0;
+    bool here = native && header->command == BG_NBD_WRITE &&
                 conn->end - conn->start - BG_NBD_HEADER >= header->length;
     if (!admitted(conn, here ? 0 : cost))
         return false;
-    conn->limit = regular && header->command == BG_NBD_WRITE && payload >= LONG_WRITE ? BG_NBD_HEADER : INPUT;
-    if (!regular)
-        return take_irregular(conn, header);
+    conn->limit = native && header->command == BG_NBD_WRITE && payload >= LONG_WRITE ? BG_NBD_HEADER : INPUT;
+    if (refusal != BG_NBD_FINE)
+        return take_refused(conn, header, refusal);
+    if (!native)
+        return take_foreign(conn, header);
     if (bare)
         return take_bare(conn, header);
     if (here)
@@ -248,8 +263,9 @@ static bool skip_payload(bg_nbd_conn *conn)
     conn->skip -= here;
     if (conn->skip)
         return false;
-    fault(conn->refused);
+    nbd_request *r = conn->refused;
     conn->refused = NULL;
+    nbd_refuse(r);
     return true;
 }
 

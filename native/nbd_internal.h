@@ -14,6 +14,7 @@
 #define BG_NBD_INTERNAL_H
 
 #include "nbd_loop.h"
+#include "nbd_watch.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -31,6 +32,7 @@ typedef struct nbd_request {
     uint32_t cost;
     uint32_t head_size, payload_size; /* of the reply */
     unsigned char *head;              /* `small`, or allocated; NULL: there was no memory for it */
+    enum bg_nbd_refusal refusal;
     unsigned char small[BG_NBD_MAX_HEAD];
 } nbd_request;
 
@@ -38,7 +40,7 @@ typedef struct nbd_thread {
     bg_nbd_loop *loop;
     int epoll, wakeup;
     pthread_t thread;
-    unsigned naps, next_naps; /* so often it goes to sleep before it watches again; and after the next time in vain */
+    bg_nbd_watch watch;
     pthread_mutex_t lock;  /* of the two lists */
     bg_nbd_conn *first;    /* connections, until they are released */
     bg_nbd_conn *released; /* to be freed when no event can name them any more */
@@ -46,7 +48,7 @@ typedef struct nbd_thread {
 } nbd_thread;
 
 typedef struct {
-    atomic_uint_fast64_t requests, hits, blocked, faults, received, sent, receives, sends, wakeups;
+    atomic_uint_fast64_t requests, hits, blocked, faults, refused, received, sent, receives, sends, wakeups;
 } nbd_counters;
 
 struct bg_nbd_loop {
@@ -124,6 +126,7 @@ bool nbd_admissible(const bg_nbd_conn *conn, uint32_t cost);
 
 /* nbd_output.c; with the lock */
 void nbd_answer(nbd_request *r);                /* it was done by the map: queue the reply */
+void nbd_refuse(nbd_request *r);                /* queue the error that its `refusal` calls for */
 void nbd_flush(bg_nbd_conn *conn);              /* send what the socket takes */
 void nbd_close(bg_nbd_conn *conn, int64_t why); /* idempotent */
 void nbd_forget(nbd_request *r);                /* it holds nothing any more */

@@ -17,13 +17,6 @@
 /* What Python's thread reads or writes itself, bytes. */
 #define CALLER_LONGEST (64 << 10)
 
-/* How long a thread watches for events, and what a look takes at most while nobody else wants the processor, ns. */
-#define WATCH 50000
-#define CROWDED 5000
-/* Times it sleeps at once: when it has watched in vain again and again, so that an idle client costs nothing; when busy. */
-#define MOST_NAPS 1023
-#define BUSY_NAPS 64
-
 static int epoll_of(const bg_nbd_conn *conn)
 {
     return conn->by_caller ? conn->loop->caller_epoll : conn->thread->epoll;
@@ -95,33 +88,21 @@ static int64_t now(void)
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
-/*
- * Wait for events. Being woken costs more than a short request does, and the client pays for it, too, so the thread watches
- * for a while before it sleeps. Not when there is enough to do without, when it was in vain of late, or when others want the
- * processor: it offers it to them between looks, for a client that can run nowhere else will send nothing before.
- */
+/* Wait for events, as nbd_watch.h says. */
 static int await(nbd_thread *thread, struct epoll_event *events)
 {
-    if (thread->naps) {
-        thread->naps--;
-        return epoll_wait(thread->epoll, events, EVENTS, -1);
+    bg_nbd_watch *watch = &thread->watch;
+    if (!bg_nbd_watch_naps(watch)) {
+        bg_nbd_watch_begin(watch, now());
+        do {
+            int n = epoll_wait(thread->epoll, events, EVENTS, 0);
+            if (n != 0) {
+                bg_nbd_watch_found(watch);
+                return n;
+            }
+            sched_yield();
+        } while (bg_nbd_watch_again(watch, now()));
     }
-    bool at_once = true;
-    for (int64_t start = now(), last = start, t; last - start < WATCH; last = t) {
-        int n = epoll_wait(thread->epoll, events, EVENTS, 0);
-        if (n != 0) {
-            if (!at_once)
-                thread->next_naps /= 2;
-            return n;
-        }
-        sched_yield();
-        at_once = false;
-        t = now();
-        if (t - last > CROWDED)
-            break;
-    }
-    thread->next_naps = thread->next_naps < MOST_NAPS ? thread->next_naps * 2 + 1 : MOST_NAPS;
-    thread->naps = thread->next_naps;
     return epoll_wait(thread->epoll, events, EVENTS, -1);
 }
 
@@ -148,8 +129,8 @@ static void *run(void *arg)
     while (!atomic_load(&thread->stop)) {
         struct epoll_event events[EVENTS];
         int n = await(thread, events);
-        if (serve(thread->loop, events, n) && thread->naps < BUSY_NAPS)
-            thread->naps = BUSY_NAPS;
+        if (serve(thread->loop, events, n))
+            bg_nbd_watch_busy(&thread->watch);
         free_released(thread);
     }
     return NULL;
@@ -275,6 +256,7 @@ void bg_nbd_loop_stats(bg_nbd_loop *loop, bg_nbd_stats *out)
         .hits = atomic_load(&c->hits),
         .blocked = atomic_load(&c->blocked),
         .faults = atomic_load(&c->faults),
+        .refused = atomic_load(&c->refused),
         .received = atomic_load(&c->received),
         .sent = atomic_load(&c->sent),
         .receives = atomic_load(&c->receives),

@@ -7,7 +7,7 @@
  *                                               │ blocks: pool  ▲
  *                                               │ faults: bg_nbd_take ── Python ── bg_nbd_reply, bg_nbd_kick
  *
- * What the extent map knows is done where it is parsed. Whoever completes a request (the loop's thread, a pool's, Python's)
+ * What the extent map knows is done where it is parsed, and what the protocol forbids is refused there. Whoever completes a request (the loop's thread, a pool's, Python's)
  * sends its reply, unless another thread is at work on that connection, which then sends it too. A thread that has answered
  * one short request looks for the next for some microseconds before it sleeps.
  *
@@ -52,6 +52,7 @@ typedef struct {
     uint64_t hits;     /* done by the extent map, at once or on the pool */
     uint64_t blocked;  /* of these, on the pool */
     uint64_t faults;   /* done by Python */
+    uint64_t refused;  /* answered with an error here: the client should not have sent them */
     uint64_t received; /* bytes */
     uint64_t sent;     /* bytes */
     uint64_t receives; /* system calls that received something */
@@ -86,7 +87,7 @@ int bg_nbd_reply(uint64_t ticket, const void *head, int64_t size, int flags);
 /* Send what was replied to since the last kick. */
 void bg_nbd_kick(bg_nbd_conn *conn);
 
-/* From now on every request faults; disconnect when none is in flight. */
+/* From now on every request is refused; disconnect when none is in flight. */
 void bg_nbd_shutdown(bg_nbd_conn *conn);
 
 /* Disconnect now. What is in flight goes on, its replies go nowhere. */

@@ -64,6 +64,25 @@ void nbd_answer(nbd_request *r)
     reply(r);
 }
 
+static void set_head(nbd_request *r, const void *head, size_t size)
+{
+    if (size > BG_NBD_MAX_HEAD)
+        r->head = malloc(size);
+    if (r->head)
+        memcpy(r->head, head, size);
+    r->head_size = (uint32_t)size;
+}
+
+void nbd_refuse(nbd_request *r)
+{
+    const bg_request *b = &r->base;
+    bg_nbd_header header = {b->tag, b->offset, b->length, b->flags, b->command};
+    unsigned char head[BG_NBD_MAX_REFUSAL];
+    set_head(r, head, bg_nbd_pack_refusal(head, &r->conn->settings, &header, r->refusal));
+    r->conn->counted.refused++;
+    reply(r);
+}
+
 /* What is to be sent, from the first byte not sent yet. */
 static size_t gather(const bg_nbd_conn *conn, struct iovec iov[PIECES], size_t *total)
 {
@@ -113,6 +132,7 @@ static void count(bg_nbd_conn *conn)
     add(&all->hits, own->hits);
     add(&all->blocked, own->blocked);
     add(&all->faults, own->faults);
+    add(&all->refused, own->refused);
     add(&all->received, own->received);
     add(&all->sent, own->sent);
     add(&all->receives, own->receives);
@@ -270,11 +290,7 @@ int bg_nbd_reply(uint64_t ticket, const void *head, int64_t size, int flags)
     if (size < 1 || size > INT32_MAX || (flags & ~(BG_NBD_PAYLOAD | BG_NBD_KEEP)))
         return -EINVAL;
     nbd_request *r = request_of((bg_request *)(uintptr_t)ticket);
-    if (size > BG_NBD_MAX_HEAD)
-        r->head = malloc((size_t)size);
-    if (r->head)
-        memcpy(r->head, head, (size_t)size);
-    r->head_size = (uint32_t)size;
+    set_head(r, head, (size_t)size);
     r->payload_size = flags & BG_NBD_PAYLOAD ? r->base.length : 0;
     if (flags & BG_NBD_KEEP)
         r->buffer = NULL;

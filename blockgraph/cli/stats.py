@@ -56,6 +56,7 @@ def server_rows(stats: NbdStats) -> list[tuple[str, str]]:
     """Names and values."""
     return [
         ("requests", f"{stats.requests}, {stats.hits} native and {stats.faults} in Python"),
+        ("refused", f"{stats.refused} that the protocol forbids"),
         ("blocked", f"{stats.blocked} of them waited for a device"),
         ("received", f"{format_size(stats.received)} by {stats.receives} system calls"),
         ("sent", f"{format_size(stats.sent)} by {stats.sends} system calls"),

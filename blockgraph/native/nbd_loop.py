@@ -47,6 +47,8 @@ class NbdStats(NamedTuple):
     """of these, on the pool's threads"""
     faults: int
     """done by Python"""
+    refused: int
+    """answered with an error by the loop: the protocol forbids them, or the server is being shut down"""
     received: int
     """bytes"""
     sent: int
@@ -121,7 +123,15 @@ class NbdLoop:
         return NbdStats(*(getattr(out, name) for name in NbdStats._fields))
 
     def connect(
-        self, fd: int, handler: Handler, *, size: int, structured: bool, writable: bool, extent_map: ExtentMap | None
+        self,
+        fd: int,
+        handler: Handler,
+        *,
+        size: int,
+        structured: bool,
+        writable: bool,
+        contexts: bool,
+        extent_map: ExtentMap | None,
     ) -> NbdConnection:
         """Serve a connected non-blocking stream socket, and own it.
 
@@ -129,12 +139,13 @@ class NbdLoop:
             size: of the disk, bytes.
             structured: structured replies were negotiated.
             writable: the client may write.
+            contexts: it has selected contexts of metadata.
             extent_map: of the backend, or None: every request faults.
         Raises:
             OSError: it can not be served; the socket is the caller's.
         """
         self._last_id += 1
-        settings = ffi.new("bg_nbd_settings *", {"size": size, "structured": structured, "writable": writable})
+        settings = ffi.new("bg_nbd_settings *", (size, structured, writable, contexts))
         out = ffi.new("bg_nbd_conn **")
         native_map = ffi.NULL if extent_map is None else extent_map._native
         check(lib.bg_nbd_conn_new(self._native, fd, self._last_id, settings, native_map, out))
@@ -216,7 +227,7 @@ class NbdConnection:
         self._loop._reply_given(self)
 
     def shutdown(self) -> None:
-        """All further requests are faults; disconnect when none is in flight."""
+        """All further requests are refused; disconnect when none is in flight."""
         if self._native is not None:
             lib.bg_nbd_shutdown(self._native)
 

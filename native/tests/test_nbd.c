@@ -17,7 +17,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define CLIENTS 9
+#define CLIENTS 10
 #define BLOCK 3000
 #define BLOCKS 48 /* of each client */
 #define BIG (400 << 10)
@@ -235,6 +235,34 @@ static void honest(const client *c)
     }
 }
 
+/* Asks for a thousand things that it may not have, a hundred at once; two of three are writes, whose payload has to go by. */
+static void forbidden(const client *c)
+{
+    for (uint64_t first = 0; first < 1000; first += 100) {
+        for (uint64_t i = first; i < first + 100; i++) {
+            request(c->sock, i % 3 ? BG_NBD_WRITE : (int)(8 + i), 0, i, SIZE - i, (uint32_t)(i + 1));
+            if (i % 3)
+                send_all(c->sock, "a payload that nobody wants a payload that nobody wants", (i + 1) % 50);
+            for (uint64_t rest = i % 3 ? (i + 1) / 50 : 0; rest; rest--)
+                send_all(c->sock, "fifty bytes more that nobody wants, fifty bytes of", 50);
+        }
+        for (uint64_t i = first; i < first + 100; i++) {
+            unsigned char head[20], chunk[6], text[200];
+            uint64_t cookie;
+            uint32_t error;
+            recv_all(c->sock, head, 20);
+            CHECK(head[4] == 0 && head[5] == 1 && head[6] == 0x80 && head[7] == 1);
+            memcpy(&cookie, head + 8, 8);
+            CHECK(be64toh(cookie) == i);
+            recv_all(c->sock, chunk, 6);
+            memcpy(&error, chunk, 4);
+            CHECK(be32toh(error) == (i % 3 ? ENOSPC : EINVAL));
+            CHECK(chunk[4] == 0 && chunk[5] > 10 && head[19] == 6 + chunk[5]);
+            recv_all(c->sock, text, chunk[5]);
+        }
+    }
+}
+
 static void *run_client(void *arg)
 {
     client *c = arg;
@@ -252,6 +280,9 @@ static void *run_client(void *arg)
         request(c->sock, BG_NBD_READ, 0, 0, base, BIG);
         send_all(c->sock, "nonsense nonsense nonsense nonsense", 35);
         break;
+    case 9:
+        forbidden(c);
+        return NULL;
     default:
         honest(c);
         if (c->number % 3)
@@ -285,7 +316,7 @@ void test_nbd(void)
         int pair[2];
         CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
         clients[i] = (client){pair[1], i};
-        bg_nbd_settings settings = {SIZE, i % 2 == 0, true};
+        bg_nbd_settings settings = {SIZE, i % 2 == 0 || i == 9, true, true};
         CHECK(bg_nbd_conn_new(loop, pair[0], i, &settings, i == 4 ? NULL : map, &conns[i]) == 0);
     }
     CHECK(bg_nbd_loop_free(loop) == -EBUSY);
@@ -301,7 +332,8 @@ void test_nbd(void)
     pthread_join(unmap_thread, NULL);
     bg_nbd_stats stats;
     bg_nbd_loop_stats(loop, &stats);
-    CHECK(stats.hits > 0 && stats.faults > 0 && stats.blocked > 0 && stats.hits + stats.faults <= stats.requests);
+    CHECK(stats.hits > 0 && stats.faults > 0 && stats.blocked > 0 && stats.hits + stats.faults + stats.refused <= stats.requests);
+    CHECK(stats.refused == 1000);
     bg_nbd_loop_stop(loop);
     CHECK(bg_nbd_loop_free(loop) == 0);
     for (int i = 0; i < CLIENTS; i++) {

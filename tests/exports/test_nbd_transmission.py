@@ -17,22 +17,13 @@ from blockgraph.exports.nbd.protocol import Chunk, Cmd, CmdFlag, Err
 from blockgraph.flags import Flag
 from blockgraph.testing.memory_backend import Call, MemoryBackend
 from blockgraph.testing.nbd_client import NbdClient
-from tests.helpers.nbd import SIZE, Served, run_async, serving
+from tests.helpers.nbd import SIZE, raw_client, run_async, serving
 
 pytestmark = pytest.mark.usefixtures("served_by")
 
 HOLE_ZERO = protocol.STATE_HOLE | protocol.STATE_ZERO
 MIB = 1 << 20
 both_kinds = pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
-
-
-async def raw_client(served: Served, *, structured: bool = True) -> NbdClient:
-    """A client whose replies the test reads itself."""
-    client = await served.client(structured=structured)
-    assert client._task is not None
-    client._task.cancel()
-    await asyncio.wait([client._task])
-    return client
 
 
 # Contents.

@@ -79,6 +79,15 @@ class Served:
         return self.server.uri(export)
 
 
+async def raw_client(served: Served, **how: Any) -> NbdClient:
+    """A client whose replies the test reads itself."""
+    client = await served.client(**how)
+    assert client._task is not None
+    client._task.cancel()
+    await asyncio.wait([client._task])
+    return client
+
+
 @asynccontextmanager
 async def serving(
     disk: MemoryBackend | None = None,

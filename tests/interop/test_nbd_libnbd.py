@@ -155,6 +155,8 @@ async def test_nbdsh_odd_commands_get_the_right_errors(require_tool: Require) ->
             "bytearray(b'\\x00abc\\x00')",
             "[('base:allocation', 0, [4096, 0])]",
         ]
+        assert served.server.stats is not None
+        assert served.server.stats.refused == 9
 
 
 @run_async

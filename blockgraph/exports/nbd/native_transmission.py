@@ -8,7 +8,7 @@
                       NativeTransmission ── NbdRequest.begin ── Backend
 
 Same rules and same bounds as in `transmission`, which serves TLS and is the oracle of the tests: the requests that
-come here are checked, run and answered by the same code.
+come here are run and answered by the same code. What the protocol forbids does not come here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from blockgraph.errors import WireError
 from blockgraph.exports.nbd.export import Negotiated
 from blockgraph.exports.nbd.protocol import Cmd, Err
-from blockgraph.exports.nbd.requests import CACHE_STEP, KINDS, NbdRequest, Refusal, Refused, check
+from blockgraph.exports.nbd.requests import CACHE_STEP, KINDS, NbdRequest, Refusal, Refused
 from blockgraph.exports.nbd.wire import Wire
 from blockgraph.native import nbd_loop
 from blockgraph.native.nbd_loop import NbdConnection, NbdLoop
@@ -78,6 +78,7 @@ class NativeTransmission:
             size=negotiated.size,
             structured=negotiated.structured,
             writable=negotiated.export.writable,
+            contexts=bool(negotiated.contexts),
             extent_map=None if root_map is None else root_map.extents,
         )
         self._wire.sock.detach()
@@ -113,13 +114,10 @@ class NativeTransmission:
 
     def fault(self, ticket: int, address: int, cookie: int, offset: int, length: int, command: int, flags: int) -> None:
         """See nbd_loop.Handler."""
-        refusal = check(self.negotiated, command, flags, offset, length)
-        if self._shutdown:
-            refusal = Refusal(Err.SHUTDOWN, "the server is being shut down")
-        if refusal is not None:
+        if self._shutdown:  # it was on its way
             refused = Refused(self, flags, cookie, offset, length)
             self._running[refused] = ticket
-            refused.refuse(refusal)
+            refused.refuse(Refusal(Err.SHUTDOWN, "the server is being shut down"))
             return
         self.negotiated.export.count(command, length)
         request = KINDS[command](self, flags, cookie, offset, length)
