@@ -169,7 +169,7 @@ int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t
 /* A native write to the slot was completed. */
 void bg_map_wrote(bg_map *map, int slot);
 
-/* 1 when a write to the range, which misses, might be done by bg_map_pwrite all the same. */
+/* Not 0 when a write to the range, which misses, might be done by bg_map_pwrite all the same: which of COPY and ALLOCATE it meets. */
 int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length);
 
 /*

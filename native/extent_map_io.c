@@ -451,12 +451,12 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length)
 {
     if (!atomic_load(&map->copier) && !atomic_load(&map->allocator))
         return 0;
-    bool first = false;
+    int first = 0;
     for (int64_t at = offset, end = offset + length; at < end;) {
         bg_map_extent e;
         if (!bg_map_find(map, at, &e) || !(e.flags & WRITES))
             return 0;
-        first |= (e.flags & (BG_MAP_COPY | BG_MAP_ALLOCATE)) != 0;
+        first |= e.flags & (BG_MAP_COPY | BG_MAP_ALLOCATE);
         at = e.offset + e.length;
     }
     return first;
