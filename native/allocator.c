@@ -26,7 +26,6 @@
 #define MAX_NOW (128 << 10)
 #define SPARE_BUFFERS 8
 #define BUFFER_ALIGNMENT 4096
-#define FEW_PIECES 16
 
 /* Guest clusters that are being placed, or held. */
 typedef struct range {
@@ -37,6 +36,7 @@ typedef struct range {
 struct bg_allocator {
     bg_map_allocator hook; /* first */
     int bits, fd, slot, eventfd;
+    enum bg_haste haste; /* of fd */
 
     pthread_mutex_t lock;
     bg_waiters placed; /* a claim has gone */
@@ -109,6 +109,7 @@ void bg_allocator_bind(bg_allocator *a, int fd, int slot)
 {
     pthread_mutex_lock(&a->lock);
     a->fd = fd;
+    a->haste = bg_haste_of(fd);
     a->slot = slot;
     atomic_store(&a->waits, false);
     pthread_mutex_unlock(&a->lock);
@@ -400,28 +401,6 @@ static char *old_tail(const content *c)
     return c->old + (c->one ? c->stop : c->offset) - c->start;
 }
 
-/* As bg_map_pread, without waiting: -EAGAIN. */
-static int read_now(bg_map *map, int64_t offset, char *buf, int64_t length)
-{
-    bg_map_piece pieces[FEW_PIECES];
-    bg_map_request request;
-    int ret = bg_map_begin(map, offset, length, buf, 0, pieces, FEW_PIECES, &request);
-    if (ret != 0)
-        return ret == -E2BIG ? -EAGAIN : ret;
-    for (int i = 0; i < request.count && ret == 0; i++) {
-        const bg_map_piece *p = &pieces[i];
-        int64_t n = 0;
-        if (p->fd < 0)
-            memset(buf, 0, (size_t)p->length);
-        else
-            n = bg_pread_now(p->fd, buf, p->length, p->storage_offset);
-        ret = n < 0 ? (int)n : 0;
-        buf += p->length;
-    }
-    bg_map_end(map, &request, ret == 0);
-    return ret;
-}
-
 /*
  * The old bytes of [start, end); from `size` on they lie past the disk's end. *kept: they have to be written. 0, BG_MAP_MISS or
  * -errno.
@@ -438,14 +417,14 @@ static int read_old(bg_map *map, int64_t start, int64_t end, int64_t size, char 
     if (zeroes)
         memset(buf, 0, (size_t)(limit - start));
     else
-        ret = now ? read_now(map, start, buf, limit - start) : bg_map_pread(map, start, buf, limit - start);
+        ret = now ? bg_map_pread_now(map, start, buf, limit - start) : bg_map_pread(map, start, buf, limit - start);
     *kept = !(fresh && ret == 0 && bg_is_zero(buf, (size_t)(end - start)));
     return ret;
 }
 
 static int put(const bg_allocator *a, const char *buf, int64_t length, int64_t host, bool now)
 {
-    int64_t n = now ? bg_pwrite_now(a->fd, buf, length, host) : bg_pwrite(a->fd, buf, length, host);
+    int64_t n = now ? bg_pwrite_in(a->haste, a->fd, buf, length, host) : bg_pwrite(a->fd, buf, length, host);
     return n < 0 ? (int)n : 0;
 }
 

@@ -17,6 +17,8 @@
 #define CLAIM ((int64_t)1 << 20) /* longest run claimed at once, if clusters are no longer: whoever writes there waits for it */
 #define SPARE_BUFFERS 16
 #define BUFFER_ALIGNMENT 4096
+#define MAX_NOW ((int64_t)128 << 10) /* most that is copied by who must not be kept for long */
+#define PAUSE 64 /* copies without waiting that are not tried after one was refused */
 #define FEW_PIECES 16
 #define TAKES_WRITES (BG_MAP_WRITABLE | BG_MAP_ALLOCATE)
 
@@ -40,6 +42,7 @@ struct bg_copier {
     int64_t last_number;
     enum bg_copier_mode mode;
     bool watched;
+    int pause; /* so many copies without waiting are not tried */
     bg_sums *sums; /* or NULL */
     bg_copier_stats stats;
     void *spare[SPARE_BUFFERS];
@@ -359,8 +362,8 @@ static bool reads_zero(bg_map *map, int64_t offset, int64_t length)
     return zero;
 }
 
-/* 0 and in *moved how many bytes had to be written; or a miss, or it failed. */
-static int copy_range(bg_copier *c, int64_t start, int64_t end, bg_sums *sums, int64_t *moved)
+/* 0 and in *moved how many bytes had to be written; or a miss, or it failed, or -EAGAIN `now`. */
+static int copy_range(bg_copier *c, int64_t start, int64_t end, bool now, bg_sums *sums, int64_t *moved)
 {
     void *buf = is_mapped(c, start) ? get_buffer(c) : NULL;
     if (!buf)
@@ -368,9 +371,9 @@ static int copy_range(bg_copier *c, int64_t start, int64_t end, bg_sums *sums, i
     int ret = 0;
     for (int64_t at = start, n; at < end && ret == 0; at += n) {
         n = end - at < c->step ? end - at : c->step;
-        ret = bg_map_pread(c->source, at, buf, n);
+        ret = now ? bg_map_pread_now(c->source, at, buf, n) : bg_map_pread(c->source, at, buf, n);
         if (ret == 0 && !(bg_is_zero(buf, (size_t)n) && reads_zero(c->target, at, n))) {
-            ret = bg_map_pwrite(c->target, at, buf, n);
+            ret = now ? bg_map_pwrite_now(c->target, at, buf, n) : bg_map_pwrite(c->target, at, buf, n);
             *moved += n;
         }
         if (ret == 0 && sums)
@@ -383,7 +386,7 @@ static int copy_range(bg_copier *c, int64_t start, int64_t end, bg_sums *sums, i
 }
 
 /* With the lock held, which it gives up meanwhile. The run's bits are set. What is done is added to *mine. */
-static int copy_run(bg_copier *c, const bg_bitmap_extent *run, bg_copier_stats *mine)
+static int copy_run(bg_copier *c, const bg_bitmap_extent *run, bool now, bg_copier_stats *mine)
 {
     range claim = {.start = run->start, .end = run->end, .kind = NATIVE};
     int64_t moved = 0;
@@ -391,13 +394,15 @@ static int copy_run(bg_copier *c, const bg_bitmap_extent *run, bg_copier_stats *
     bg_bitmap_reset(c->todo, run->start, run->end - run->start);
     enlist(c, &claim);
     pthread_mutex_unlock(&c->lock);
-    int ret = copy_range(c, run->start, run->end, sums, &moved);
-    if (ret != 0 && sums)
+    int ret = copy_range(c, run->start, run->end, now, sums, &moved);
+    /* One `now` is of one step, and what has failed of it was not added. */
+    if (ret != 0 && sums && !now)
         bg_sums_spoil(sums, run->start, run->end - run->start);
     pthread_mutex_lock(&c->lock);
     delist(&claim);
     if (ret != 0) {
         bg_bitmap_set(c->todo, run->start, run->end - run->start);
+        c->pause = now ? PAUSE : c->pause;
     } else {
         mine->copied += run->end - run->start;
         mine->moved += moved;
@@ -410,10 +415,21 @@ static int copy_run(bg_copier *c, const bg_bitmap_extent *run, bg_copier_stats *
     return ret;
 }
 
-/* With the lock held: 0 once all of [start, end) is copied. */
-static int copy_all(bg_copier *c, int64_t start, int64_t end, bg_copier_stats *mine)
+/* With the lock held: whether a copy without waiting is worth a try. */
+static bool is_short(bg_copier *c, int64_t start, int64_t end)
 {
-    int64_t longest = c->cluster < CLAIM ? CLAIM : c->cluster;
+    if (end - start > MAX_NOW || c->cluster > MAX_NOW)
+        return false;
+    c->pause -= c->pause > 0;
+    return c->pause == 0;
+}
+
+/* With the lock held: 0 once all of [start, end) is copied; -EAGAIN `now`. */
+static int copy_all(bg_copier *c, int64_t start, int64_t end, bool now, bg_copier_stats *mine)
+{
+    int64_t longest = now || c->cluster > CLAIM ? c->cluster : CLAIM;
+    if (now && !is_short(c, start, end))
+        return -EAGAIN;
     for (;;) {
         bg_bitmap_extent run;
         if (c->mode != BG_COPIER_ON)
@@ -422,8 +438,10 @@ static int copy_all(bg_copier *c, int64_t start, int64_t end, bg_copier_stats *m
         if (claim && claim->kind == PYTHON)
             return BG_MAP_MISS;
         if (bg_bitmap_next_dirty(c->todo, start, end, longest, &run) == 1) {
-            if (copy_run(c, &run, mine) != 0)
-                return BG_MAP_MISS;
+            if (copy_run(c, &run, now, mine) != 0)
+                return now ? -EAGAIN : BG_MAP_MISS;
+        } else if (claim && now) {
+            return -EAGAIN;
         } else if (claim) {
             bg_wait(&c->ended, &c->lock);
         } else {
@@ -438,7 +456,7 @@ int bg_copier_copy(bg_copier *c, int64_t offset, int64_t end, bg_copier_stats *o
         return -EINVAL;
     *out = (bg_copier_stats){0};
     pthread_mutex_lock(&c->lock);
-    int ret = copy_all(c, offset, end, out);
+    int ret = copy_all(c, offset, end, false, out);
     pthread_mutex_unlock(&c->lock);
     return ret;
 }
@@ -495,7 +513,7 @@ static int copy_own(bg_copier *c, int64_t start, int64_t end, bg_copier_stats *m
     int64_t longest = c->cluster < CLAIM ? CLAIM : c->cluster;
     bg_bitmap_extent run;
     while (c->mode == BG_COPIER_ON && bg_bitmap_next_dirty(c->todo, start, end, longest, &run) == 1) {
-        if (copy_run(c, &run, mine) != 0)
+        if (copy_run(c, &run, false, mine) != 0)
             return BG_MAP_MISS;
         release(c, run.start, run.end);
         start = run.end;
@@ -523,10 +541,10 @@ int64_t bg_copier_copy_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg
     return missed;
 }
 
-/* With the lock held: 0 once [start, end) may be overwritten. */
-static int make_done(bg_copier *c, int64_t start, int64_t end)
+/* With the lock held: 0 once [start, end) may be overwritten; -EAGAIN `now`. */
+static int make_done(bg_copier *c, int64_t start, int64_t end, bool now)
 {
-    int ret = copy_all(c, start, end, &c->stats);
+    int ret = copy_all(c, start, end, now, &c->stats);
     if (c->mode == BG_COPIER_BROKEN)
         return 0;
     if (ret == 0 && frozen_in(c, start, end))
@@ -536,7 +554,7 @@ static int make_done(bg_copier *c, int64_t start, int64_t end)
     return ret;
 }
 
-static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length)
+static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length, int now)
 {
     const bg_copier_link *link = (const bg_copier_link *)hook;
     bg_copier *c = link->copier;
@@ -547,8 +565,8 @@ static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length
     end += (c->cluster - end % c->cluster) % c->cluster;
     end = end < c->size ? end : c->size;
     pthread_mutex_lock(&c->lock);
-    int ret = make_done(c, start, end);
-    if (ret != 0)
+    int ret = make_done(c, start, end, now);
+    if (ret != 0 && !now)
         c->stats.refused++;
     pthread_mutex_unlock(&c->lock);
     if (ret != 0)

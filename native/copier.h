@@ -17,7 +17,9 @@
  * Ownership: bitmaps and maps are borrowed and must outlive the copier, the copier its links. A link must outlive its use
  *            in a map (see bg_map_set_copier).
  * Errno:     0, a count or a number; else -EINVAL (range or alignment), -ENOMEM, -EBUSY, -ENOENT.
- * Threads:   all functions but those that free, from any thread. Only copies wait, and only for other native copies.
+ * Threads:   all functions but those that free, from any thread. Only copies wait, for I/O and for other native copies, unless
+ *            a guest write is to be done now: then short ones are tried as bg_map_pread_now and _pwrite_now do it, cluster by
+ *            cluster, and after one that was refused some are not tried at all.
  */
 #ifndef BG_COPIER_H
 #define BG_COPIER_H

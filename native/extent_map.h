@@ -142,14 +142,14 @@ int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
  * the map, and wait for I/O, not for Python.
  *
  * copy:  once it has returned 0, [offset, offset + length) may be overwritten; it calls bg_map_copied for that, which takes
- *        COPY away wherever it still is.
+ *        COPY away wherever it still is. -EAGAIN: it was to be done `now`, and would have to wait.
  * write: finds room for the first bytes from `offset`, writes them and enters the place. Returns how many (> 0), or -EAGAIN:
  *        the extents have changed, look again; or, when it is to be done `now`, it would have to wait.
  * Anything else they return is a miss.
  */
 typedef struct bg_map_copier bg_map_copier;
 struct bg_map_copier {
-    int (*copy)(bg_map_copier *self, bg_map *map, int64_t offset, int64_t length);
+    int (*copy)(bg_map_copier *self, bg_map *map, int64_t offset, int64_t length, int now);
 };
 
 typedef struct bg_map_allocator bg_map_allocator;
@@ -172,12 +172,12 @@ int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t
 /* A native write to the slot was completed. */
 void bg_map_wrote(bg_map *map, int slot);
 
-/* 1 when a write to the range, which misses, might be done by bg_map_pwrite all the same. */
+/* Not 0 when a write to the range, which misses, might be done by bg_map_pwrite all the same: which of COPY and ALLOCATE it meets. */
 int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length);
 
 /*
- * Such a write at once, if the allocator alone can do all of it without waiting: 0, else call bg_map_pwrite where it may wait; a
- * part may have been done then.
+ * Such a write to one extent at once, if copier and allocator can do all of it without waiting: 0, else call bg_map_pwrite where
+ * it may wait; a part may have been done then.
  */
 int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t length);
 
@@ -201,6 +201,10 @@ void bg_map_acknowledge(bg_map *map);
  */
 int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length);
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length);
+
+/* The same when it can be done without waiting, also by first_write_now; else -EAGAIN, or a miss: some may have been done then. */
+int bg_map_pread_now(bg_map *map, int64_t offset, void *buf, int64_t length);
+int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t length);
 
 /*
  * Make zero, or give up, what pwrite might overwrite in place: by the first of BG_MAP_PUNCH and BG_MAP_ZERO_RANGE that `how`
@@ -265,6 +269,8 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
  * a write that was not 0 the bitmaps and the slots' written marks are set.
  */
 #define BG_MAP_AGAIN 2
+/* All pieces between `buf` and their places, as far as nothing has to be waited for: 0, -EAGAIN, or -errno. */
+int bg_map_move_now(const bg_map_request *request, void *buf);
 void bg_map_end(bg_map *map, bg_map_request *request, int touched);
 /* cffi:end */
 

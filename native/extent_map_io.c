@@ -229,6 +229,36 @@ static int do_write(const bg_map_request *request, const char *buf)
     return 0;
 }
 
+int bg_map_move_now(const bg_map_request *request, void *buf)
+{
+    char *at = buf;
+    int64_t ret = 0;
+    for (int i = 0; i < request->count && ret >= 0; i++) {
+        const bg_map_piece *p = &request->pieces[i];
+        if (p->fd < 0)
+            memset(at, 0, (size_t)p->length);
+        else if (request->write)
+            ret = bg_pwrite_in(p->haste, p->fd, at, p->length, p->storage_offset);
+        else
+            ret = bg_pread_in(p->haste, p->fd, at, p->length, p->storage_offset);
+        at += p->length;
+    }
+    return ret < 0 ? (int)ret : 0;
+}
+
+/* As bg_map_pread and writes in place, without waiting: -EAGAIN. */
+static int transfer_now(bg_map *map, int64_t offset, int64_t length, void *buf, int write)
+{
+    bg_map_piece pieces[FEW_PIECES];
+    bg_map_request request;
+    int ret = bg_map_begin(map, offset, length, buf, write, pieces, FEW_PIECES, &request);
+    if (ret != 0)
+        return ret == -E2BIG ? -EAGAIN : ret;
+    ret = bg_map_move_now(&request, buf);
+    bg_map_end(map, &request, ret == -EAGAIN ? BG_MAP_AGAIN : 1);
+    return ret;
+}
+
 /* What all slots of the request allow, of `how`. */
 static int zeroing(const bg_map *map, const bg_map_request *request, int how)
 {
@@ -374,6 +404,28 @@ int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length)
     return transfer(map, offset, length, buf, NULL, false, 0);
 }
 
+int bg_map_pread_now(bg_map *map, int64_t offset, void *buf, int64_t length)
+{
+    return transfer_now(map, offset, length, buf, 0);
+}
+
+/*
+ * A part of a first write, within an extent whose flags allow it and do not say COPY any more: how many bytes, -EAGAIN: others have
+ * changed the extent, or `now` it would have to wait; else it is a miss.
+ */
+static int64_t write_part(bg_map *map, int64_t at, const char *buf, int64_t part, int flags, int now)
+{
+    if (flags & BG_MAP_WRITABLE) {
+        int ret = now ? transfer_now(map, at, part, (void *)buf, 1) : transfer(map, at, part, NULL, buf, true, 0);
+        return ret == 0 ? part : ret == BG_MAP_MISS ? -EAGAIN : ret;
+    }
+    bg_map_allocator *allocator = atomic_load(&map->allocator);
+    int64_t written = allocator && flags & BG_MAP_ALLOCATE ? allocator->write(allocator, map, at, buf, part, now) : 0;
+    if (written > 0)
+        mark(map, at, written);
+    return written;
+}
+
 /*
  * A write that meets extents with COPY or ALLOCATE, part by part. What fails is a miss: Python does all of it once more, and
  * deals with the error.
@@ -381,7 +433,6 @@ int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length)
 static int first_write(bg_map *map, int64_t offset, const char *buf, int64_t length)
 {
     bg_map_copier *copier = atomic_load(&map->copier);
-    bg_map_allocator *allocator = atomic_load(&map->allocator);
     int patience = FIRST_WRITE_TRIES;
     for (int64_t done = 0; done < length;) {
         bg_map_extent e;
@@ -390,19 +441,11 @@ static int first_write(bg_map *map, int64_t offset, const char *buf, int64_t len
         int64_t at = offset + done, part = e.offset + e.length - at;
         part = part < length - done ? part : length - done;
         if (e.flags & BG_MAP_COPY) {
-            if (!copier || copier->copy(copier, map, at, part) != 0)
+            if (!copier || copier->copy(copier, map, at, part, 0) != 0)
                 return BG_MAP_MISS;
             continue;
         }
-        int64_t written = 0;
-        if (e.flags & BG_MAP_WRITABLE) {
-            int ret = transfer(map, at, part, NULL, buf + done, true, 0);
-            written = ret == 0 ? part : ret == BG_MAP_MISS ? -EAGAIN : ret;
-        } else if (e.flags & BG_MAP_ALLOCATE && allocator) {
-            written = allocator->write(allocator, map, at, buf + done, part, 0);
-            if (written > 0)
-                mark(map, at, written);
-        }
+        int64_t written = write_part(map, at, buf + done, part, e.flags, 0);
         if (written == -EAGAIN)
             continue;
         if (written <= 0)
@@ -417,12 +460,12 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length)
 {
     if (!atomic_load(&map->copier) && !atomic_load(&map->allocator))
         return 0;
-    bool first = false;
+    int first = 0;
     for (int64_t at = offset, end = offset + length; at < end;) {
         bg_map_extent e;
         if (!bg_map_find(map, at, &e) || !(e.flags & WRITES))
             return 0;
-        first |= (e.flags & (BG_MAP_COPY | BG_MAP_ALLOCATE)) != 0;
+        first |= e.flags & (BG_MAP_COPY | BG_MAP_ALLOCATE);
         at = e.offset + e.length;
     }
     return first;
@@ -436,16 +479,22 @@ int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t
         return BG_MAP_MISS;
     map_looked(r);
     /* Looked at within the request: who has COPY put in from now on waits for the end of this. */
-    bool fits = bg_map_find(map, offset, &e) && (e.flags & WRITES) == BG_MAP_ALLOCATE &&
+    bool fits = bg_map_find(map, offset, &e) && e.flags & (BG_MAP_COPY | BG_MAP_ALLOCATE) &&
                 e.offset + e.length >= offset + length;
-    bg_map_allocator *allocator = fits ? atomic_load(&map->allocator) : NULL;
-    int64_t written = allocator ? allocator->write(allocator, map, offset, buf, length, 1) : 0;
-    if (written > 0)
-        mark(map, offset, written);
+    bg_map_copier *copier = atomic_load(&map->copier);
+    int64_t written = 0;
+    if (fits && (!(e.flags & BG_MAP_COPY) || (copier && copier->copy(copier, map, offset, length, 1) == 0)))
+        written = write_part(map, offset, buf, length, e.flags, 1);
     if (written == length)
         count(&r->first_writes, 1);
     map_leave(map, r);
     return written == length ? 0 : BG_MAP_MISS;
+}
+
+int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t length)
+{
+    int ret = transfer_now(map, offset, length, (void *)buf, 1);
+    return ret == BG_MAP_MISS ? bg_map_first_write_now(map, offset, buf, length) : ret;
 }
 
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)

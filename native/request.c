@@ -3,8 +3,6 @@
 #define _GNU_SOURCE
 #include "request.h"
 
-#include "io.h"
-
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -14,10 +12,12 @@
 
 #define FEW_PIECES 16
 /*
- * First writes with more bytes go to the pool: receiving the next payload meanwhile is worth the wake-up. With fewer, the
- * wake-up costs more than the write, and a file takes one writer at a time anyway.
+ * First writes with more bytes go to the pool. With fewer, the wake-up and the processor's cache cost more than is won by
+ * receiving the next payload meanwhile, and a file takes one writer at a time anyway. With a copy before them they take
+ * twice as long, so that it is won earlier.
  */
-#define MAX_FIRST_NOW (16U << 10)
+#define MAX_FIRST_NOW (128U << 10)
+#define MAX_COPY_NOW (16U << 10)
 
 struct bg_faults {
     int eventfd;
@@ -157,23 +157,6 @@ void bg_request_submit(bg_request *request)
     bg_pool_submit(request->source->pool, &request->task);
 }
 
-/* All pieces as far as nothing has to be waited for: 0 or more, -EAGAIN, or -errno. */
-static int64_t transfer_now(const bg_map_request *found, char *buf)
-{
-    int64_t ret = 0;
-    for (int i = 0; i < found->count && ret >= 0; i++) {
-        const bg_map_piece *p = &found->pieces[i];
-        if (p->fd < 0)
-            memset(buf, 0, (size_t)p->length);
-        else if (found->write)
-            ret = bg_pwrite_in(p->haste, p->fd, buf, p->length, p->storage_offset);
-        else
-            ret = bg_pread_in(p->haste, p->fd, buf, p->length, p->storage_offset);
-        buf += p->length;
-    }
-    return ret;
-}
-
 enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
 {
     bg_map *map = request->source->map;
@@ -194,16 +177,19 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
     bg_map_request found;
     int ret = bg_map_begin(map, (int64_t)request->offset, request->length, request->buf,
                            request->kind == BG_REQUEST_WRITE, pieces, FEW_PIECES, &found);
-    if (ret == BG_MAP_MISS && request->kind == BG_REQUEST_WRITE &&
-        bg_map_has_first_write(map, (int64_t)request->offset, request->length)) {
-        bool done = request->length <= (longest < MAX_FIRST_NOW ? longest : MAX_FIRST_NOW) &&
+    int first = ret == BG_MAP_MISS && request->kind == BG_REQUEST_WRITE
+                    ? bg_map_has_first_write(map, (int64_t)request->offset, request->length)
+                    : 0;
+    if (first) {
+        uint32_t most = first & BG_MAP_COPY ? MAX_COPY_NOW : MAX_FIRST_NOW;
+        bool done = request->length <= (longest < most ? longest : most) &&
                     bg_map_first_write_now(map, (int64_t)request->offset, request->buf, request->length) == 0;
         return done ? BG_REQUEST_DONE : BG_REQUEST_BLOCKS;
     }
     if (ret != 0)
         return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
     bool blocks = request->kind == BG_REQUEST_CACHE || request->length > longest;
-    int64_t done = blocks ? -EAGAIN : transfer_now(&found, request->buf);
+    int done = blocks ? -EAGAIN : bg_map_move_now(&found, request->buf);
     bg_map_end(map, &found, blocks ? 0 : done == -EAGAIN ? BG_MAP_AGAIN : 1);
     if (done == -EAGAIN)
         return BG_REQUEST_BLOCKS;

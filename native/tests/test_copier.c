@@ -15,6 +15,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -93,6 +94,11 @@ static int write_at(int map, int64_t at)
     return bg_map_pwrite(guest[map], at + (map ? SHIFT : 0), &(char){NEW}, 1);
 }
 
+static int write_now_at(int map, int64_t at)
+{
+    return bg_map_first_write_now(guest[map], at + (map ? SHIFT : 0), &(char){NEW}, 1);
+}
+
 static void copies_once_then_writes_in_place(void)
 {
     begin(BG_MAP_WRITABLE);
@@ -168,6 +174,68 @@ static void failed_copy_is_a_miss_and_stays_to_be_done(void)
     end();
 }
 
+/* What would have to wait leaves no trace but a pause; then it is tried again. */
+static void copies_without_waiting_or_not_at_all(void)
+{
+    bg_copier_stats stats;
+    bg_bitmap_extent run;
+    bg_sums *sums;
+    char name[64];
+    begin(BG_MAP_WRITABLE);
+    CHECK(bg_sums_new(SIZE, CLUSTER, &sums) == 0 && bg_copier_set_sums(copier, sums) == 0);
+    CHECK(write_now_at(0, 5) == 0 && byte_at(target_fd, 5) == OLD && byte_at(source_fd, 5) == NEW);
+    CHECK(write_now_at(0, 5) == BG_MAP_MISS && write_at(0, 5) == 0); /* a write in place now */
+    /* Of a map with another shift, and the short last cluster. Two clusters, of which one is copied. */
+    CHECK(write_now_at(1, SIZE - 600) == 0 && byte_at(target_fd, SIZE - 600) == OLD && byte_at(source_fd, SIZE - 600) == NEW);
+    CHECK(write_now_at(1, CLUSTER) == 0);
+    char two[2 * CLUSTER];
+    memset(two, NEW, sizeof(two));
+    CHECK(bg_map_first_write_now(guest[0], CLUSTER, two, 2 * CLUSTER) == 0);
+    CHECK(byte_at(target_fd, 3 * CLUSTER - 1) == OLD && byte_at(source_fd, 3 * CLUSTER - 1) == NEW);
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.copied == 3 * CLUSTER + SIZE % CLUSTER);
+    /* Python's, and frozen. */
+    int64_t number = bg_copier_take(copier, 4 * CLUSTER, SIZE, CLUSTER, &run);
+    CHECK(number > 0 && write_now_at(0, 4 * CLUSTER) == BG_MAP_MISS && bg_copier_finish(copier, number, 0) == 0);
+    int64_t frozen = bg_copier_freeze(copier, 4 * CLUSTER, 1);
+    CHECK(frozen > 0 && write_now_at(0, 4 * CLUSTER) == BG_MAP_MISS && bg_copier_thaw(copier, frozen) == 0);
+    CHECK(byte_at(source_fd, 4 * CLUSTER) == OLD && write_now_at(0, 4 * CLUSTER) == 0);
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.refused == 0);
+    /* A target that would be waited for. */
+    snprintf(name, sizeof(name), "/proc/self/fd/%d", target_fd);
+    int slow = open(name, O_RDWR | O_DSYNC | O_CLOEXEC);
+    CHECK(slow >= 0);
+    bg_map_extent fast, e;
+    CHECK(bg_map_find(target, 0, &fast));
+    e = (bg_map_extent){0, SIZE, 0, bg_map_add_slot(target, slow, 1, 1), BG_MAP_WRITABLE};
+    CHECK(bg_map_insert(target, bg_map_generation(target), &e, 1) == 1);
+    CHECK(write_now_at(0, 6 * CLUSTER) == BG_MAP_MISS && byte_at(source_fd, 6 * CLUSTER) == OLD);
+    CHECK(bg_bitmap_get(todo, 6 * CLUSTER) == 1 && bg_copier_claimed(copier, 0, SIZE) == 0);
+    CHECK(write_at(0, 6 * CLUSTER) == 0 && byte_at(target_fd, 6 * CLUSTER) == OLD);
+    e.slot = fast.slot;
+    CHECK(bg_map_insert(target, bg_map_generation(target), &e, 1) == 1);
+    int tries = 1;
+    while (write_now_at(0, 8 * CLUSTER) != 0 && tries < 1000)
+        tries++;
+    CHECK(tries > 1 && tries < 1000 && byte_at(target_fd, 8 * CLUSTER) == OLD);
+    CHECK(bg_sums_next_spoiled(sums, 0, &run) == 0);
+    uint64_t sum[2], same[2], none[2];
+    CHECK(bg_sums_read(sums, 8, 1, sum) == 0 && bg_sums_read(sums, 7, 1, none) == 0 && none[0] == 0 && none[1] == 0);
+    CHECK(sum[0] != 0 && bg_sums_reset(sums, 8 * CLUSTER, CLUSTER) == 0);
+    CHECK(bg_pread(target_fd, two, CLUSTER, 8 * CLUSTER) == CLUSTER && bg_sums_add(sums, 8 * CLUSTER, two, CLUSTER) == 0);
+    CHECK(bg_sums_read(sums, 8, 1, same) == 0 && same[0] == sum[0] && same[1] == sum[1]);
+    /* No longer than one may be kept for: only where it may wait. */
+    char *many = malloc(64 * CLUSTER);
+    memset(many, NEW, 64 * CLUSTER);
+    CHECK(bg_map_first_write_now(guest[0], 100 * CLUSTER, many, 64 * CLUSTER) == BG_MAP_MISS);
+    CHECK(bg_bitmap_get(todo, 100 * CLUSTER) == 1 && bg_map_pwrite(guest[0], 100 * CLUSTER, many, 64 * CLUSTER) == 0);
+    free(many);
+    end();
+    close(slow);
+    bg_sums_free(sums);
+}
+
 static void copy_slowly(int64_t number, const bg_bitmap_extent *run)
 {
     char buf[CLUSTER];
@@ -206,7 +274,9 @@ static void *write_as_guest(void *arg)
         int64_t at = (int64_t)(next_random(&seed) % SIZE);
         if (self % 2 && at >= SIZE - SHIFT)
             continue;
-        int ret = write_at(self % 2, at);
+        int ret = i % 2 ? write_now_at(self % 2, at) : BG_MAP_MISS;
+        if (ret)
+            ret = write_at(self % 2, at);
         CHECK(ret == 0 || ret == BG_MAP_MISS);
         if (ret)
             write_slowly(at);
@@ -280,6 +350,7 @@ void test_copier(void)
     zeroes_are_not_written_where_the_target_has_them();
     leaves_to_python_what_is_pythons();
     failed_copy_is_a_miss_and_stays_to_be_done();
+    copies_without_waiting_or_not_at_all();
     for (int i = 0; i < 5; i++)
         guests_job_and_reader_share_the_clusters();
 }

@@ -20,7 +20,9 @@ CLUSTERS = 8  # fewer than the least reserve
 
 
 @pytest.mark.parametrize(
-    "length, threads_of_the_pool", [(4096, False), (16384, False), (CLUSTER, True)], ids=["4k", "16k", "cluster"]
+    "length, threads_of_the_pool",
+    [(4096, False), (CLUSTER, False), (2 * CLUSTER, False), (4 * CLUSTER, True)],
+    ids=["4k", "cluster", "two-clusters", "four-clusters"],
 )
 @pytest.mark.parametrize("backed", [False, True], ids=["alone", "with-backing"])
 @run_async
@@ -50,15 +52,17 @@ async def test_short_first_writes_in_memory_are_made_by_the_thread_that_received
                 await client.pread(0, 1)
             before = server.stats
             assert before is not None
-            for cluster in range(CLUSTERS):
-                await client.pwrite(cluster * CLUSTER + 512 * (length < CLUSTER), b"\xff" * length)
+            offsets = range(0, CLUSTERS * CLUSTER, max(length, CLUSTER))
+            for offset in offsets:
+                await client.pwrite(offset + 512 * (length < CLUSTER), b"\xff" * length)
             after = server.stats
             assert after is not None
             assert after.faults == before.faults
-            assert after.blocked - before.blocked == (CLUSTERS if threads_of_the_pool else 0)
-            assert backend.use_map().extents.stats().first_writes == CLUSTERS
+            assert after.blocked - before.blocked == (len(offsets) if threads_of_the_pool else 0)
+            assert backend.use_map().extents.stats().first_writes == len(offsets)
             model = bytearray(old)
-            for start in range(512 * (length < CLUSTER), CLUSTERS * CLUSTER, CLUSTER):
+            for offset in offsets:
+                start = offset + 512 * (length < CLUSTER)
                 model[start : start + length] = b"\xff" * length
             assert await client.pread(0, size) == model
         await server.close()
