@@ -43,26 +43,37 @@ typedef struct {
 
 /*
  * The extents of a region, in the form that takes less memory.
- * List (cluster_shift is 0): start[i] is relative to the region and belongs to at[i].
- * Table: for every 1 << cluster_shift bytes of the region a word of leaf_table(), which says where it lives. So the map of
- * a fragmented image takes as much memory as the image's own tables.
+ * List: start[i] is relative to the region and belongs to at[i].
+ * Table: for every cluster of the region a word of leaf_table(), which says where it lives. So the map of a fragmented image
+ * takes as much memory as the image's own tables.
  */
 typedef struct {
     garbage garbage; /* first in all that is retired */
     uint32_t count;   /* places, or words of the table */
     uint32_t extents; /* as statistics have it */
-    uint16_t flags;   /* table: of all that is neither a hole nor zeroes */
-    uint8_t cluster_shift;
-    atomic_bool used; /* since the clock's hand came by */
     place at[];       /* list: count, then uint32_t start[count] */
 } leaf;
 
-/* Words of a table leaf: storage offset / 512 << 10 | slot, or one of these. */
+/*
+ * What the region table has: a leaf's address, and in the bits that its alignment leaves free all that a look-up in a table needs
+ * to know before the word. So the leaf's head stays out of the cache, and a map much larger than that costs one miss.
+ */
+typedef uintptr_t leaf_ref;
+#define LEAF_ALIGN 32
+#define REF_USED ((leaf_ref)1) /* since the clock's hand came by */
+#define REF_SHIFT 1            /* log2 of a table's clusters, less CLUSTER_SHIFT_BASE; 0: a list */
+#define CLUSTER_SHIFT_BASE 8
+#define CLUSTER_SHIFT_MAX 23
+
+/* Words of a table leaf: storage offset / 512 << 14 | slot << 4 | flags, or WORD_NONE. */
 #define WORD_SHIFT 9
 #define SLOT_BITS 10
+#define FLAG_BITS 4
 #define WORD_NONE UINT64_MAX
-#define WORD_ZERO (UINT64_MAX - 1)
+#define WORD_END ((uint64_t)1 << (64 - SLOT_BITS - FLAG_BITS + WORD_SHIFT)) /* of storage offsets */
 _Static_assert(BG_MAP_SLOTS == 1 << SLOT_BITS, "a slot fits its bits");
+_Static_assert(BG_MAP_ALLOCATE < 1 << FLAG_BITS, "flags fit their bits");
+_Static_assert(CLUSTER_SHIFT_MAX - CLUSTER_SHIFT_BASE < LEAF_ALIGN >> REF_SHIFT, "a shift fits its bits");
 
 typedef struct {
     int64_t start, end, storage_offset;
@@ -82,7 +93,7 @@ typedef struct {
     unsigned shift;      /* log2 of a region's bytes */
     int64_t regions;     /* in the table; a disk past 4 PiB may have more: those have wide extents only */
     _Atomic(wide *) wide; /* or NULL */
-    _Atomic(leaf *) leaf[];
+    _Atomic leaf_ref leaf[];
 } space;
 
 typedef struct {
@@ -165,6 +176,18 @@ struct bg_map {
 /* A region without any extent, whatever the wide array says. */
 extern leaf no_extents;
 
+static inline leaf *ref_leaf(leaf_ref ref)
+{
+    return (leaf *)(ref & ~(leaf_ref)(LEAF_ALIGN - 1));
+}
+
+/* log2 of a table's clusters; 0: a list. */
+static inline unsigned ref_shift(leaf_ref ref)
+{
+    unsigned shift = (ref & (LEAF_ALIGN - 1)) >> REF_SHIFT;
+    return shift ? shift + CLUSTER_SHIFT_BASE : 0;
+}
+
 static inline const uint32_t *leaf_starts(const leaf *l)
 {
     return (const uint32_t *)(const void *)(l->at + l->count);
@@ -176,15 +199,14 @@ static inline const uint64_t *leaf_table(const leaf *l)
 }
 
 /* Word i of a table leaf whose region begins at `region_start`, of a disk of `size` bytes; false: a hole. */
-static inline bool leaf_word(const leaf *l, uint32_t i, int64_t region_start, int64_t size, span *out)
+static inline bool ref_word(leaf_ref ref, uint32_t i, int64_t region_start, int64_t size, span *out)
 {
-    uint64_t word = leaf_table(l)[i];
-    int64_t start = region_start + ((int64_t)i << l->cluster_shift), length = (int64_t)1 << l->cluster_shift;
-    int64_t end = length < size - start ? start + length : size;
-    if (word == WORD_ZERO)
-        *out = (span){start, end, 0, 0, BG_MAP_ZERO};
-    else
-        *out = (span){start, end, (int64_t)(word >> SLOT_BITS << WORD_SHIFT), word & (BG_MAP_SLOTS - 1), l->flags};
+    uint64_t word = leaf_table(ref_leaf(ref))[i];
+    unsigned shift = ref_shift(ref);
+    int64_t start = region_start + ((int64_t)i << shift), length = (int64_t)1 << shift;
+    *out = (span){start, length < size - start ? start + length : size,
+                  (int64_t)(word >> (SLOT_BITS + FLAG_BITS) << WORD_SHIFT), word >> FLAG_BITS & (BG_MAP_SLOTS - 1),
+                  word & ((1 << FLAG_BITS) - 1)};
     return word != WORD_NONE;
 }
 

@@ -19,18 +19,18 @@
 /* Making room goes on until so small a part is free, not to begin again at every insert. */
 #define SPARE_PART 64
 
-leaf no_extents = {.used = true};
+_Alignas(LEAF_ALIGN) leaf no_extents;
 
 space *space_new(bg_map *map, int64_t size)
 {
-    size_t most = map->limit / 8 / sizeof(leaf *);
+    size_t most = map->limit / 8 / sizeof(leaf_ref);
     unsigned shift = REGION_SHIFT_MIN;
     while (shift < REGION_SHIFT_MAX && (uint64_t)size >> shift >= most)
         shift++;
     uint64_t regions = ((uint64_t)size >> shift) + 1;
     if (regions > most)
         regions = most;
-    size_t bytes = sizeof(space) + regions * sizeof(leaf *);
+    size_t bytes = sizeof(space) + regions * sizeof(leaf_ref);
     space *sp = calloc(1, bytes);
     if (!sp)
         return NULL;
@@ -45,7 +45,7 @@ space *space_new(bg_map *map, int64_t size)
 void space_free(space *sp)
 {
     for (int64_t r = 0; r < sp->regions; r++) {
-        leaf *l = atomic_load(&sp->leaf[r]);
+        leaf *l = ref_leaf(atomic_load(&sp->leaf[r]));
         if (l != &no_extents)
             free(l);
     }
@@ -59,9 +59,9 @@ static int64_t region_end(const space *sp, int64_t region)
     return sp->size - start > (int64_t)1 << sp->shift ? start + ((int64_t)1 << sp->shift) : sp->size;
 }
 
-static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf *new_leaf)
+static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf_ref ref)
 {
-    leaf *old = atomic_exchange(&sp->leaf[region], new_leaf);
+    leaf *new_leaf = ref_leaf(ref), *old = ref_leaf(atomic_exchange(&sp->leaf[region], ref));
     map->pointers += (new_leaf != NULL) - (old != NULL);
     if (new_leaf && new_leaf != &no_extents) {
         map->leaves++;
@@ -72,6 +72,12 @@ static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf *new_leaf)
         map->extents -= old->extents;
         map_retire(map, &map->looked, &old->garbage);
     }
+}
+
+/* Readers need not mark it: the clock's hand never looks. */
+static void publish_none(bg_map *map, space *sp, int64_t region)
+{
+    publish_leaf(map, sp, region, (leaf_ref)&no_extents | REF_USED);
 }
 
 static void publish_wide(bg_map *map, space *sp, wide *new_wide)
@@ -93,13 +99,13 @@ static bool evict_one(bg_map *map, space *sp)
     for (int64_t step = 0;; step++, map->hand++) {
         if (map->hand >= sp->regions)
             map->hand = 0;
-        leaf *l = atomic_load_explicit(&sp->leaf[map->hand], memory_order_relaxed);
-        if (!l || l == &no_extents)
+        leaf_ref ref = atomic_load_explicit(&sp->leaf[map->hand], memory_order_relaxed);
+        if (!ref || ref_leaf(ref) == &no_extents)
             continue;
-        if (step < sp->regions && atomic_load_explicit(&l->used, memory_order_relaxed)) {
-            atomic_store_explicit(&l->used, false, memory_order_relaxed);
+        if (step < sp->regions && ref & REF_USED) {
+            atomic_fetch_and(&sp->leaf[map->hand], ~REF_USED);
         } else {
-            publish_leaf(map, sp, map->hand++, &no_extents);
+            publish_none(map, sp, map->hand++);
             map->evictions++;
             return true;
         }
@@ -119,14 +125,16 @@ static bool make_room(bg_map *map, space *sp, size_t bytes)
     return map->bytes + bytes <= map->limit;
 }
 
+/* Aligned for a leaf_ref; sizes are such that what malloc hands out in a row is so without gaps. */
 static void *room_for(bg_map *map, space *sp, size_t bytes)
 {
-    garbage *g = make_room(map, sp, bytes + MALLOC_HEAD) ? malloc(bytes) : NULL;
-    if (g) {
-        g->bytes = bytes + MALLOC_HEAD;
-        map->bytes += g->bytes;
-    }
-    return g;
+    size_t all = (bytes + MALLOC_HEAD + LEAF_ALIGN - 1) & ~(size_t)(LEAF_ALIGN - 1);
+    void *made = NULL;
+    if (!make_room(map, sp, all) || posix_memalign(&made, LEAF_ALIGN, all - MALLOC_HEAD) != 0)
+        return NULL;
+    ((garbage *)made)->bytes = all;
+    map->bytes += all;
+    return made;
 }
 
 /* Change the wide array over whole regions. What there is no memory for is lost, and with it the array. */
@@ -168,12 +176,13 @@ static bool load_region(bg_map *map, space *sp, int64_t region)
 {
     int64_t start = region << sp->shift, end = region_end(sp, region);
     span_list *list = &map->work;
-    const leaf *l = atomic_load(&sp->leaf[region]);
+    leaf_ref ref = atomic_load(&sp->leaf[region]);
+    const leaf *l = ref_leaf(ref);
     list->count = 0;
-    if (l && l->cluster_shift) {
+    if (ref_shift(ref)) {
         span s;
         for (uint32_t i = 0; i < l->count; i++)
-            if (leaf_word(l, i, start, sp->size, &s) && !spans_put(map, list, s.start, s.end, &s))
+            if (ref_word(ref, i, start, sp->size, &s) && !spans_put(map, list, s.start, s.end, &s))
                 return false;
         return true;
     }
@@ -196,35 +205,32 @@ static bool load_region(bg_map *map, space *sp, int64_t region)
         w->spans[at].slot, w->spans[at].flags});
 }
 
-static leaf *list_leaf(bg_map *map, space *sp, const span_list *list, int64_t start)
+static leaf_ref list_leaf(bg_map *map, space *sp, const span_list *list, int64_t start)
 {
     leaf *made = room_for(map, sp, sizeof(leaf) + list->count * (sizeof(place) + sizeof(uint32_t)));
     if (!made)
-        return NULL;
+        return 0;
     made->count = (uint32_t)list->count;
-    made->cluster_shift = 0;
     uint32_t *starts = (uint32_t *)(void *)(made->at + made->count);
     for (size_t i = 0; i < list->count; i++) {
         const span *s = &list->spans[i];
         made->at[i] = (place){(uint64_t)s->storage_offset, (uint32_t)(s->end - s->start), s->slot, s->flags};
         starts[i] = (uint32_t)(s->start - start);
     }
-    return made;
+    return (leaf_ref)made;
 }
 
 /* log2 of the clusters that a table of these spans would have; 0: they can not be one, or it would take more memory. */
 static unsigned table_shift(const span_list *list, int64_t start, int64_t end)
 {
-    uint64_t edges = (uint64_t)1 << REGION_SHIFT_MAX, places = 0;
-    int flags = -1;
+    uint64_t edges = (uint64_t)1 << CLUSTER_SHIFT_MAX, places = 0;
     for (size_t i = 0; i < list->count; i++) {
         const span *s = &list->spans[i];
         edges |= (uint64_t)(s->start - start) | (s->end == end ? 0 : (uint64_t)(s->end - start));
-        if (s->flags == BG_MAP_ZERO)
+        if (s->flags & BG_MAP_ZERO)
             continue;
-        if (s->flags & BG_MAP_ZERO || (flags >= 0 && flags != s->flags))
+        if ((uint64_t)(s->storage_offset + s->end - s->start) > WORD_END)
             return 0;
-        flags = s->flags;
         places |= (uint64_t)s->storage_offset;
     }
     unsigned shift = (unsigned)__builtin_ctzll(edges);
@@ -234,27 +240,24 @@ static unsigned table_shift(const span_list *list, int64_t start, int64_t end)
     return words * sizeof(uint64_t) < list->count * (sizeof(place) + sizeof(uint32_t)) ? shift : 0;
 }
 
-static leaf *table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift)
+static leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift)
 {
     uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
     leaf *made = room_for(map, sp, sizeof(leaf) + words * sizeof(uint64_t));
     if (!made)
-        return NULL;
+        return 0;
     made->count = (uint32_t)words;
-    made->cluster_shift = (uint8_t)shift;
-    made->flags = 0;
     uint64_t *table = (uint64_t *)(void *)made->at;
     memset(table, 0xff, words * sizeof(uint64_t));
     for (size_t i = 0; i < list->count; i++) {
         const span *s = &list->spans[i];
-        bool zero = s->flags & BG_MAP_ZERO;
-        if (!zero)
-            made->flags = s->flags;
-        for (int64_t at = s->start; at < s->end; at += (int64_t)1 << shift)
-            table[(at - start) >> shift] =
-                zero ? WORD_ZERO : (uint64_t)(s->storage_offset + at - s->start) >> WORD_SHIFT << SLOT_BITS | s->slot;
+        uint64_t rest = (uint64_t)s->slot << FLAG_BITS | s->flags;
+        for (int64_t at = s->start; at < s->end; at += (int64_t)1 << shift) {
+            uint64_t place = s->flags & BG_MAP_ZERO ? 0 : (uint64_t)(s->storage_offset + at - s->start);
+            table[(at - start) >> shift] = place >> WORD_SHIFT << (SLOT_BITS + FLAG_BITS) | rest;
+        }
     }
-    return made;
+    return (leaf_ref)made | (leaf_ref)(shift - CLUSTER_SHIFT_BASE) << REF_SHIFT;
 }
 
 /* Publish what is in work. */
@@ -269,20 +272,24 @@ static void flush(bg_map *map)
     int64_t start = region << sp->shift, end = region_end(sp, region);
     if (list->count == 1 && list->spans[0].start == start && list->spans[0].end == end) {
         change_wide(map, sp, start, end, CHANGE_SET, &list->spans[0]);
-        publish_leaf(map, sp, region, NULL);
+        publish_leaf(map, sp, region, 0);
         return;
     }
-    leaf *made = NULL;
+    leaf_ref made = 0;
     if (list->count) {
         unsigned shift = table_shift(list, start, end);
         made = shift ? table_leaf(map, sp, list, start, end, shift) : list_leaf(map, sp, list, start);
-        leaf *old = atomic_load(&sp->leaf[region]);
+        leaf_ref old = atomic_load(&sp->leaf[region]);
         if (made) {
-            made->extents = (uint32_t)list->count;
-            atomic_init(&made->used, old && old != &no_extents && atomic_load(&old->used));
+            ref_leaf(made)->extents = (uint32_t)list->count;
+            if (ref_leaf(old) != &no_extents)
+                made |= old & REF_USED;
         }
     }
-    publish_leaf(map, sp, region, made ? made : &no_extents);
+    if (made)
+        publish_leaf(map, sp, region, made);
+    else
+        publish_none(map, sp, region);
 }
 
 static void change_region(bg_map *map, space *sp, int64_t region, int64_t start, int64_t end, enum change change,
@@ -291,8 +298,7 @@ static void change_region(bg_map *map, space *sp, int64_t region, int64_t start,
     span_list *list = &map->work;
     if (map->region != region) {
         flush(map);
-        const leaf *l = atomic_load(&sp->leaf[region]);
-        if (change != CHANGE_SET && l == &no_extents)
+        if (change != CHANGE_SET && ref_leaf(atomic_load(&sp->leaf[region])) == &no_extents)
             return;
         map->region = region;
         if (!load_region(map, sp, region))
@@ -310,9 +316,9 @@ static void change_whole_regions(bg_map *map, space *sp, int64_t start, int64_t 
     change_wide(map, sp, start, end, change, what);
     int64_t last = (end - 1) >> sp->shift;
     for (int64_t r = start >> sp->shift; r <= last && r < sp->regions && map->pointers; r++) {
-        leaf *l = atomic_load_explicit(&sp->leaf[r], memory_order_relaxed);
+        leaf *l = ref_leaf(atomic_load_explicit(&sp->leaf[r], memory_order_relaxed));
         if (l && change != CHANGE_CLEAR)
-            publish_leaf(map, sp, r, NULL);
+            publish_leaf(map, sp, r, 0);
         else if (l && l != &no_extents)
             change_region(map, sp, r, r << sp->shift, region_end(sp, r), change, what);
     }
