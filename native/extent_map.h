@@ -6,7 +6,7 @@
  * serves the whole request.
  *
  *     region table    | wide | leaf | wide | wide | wide | none | ...     one pointer for 16 MiB of the disk
- *     leaf                    its extents, sorted, or a table of its clusters; immutable, replaced as a whole
+ *     leaf                    its extents, sorted, replaced as a whole; or a table of its clusters, each a word
  *     wide array      [0, 4M)........[8M ............... 20M)             sorted extents that cover whole regions
  *
  * A region with a leaf is described by the leaf alone; one without, by the wide array. So a raw file of any size is one

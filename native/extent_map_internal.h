@@ -193,21 +193,27 @@ static inline const uint32_t *leaf_starts(const leaf *l)
     return (const uint32_t *)(const void *)(l->at + l->count);
 }
 
-static inline const uint64_t *leaf_table(const leaf *l)
+static inline _Atomic uint64_t *leaf_table(leaf *l)
 {
-    return (const uint64_t *)(const void *)l->at;
+    return (_Atomic uint64_t *)(void *)l->at;
 }
 
 /* Word i of a table leaf whose region begins at `region_start`, of a disk of `size` bytes; false: a hole. */
 static inline bool ref_word(leaf_ref ref, uint32_t i, int64_t region_start, int64_t size, span *out)
 {
-    uint64_t word = leaf_table(ref_leaf(ref))[i];
+    uint64_t word = atomic_load(&leaf_table(ref_leaf(ref))[i]);
     unsigned shift = ref_shift(ref);
     int64_t start = region_start + ((int64_t)i << shift), length = (int64_t)1 << shift;
     *out = (span){start, length < size - start ? start + length : size,
                   (int64_t)(word >> (SLOT_BITS + FLAG_BITS) << WORD_SHIFT), word >> FLAG_BITS & (BG_MAP_SLOTS - 1),
                   word & ((1 << FLAG_BITS) - 1)};
     return word != WORD_NONE;
+}
+
+static inline int64_t region_end(const space *sp, int64_t region)
+{
+    int64_t start = region << sp->shift;
+    return sp->size - start > (int64_t)1 << sp->shift ? start + ((int64_t)1 << sp->shift) : sp->size;
 }
 
 static inline bool range_in(int64_t size, int64_t offset, int64_t length)
@@ -243,6 +249,16 @@ void space_free(space *sp);
 void map_change(bg_map *map, int64_t start, int64_t end, enum change change, const span *what);
 /* The last of the changes: publish what is still in work, keep to the bound. */
 void map_finish(bg_map *map);
+/* Memory within the bound, aligned for a leaf_ref, that begins with its garbage; NULL: none. */
+void *map_room(bg_map *map, space *sp, size_t bytes);
+
+/* extent_map_tables.c. log2 of the clusters that a table of a region's spans would have; 0: they can not be one, or it would
+ * take more memory. */
+unsigned table_shift(const span_list *list, int64_t start, int64_t end);
+leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift);
+/* Change the region's table in place. False when there is none, it can not say that, or a list would now be smaller: the change is
+ * to be made once more, then, on spans. */
+bool table_change(bg_map *map, space *sp, int64_t region, int64_t start, int64_t end, enum change change, const span *what);
 
 /* extent_map_spans.c: a sorted list of spans. What needs memory returns false, and has changed nothing then. */
 bool spans_reserve(bg_map *map, span_list *list, size_t room);

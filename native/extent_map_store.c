@@ -53,12 +53,6 @@ void space_free(space *sp)
     free(sp);
 }
 
-static int64_t region_end(const space *sp, int64_t region)
-{
-    int64_t start = region << sp->shift;
-    return sp->size - start > (int64_t)1 << sp->shift ? start + ((int64_t)1 << sp->shift) : sp->size;
-}
-
 static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf_ref ref)
 {
     leaf *new_leaf = ref_leaf(ref), *old = ref_leaf(atomic_exchange(&sp->leaf[region], ref));
@@ -125,8 +119,8 @@ static bool make_room(bg_map *map, space *sp, size_t bytes)
     return map->bytes + bytes <= map->limit;
 }
 
-/* Aligned for a leaf_ref; sizes are such that what malloc hands out in a row is so without gaps. */
-static void *room_for(bg_map *map, space *sp, size_t bytes)
+/* Sizes are such that what malloc hands out in a row is so without gaps. */
+void *map_room(bg_map *map, space *sp, size_t bytes)
 {
     size_t all = (bytes + MALLOC_HEAD + LEAF_ALIGN - 1) & ~(size_t)(LEAF_ALIGN - 1);
     void *made = NULL;
@@ -162,7 +156,7 @@ static void change_wide(bg_map *map, space *sp, int64_t start, int64_t end, enum
         bool done = change == CHANGE_CLEAR ? spans_clear(map, list, start, end, what->flags)
                                              : spans_put(map, list, start, end, change == CHANGE_SET ? what : NULL);
         if (done && list->count)
-            made = room_for(map, sp, sizeof(wide) + list->count * sizeof(span));
+            made = map_room(map, sp, sizeof(wide) + list->count * sizeof(span));
     }
     if (made) {
         made->count = list->count;
@@ -207,7 +201,7 @@ static bool load_region(bg_map *map, space *sp, int64_t region)
 
 static leaf_ref list_leaf(bg_map *map, space *sp, const span_list *list, int64_t start)
 {
-    leaf *made = room_for(map, sp, sizeof(leaf) + list->count * (sizeof(place) + sizeof(uint32_t)));
+    leaf *made = map_room(map, sp, sizeof(leaf) + list->count * (sizeof(place) + sizeof(uint32_t)));
     if (!made)
         return 0;
     made->count = (uint32_t)list->count;
@@ -218,46 +212,6 @@ static leaf_ref list_leaf(bg_map *map, space *sp, const span_list *list, int64_t
         starts[i] = (uint32_t)(s->start - start);
     }
     return (leaf_ref)made;
-}
-
-/* log2 of the clusters that a table of these spans would have; 0: they can not be one, or it would take more memory. */
-static unsigned table_shift(const span_list *list, int64_t start, int64_t end)
-{
-    uint64_t edges = (uint64_t)1 << CLUSTER_SHIFT_MAX, places = 0;
-    for (size_t i = 0; i < list->count; i++) {
-        const span *s = &list->spans[i];
-        edges |= (uint64_t)(s->start - start) | (s->end == end ? 0 : (uint64_t)(s->end - start));
-        if (s->flags & BG_MAP_ZERO)
-            continue;
-        if ((uint64_t)(s->storage_offset + s->end - s->start) > WORD_END)
-            return 0;
-        places |= (uint64_t)s->storage_offset;
-    }
-    unsigned shift = (unsigned)__builtin_ctzll(edges);
-    if (places & ((1U << WORD_SHIFT) - 1) || shift < WORD_SHIFT)
-        return 0;
-    uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
-    return words * sizeof(uint64_t) < list->count * (sizeof(place) + sizeof(uint32_t)) ? shift : 0;
-}
-
-static leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift)
-{
-    uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
-    leaf *made = room_for(map, sp, sizeof(leaf) + words * sizeof(uint64_t));
-    if (!made)
-        return 0;
-    made->count = (uint32_t)words;
-    uint64_t *table = (uint64_t *)(void *)made->at;
-    memset(table, 0xff, words * sizeof(uint64_t));
-    for (size_t i = 0; i < list->count; i++) {
-        const span *s = &list->spans[i];
-        uint64_t rest = (uint64_t)s->slot << FLAG_BITS | s->flags;
-        for (int64_t at = s->start; at < s->end; at += (int64_t)1 << shift) {
-            uint64_t place = s->flags & BG_MAP_ZERO ? 0 : (uint64_t)(s->storage_offset + at - s->start);
-            table[(at - start) >> shift] = place >> WORD_SHIFT << (SLOT_BITS + FLAG_BITS) | rest;
-        }
-    }
-    return (leaf_ref)made | (leaf_ref)(shift - CLUSTER_SHIFT_BASE) << REF_SHIFT;
 }
 
 /* Publish what is in work. */
@@ -297,6 +251,8 @@ static void change_region(bg_map *map, space *sp, int64_t region, int64_t start,
 {
     span_list *list = &map->work;
     if (map->region != region) {
+        if (table_change(map, sp, region, start, end, change, what))
+            return;
         flush(map);
         if (change != CHANGE_SET && ref_leaf(atomic_load(&sp->leaf[region])) == &no_extents)
             return;
