@@ -24,9 +24,13 @@
 #define LINE 64
 #define READERS 64
 #define STAMPS 1024
+#define STAMP_SHIFT 24
 #define REGION_SHIFT_MIN 24
+#define REGION_SHIFT_LARGE 26 /* of disks with more than so many smaller regions: their table would not stay in the cache */
+#define REGIONS_CACHED 16384
 #define REGION_SHIFT_MAX 32 /* offsets in a leaf are 32 bits */
 #define MALLOC_HEAD 16
+#define HUGE_PAGE ((uintptr_t)2 << 20)
 
 typedef struct garbage {
     struct garbage *next;
@@ -155,7 +159,7 @@ struct bg_map {
 
     /* Changes. */
     _Alignas(LINE) pthread_mutex_t lock;
-    uint64_t removed[STAMPS], protected[STAMPS], placed[STAMPS]; /* the latest ticket for a class of regions */
+    uint64_t removed[STAMPS], protected[STAMPS], placed[STAMPS]; /* the latest ticket for a class of 1 << STAMP_SHIFT bytes */
     garbage_list looked;     /* until nobody looks */
     garbage_list held;       /* until no request holds it */
     uint64_t retired_at;     /* epoch of the latest garbage */
@@ -163,6 +167,8 @@ struct bg_map {
     int64_t hand;            /* of the clock: a region */
     int64_t pointers;        /* in the region table, not NULL */
     int64_t leaves, extents, inserts, stale, invalidations, protections, evictions;
+    uintptr_t block;         /* of HUGE_PAGE bytes of addresses, in which the latest table is */
+    size_t block_bytes;      /* made there in a row */
     span_list work, wide_work; /* scratch */
     int64_t region;          /* in `work`, -1: none */
 

@@ -25,7 +25,8 @@ space *space_new(bg_map *map, int64_t size)
 {
     size_t most = map->limit / 8 / sizeof(leaf_ref);
     unsigned shift = REGION_SHIFT_MIN;
-    while (shift < REGION_SHIFT_MAX && (uint64_t)size >> shift >= most)
+    while ((shift < REGION_SHIFT_LARGE && (uint64_t)size >> shift > REGIONS_CACHED) ||
+           (shift < REGION_SHIFT_MAX && (uint64_t)size >> shift >= most))
         shift++;
     uint64_t regions = ((uint64_t)size >> shift) + 1;
     if (regions > most)

@@ -7,7 +7,14 @@
  * a new leaf for its region. Whoever looks up a range meanwhile may find some of its clusters as they were, as
  * he may where a change concerns several regions.
  */
+#define _GNU_SOURCE
 #include "extent_map_internal.h"
+
+#include <sys/mman.h>
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
 
 /* Whether words can say where its clusters live. */
 static bool has_words(const span *s)
@@ -43,12 +50,30 @@ unsigned table_shift(const span_list *list, int64_t start, int64_t end)
     return shift > CLUSTER_SHIFT_BASE && is_smaller(words, list->count) ? shift : 0;
 }
 
+/*
+ * Tables are looked up at random, so those of a large map cost a miss of the TLB each, unless they are on huge pages. A map that is
+ * filled has them made one behind the other, with no more than drivers' caches between, but malloc's memory grows in steps too
+ * small for the system to see to it. A system that can not do it says so, to no harm.
+ */
+static void gather(bg_map *map, const leaf *made)
+{
+    uintptr_t block = (uintptr_t)made / HUGE_PAGE;
+    if (block != map->block) {
+        if (map->block_bytes > HUGE_PAGE / 4)
+            madvise((void *)(map->block * HUGE_PAGE), HUGE_PAGE, MADV_COLLAPSE);
+        map->block = block;
+        map->block_bytes = 0;
+    }
+    map->block_bytes += made->garbage.bytes;
+}
+
 leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift)
 {
     uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
     leaf *made = map_room(map, sp, sizeof(leaf) + words * sizeof(uint64_t));
     if (!made)
         return 0;
+    gather(map, made);
     made->count = (uint32_t)words;
     _Atomic uint64_t *table = leaf_table(made);
     for (uint64_t i = 0; i < words; i++)
