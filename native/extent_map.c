@@ -408,6 +408,7 @@ int64_t bg_map_set_bitmaps(bg_map *map, bg_bitmap **bitmaps, int64_t count)
     if (!list)
         return -ENOMEM;
     list->garbage.bytes = bytes + MALLOC_HEAD;
+    list->garbage.lead = 0;
     list->count = (size_t)count;
     for (int64_t i = 0; i < count; i++)
         list->bitmaps[i] = bitmaps[i];

@@ -20,6 +20,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdlib.h>
 
 #define LINE 64
 #define READERS 64
@@ -30,13 +31,20 @@
 #define REGIONS_CACHED 16384
 #define REGION_SHIFT_MAX 32 /* offsets in a leaf are 32 bits */
 #define MALLOC_HEAD 16
+#define MALLOC_ALIGN 16
 #define HUGE_PAGE ((uintptr_t)2 << 20)
 
 typedef struct garbage {
     struct garbage *next;
     uint64_t epoch; /* in use by records of this epoch or older */
     size_t bytes;
+    size_t lead; /* of the allocation before this */
 } garbage;
+
+static inline void garbage_free(garbage *g)
+{
+    free((char *)g - g->lead);
+}
 
 typedef struct {
     uint64_t storage_offset;

@@ -47,10 +47,12 @@ void space_free(space *sp)
 {
     for (int64_t r = 0; r < sp->regions; r++) {
         leaf *l = ref_leaf(atomic_load(&sp->leaf[r]));
-        if (l != &no_extents)
-            free(l);
+        if (l && l != &no_extents)
+            garbage_free(&l->garbage);
     }
-    free(atomic_load(&sp->wide));
+    wide *w = atomic_load(&sp->wide);
+    if (w)
+        garbage_free(&w->garbage);
     free(sp);
 }
 
@@ -120,16 +122,19 @@ static bool make_room(bg_map *map, space *sp, size_t bytes)
     return map->bytes + bytes <= map->limit;
 }
 
-/* Sizes are such that what malloc hands out in a row is so without gaps. */
+/* Not posix_memalign: that leaves holes, in which nothing of the same size fits. */
 void *map_room(bg_map *map, space *sp, size_t bytes)
 {
-    size_t all = (bytes + MALLOC_HEAD + LEAF_ALIGN - 1) & ~(size_t)(LEAF_ALIGN - 1);
-    void *made = NULL;
-    if (!make_room(map, sp, all) || posix_memalign(&made, LEAF_ALIGN, all - MALLOC_HEAD) != 0)
+    size_t all = bytes + LEAF_ALIGN - MALLOC_ALIGN;
+    char *start = make_room(map, sp, all + MALLOC_HEAD) ? malloc(all) : NULL;
+    if (!start)
         return NULL;
-    ((garbage *)made)->bytes = all;
-    map->bytes += all;
-    return made;
+    size_t lead = -(uintptr_t)start & (LEAF_ALIGN - 1);
+    garbage *g = (garbage *)(void *)(start + lead);
+    g->bytes = all + MALLOC_HEAD;
+    g->lead = lead;
+    map->bytes += g->bytes;
+    return g;
 }
 
 /* Change the wide array over whole regions. What there is no memory for is lost, and with it the array. */
