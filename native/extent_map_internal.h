@@ -270,7 +270,7 @@ void *map_room(bg_map *map, space *sp, size_t bytes);
  * take more memory. */
 unsigned table_shift(const span_list *list, int64_t start, int64_t end);
 leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift);
-/* Change the region's table in place. False when there is none, it can not say that, or a list would now be smaller: the change is
+/* Change the region's table in place. False when there is none, it can not say that, or something else may now be smaller: the change is
  * to be made once more, then, on spans. */
 bool table_change(bg_map *map, space *sp, int64_t region, int64_t start, int64_t end, enum change change, const span *what);
 

@@ -122,5 +122,6 @@ bool table_change(bg_map *map, space *sp, int64_t region, int64_t start, int64_t
     uint32_t extents = l->extents - before + beginnings(table, first, next, shift);
     map->extents += (int64_t)extents - l->extents;
     l->extents = extents;
-    return is_smaller(l->count, extents);
+    /* A single one may be the whole region. */
+    return extents > 1 && is_smaller(l->count, extents);
 }
