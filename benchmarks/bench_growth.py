@@ -134,7 +134,7 @@ def images(shm: Path) -> dict[int, Path]:
 
 
 def test_fragmented_1_tib(benchmark: BenchmarkFixture, images: dict[int, Path]) -> None:
-    """Wanted: memory within the bound; the rate is a matter of the processor's cache, see the NBD figures."""
+    """Wanted: memory within the bound, and within 20 % of the rate of 1 GiB where the tables fit."""
 
     def side(size: int, caches: tuple[int, int], count: int = 20000) -> Callable[[], Reads]:
         return lambda: reads(fragmented_node(images[size], caches[0]), size, count, caches[1])
@@ -147,7 +147,7 @@ def test_fragmented_1_tib(benchmark: BenchmarkFixture, images: dict[int, Path]) 
     what = "4 KiB random read in process, fragmented 1 TiB qcow2"
     # What the process takes anyway is that of the small image.
     for name, how, caches in (("fits", "tables fit", ROOMY), ("tight", "an eighth of the tables fits", TIGHT)):
-        row = against("ours, 1 GiB", rates[name], rates["small"])
+        row = against("ours, 1 GiB", rates[name], rates["small"], 0.8 if name == "fits" else None)
         add_row(benchmark, "3.9", f"{what}, {how}", "IOPS", statistics.median(rates[name]), row)
         bound = Against("bound", None, None, memory["small"] + sum(caches) / MIB)
         add_row(benchmark, "3.9", f"{what}, {how}: memory", "MiB, peak", memory[name], bound)

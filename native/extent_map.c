@@ -91,11 +91,10 @@ int64_t bg_map_generation(bg_map *map)
     return (int64_t)atomic_load(&map->epoch);
 }
 
-/* The latest ticket among those of the range's regions. */
-static uint64_t latest(bg_map *map, const uint64_t *stamps, int64_t offset, int64_t length)
+/* The latest ticket among those of the range. */
+static uint64_t latest(const uint64_t *stamps, int64_t offset, int64_t length)
 {
-    unsigned shift = atomic_load(&map->space)->shift;
-    int64_t first = offset >> shift, last = (offset + length - 1) >> shift;
+    int64_t first = offset >> STAMP_SHIFT, last = (offset + length - 1) >> STAMP_SHIFT;
     uint64_t found = 0;
     if (last - first >= STAMPS)
         last = first + STAMPS - 1;
@@ -110,8 +109,7 @@ static uint64_t stamp(bg_map *map, int64_t offset, int64_t length, uint64_t *sta
 {
     uint64_t ticket = map_advance(map);
     if (length) {
-        unsigned shift = atomic_load(&map->space)->shift;
-        int64_t first = offset >> shift, last = (offset + length - 1) >> shift;
+        int64_t first = offset >> STAMP_SHIFT, last = (offset + length - 1) >> STAMP_SHIFT;
         if (last - first >= STAMPS)
             last = first + STAMPS - 1;
         for (; first <= last; first++)
@@ -248,7 +246,6 @@ int64_t bg_map_resize(bg_map *map, int64_t size)
         atomic_store(&map->space, sp);
         map_retire(map, &map->looked, &old->garbage);
         uint64_t ticket = map_advance(map);
-        /* Regions may have another size now. */
         for (int i = 0; i < STAMPS; i++)
             map->removed[i] = ticket;
         map->hand = 0;
@@ -283,15 +280,15 @@ int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *exte
     for (int64_t i = 0; i < count; i++) {
         const bg_map_extent *e = &extents[i];
         bool zero = e->flags & BG_MAP_ZERO;
-        if (latest(map, map->removed, e->offset, e->length) >= (uint64_t)generation ||
-            latest(map, map->placed, e->offset, e->length) >= (uint64_t)generation ||
+        if (latest(map->removed, e->offset, e->length) >= (uint64_t)generation ||
+            latest(map->placed, e->offset, e->length) >= (uint64_t)generation ||
             (!zero && map->slots[e->slot].state != SLOT_LIVE)) {
             map->stale++;
             continue;
         }
         span what = {e->offset, e->offset + e->length, zero ? 0 : e->storage_offset, zero ? 0 : (uint16_t)e->slot,
                      (uint16_t)(zero ? e->flags & ~BG_MAP_WRITABLE : e->flags)};
-        if (what.flags & WRITES && latest(map, map->protected, e->offset, e->length) >= (uint64_t)generation)
+        if (what.flags & WRITES && latest(map->protected, e->offset, e->length) >= (uint64_t)generation)
             what.flags &= (uint16_t)~WRITES;
         map_change(map, what.start, what.end, CHANGE_SET, &what);
         taken++;
@@ -418,6 +415,7 @@ int64_t bg_map_set_bitmaps(bg_map *map, bg_bitmap **bitmaps, int64_t count)
     if (!list)
         return -ENOMEM;
     list->garbage.bytes = bytes + MALLOC_HEAD;
+    list->garbage.lead = 0;
     list->count = (size_t)count;
     for (int64_t i = 0; i < count; i++)
         list->bitmaps[i] = bitmaps[i];

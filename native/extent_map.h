@@ -5,8 +5,8 @@
  * and the TLB are to a process: Python fills it, a hit is served here without the GIL, anything else is a miss, and Python
  * serves the whole request.
  *
- *     region table    | wide | leaf | wide | wide | wide | none | ...     one pointer for 16 MiB of the disk
- *     leaf                    its extents, sorted, or a table of its clusters; immutable, replaced as a whole
+ *     region table    | wide | leaf | wide | wide | wide | none | ...     one pointer for 16 to 64 MiB
+ *     leaf                    its extents, sorted, replaced as a whole; or a table of its clusters, each a word
  *     wide array      [0, 4M)........[8M ............... 20M)             sorted extents that cover whole regions
  *
  * A region with a leaf is described by the leaf alone; one without, by the wide array. So a raw file of any size is one
@@ -18,7 +18,7 @@
  * ended. Only then may the bytes be moved or the descriptor be closed.
  *
  * Who resolves a miss reads bg_map_generation first, asks the drivers, then inserts with that generation: what was invalidated
- * in between is refused, region by region (1024 classes of them), as is what an allocator has placed in between; what was only
+ * in between is refused, 16 MiB by 16 MiB (1024 classes of them), as is what an allocator has placed in between; what was only
  * protected goes in without `writable`. That does not help one who asks the drivers after the invalidation but before the change it announces:
  * the insert must happen while the resolver still holds the requests (or the gate) that the change has to wait for.
  *

@@ -152,7 +152,7 @@ static void reclaim(bg_map *map, garbage_list *list, uint64_t oldest)
         list->first = g->next;
         map->retired -= g->bytes;
         map->bytes -= g->bytes;
-        free(g);
+        garbage_free(g);
     }
     if (!list->first)
         list->last = &list->first;

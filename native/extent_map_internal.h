@@ -20,19 +20,31 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdlib.h>
 
 #define LINE 64
 #define READERS 64
 #define STAMPS 1024
+#define STAMP_SHIFT 24
 #define REGION_SHIFT_MIN 24
+#define REGION_SHIFT_LARGE 26 /* of disks with more than so many smaller regions: their table would not stay in the cache */
+#define REGIONS_CACHED 16384
 #define REGION_SHIFT_MAX 32 /* offsets in a leaf are 32 bits */
 #define MALLOC_HEAD 16
+#define MALLOC_ALIGN 16
+#define HUGE_PAGE ((uintptr_t)2 << 20)
 
 typedef struct garbage {
     struct garbage *next;
     uint64_t epoch; /* in use by records of this epoch or older */
     size_t bytes;
+    size_t lead; /* of the allocation before this */
 } garbage;
+
+static inline void garbage_free(garbage *g)
+{
+    free((char *)g - g->lead);
+}
 
 typedef struct {
     uint64_t storage_offset;
@@ -43,26 +55,37 @@ typedef struct {
 
 /*
  * The extents of a region, in the form that takes less memory.
- * List (cluster_shift is 0): start[i] is relative to the region and belongs to at[i].
- * Table: for every 1 << cluster_shift bytes of the region a word of leaf_table(), which says where it lives. So the map of
- * a fragmented image takes as much memory as the image's own tables.
+ * List: start[i] is relative to the region and belongs to at[i].
+ * Table: for every cluster of the region a word of leaf_table(), which says where it lives. So the map of a fragmented image
+ * takes as much memory as the image's own tables.
  */
 typedef struct {
     garbage garbage; /* first in all that is retired */
     uint32_t count;   /* places, or words of the table */
     uint32_t extents; /* as statistics have it */
-    uint16_t flags;   /* table: of all that is neither a hole nor zeroes */
-    uint8_t cluster_shift;
-    atomic_bool used; /* since the clock's hand came by */
     place at[];       /* list: count, then uint32_t start[count] */
 } leaf;
 
-/* Words of a table leaf: storage offset / 512 << 10 | slot, or one of these. */
+/*
+ * What the region table has: a leaf's address, and in the bits that its alignment leaves free all that a look-up in a table needs
+ * to know before the word. So the leaf's head stays out of the cache, and a map much larger than that costs one miss.
+ */
+typedef uintptr_t leaf_ref;
+#define LEAF_ALIGN 32
+#define REF_USED ((leaf_ref)1) /* since the clock's hand came by */
+#define REF_SHIFT 1            /* log2 of a table's clusters, less CLUSTER_SHIFT_BASE; 0: a list */
+#define CLUSTER_SHIFT_BASE 8
+#define CLUSTER_SHIFT_MAX 23
+
+/* Words of a table leaf: storage offset / 512 << 14 | slot << 4 | flags, or WORD_NONE. */
 #define WORD_SHIFT 9
 #define SLOT_BITS 10
+#define FLAG_BITS 4
 #define WORD_NONE UINT64_MAX
-#define WORD_ZERO (UINT64_MAX - 1)
+#define WORD_END ((uint64_t)1 << (64 - SLOT_BITS - FLAG_BITS + WORD_SHIFT)) /* of storage offsets */
 _Static_assert(BG_MAP_SLOTS == 1 << SLOT_BITS, "a slot fits its bits");
+_Static_assert(BG_MAP_ALLOCATE < 1 << FLAG_BITS, "flags fit their bits");
+_Static_assert(CLUSTER_SHIFT_MAX - CLUSTER_SHIFT_BASE < LEAF_ALIGN >> REF_SHIFT, "a shift fits its bits");
 
 typedef struct {
     int64_t start, end, storage_offset;
@@ -82,7 +105,7 @@ typedef struct {
     unsigned shift;      /* log2 of a region's bytes */
     int64_t regions;     /* in the table; a disk past 4 PiB may have more: those have wide extents only */
     _Atomic(wide *) wide; /* or NULL */
-    _Atomic(leaf *) leaf[];
+    _Atomic leaf_ref leaf[];
 } space;
 
 typedef struct {
@@ -144,7 +167,7 @@ struct bg_map {
 
     /* Changes. */
     _Alignas(LINE) pthread_mutex_t lock;
-    uint64_t removed[STAMPS], protected[STAMPS], placed[STAMPS]; /* the latest ticket for a class of regions */
+    uint64_t removed[STAMPS], protected[STAMPS], placed[STAMPS]; /* the latest ticket for a class of 1 << STAMP_SHIFT bytes */
     garbage_list looked;     /* until nobody looks */
     garbage_list held;       /* until no request holds it */
     uint64_t retired_at;     /* epoch of the latest garbage */
@@ -152,6 +175,8 @@ struct bg_map {
     int64_t hand;            /* of the clock: a region */
     int64_t pointers;        /* in the region table, not NULL */
     int64_t leaves, extents, inserts, stale, invalidations, protections, evictions;
+    uintptr_t block;         /* of HUGE_PAGE bytes of addresses, in which the latest table is */
+    size_t block_bytes;      /* made there in a row */
     span_list work, wide_work; /* scratch */
     int64_t region;          /* in `work`, -1: none */
 
@@ -165,27 +190,44 @@ struct bg_map {
 /* A region without any extent, whatever the wide array says. */
 extern leaf no_extents;
 
+static inline leaf *ref_leaf(leaf_ref ref)
+{
+    return (leaf *)(ref & ~(leaf_ref)(LEAF_ALIGN - 1));
+}
+
+/* log2 of a table's clusters; 0: a list. */
+static inline unsigned ref_shift(leaf_ref ref)
+{
+    unsigned shift = (ref & (LEAF_ALIGN - 1)) >> REF_SHIFT;
+    return shift ? shift + CLUSTER_SHIFT_BASE : 0;
+}
+
 static inline const uint32_t *leaf_starts(const leaf *l)
 {
     return (const uint32_t *)(const void *)(l->at + l->count);
 }
 
-static inline const uint64_t *leaf_table(const leaf *l)
+static inline _Atomic uint64_t *leaf_table(leaf *l)
 {
-    return (const uint64_t *)(const void *)l->at;
+    return (_Atomic uint64_t *)(void *)l->at;
 }
 
 /* Word i of a table leaf whose region begins at `region_start`, of a disk of `size` bytes; false: a hole. */
-static inline bool leaf_word(const leaf *l, uint32_t i, int64_t region_start, int64_t size, span *out)
+static inline bool ref_word(leaf_ref ref, uint32_t i, int64_t region_start, int64_t size, span *out)
 {
-    uint64_t word = leaf_table(l)[i];
-    int64_t start = region_start + ((int64_t)i << l->cluster_shift), length = (int64_t)1 << l->cluster_shift;
-    int64_t end = length < size - start ? start + length : size;
-    if (word == WORD_ZERO)
-        *out = (span){start, end, 0, 0, BG_MAP_ZERO};
-    else
-        *out = (span){start, end, (int64_t)(word >> SLOT_BITS << WORD_SHIFT), word & (BG_MAP_SLOTS - 1), l->flags};
+    uint64_t word = atomic_load(&leaf_table(ref_leaf(ref))[i]);
+    unsigned shift = ref_shift(ref);
+    int64_t start = region_start + ((int64_t)i << shift), length = (int64_t)1 << shift;
+    *out = (span){start, length < size - start ? start + length : size,
+                  (int64_t)(word >> (SLOT_BITS + FLAG_BITS) << WORD_SHIFT), word >> FLAG_BITS & (BG_MAP_SLOTS - 1),
+                  word & ((1 << FLAG_BITS) - 1)};
     return word != WORD_NONE;
+}
+
+static inline int64_t region_end(const space *sp, int64_t region)
+{
+    int64_t start = region << sp->shift;
+    return sp->size - start > (int64_t)1 << sp->shift ? start + ((int64_t)1 << sp->shift) : sp->size;
 }
 
 static inline bool range_in(int64_t size, int64_t offset, int64_t length)
@@ -221,6 +263,16 @@ void space_free(space *sp);
 void map_change(bg_map *map, int64_t start, int64_t end, enum change change, const span *what);
 /* The last of the changes: publish what is still in work, keep to the bound. */
 void map_finish(bg_map *map);
+/* Memory within the bound, aligned for a leaf_ref, that begins with its garbage; NULL: none. */
+void *map_room(bg_map *map, space *sp, size_t bytes);
+
+/* extent_map_tables.c. log2 of the clusters that a table of a region's spans would have; 0: they can not be one, or it would
+ * take more memory. */
+unsigned table_shift(const span_list *list, int64_t start, int64_t end);
+leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift);
+/* Change the region's table in place. False when there is none, it can not say that, or something else may now be smaller: the change is
+ * to be made once more, then, on spans. */
+bool table_change(bg_map *map, space *sp, int64_t region, int64_t start, int64_t end, enum change change, const span *what);
 
 /* extent_map_spans.c: a sorted list of spans. What needs memory returns false, and has changed nothing then. */
 bool spans_reserve(bg_map *map, span_list *list, size_t room);

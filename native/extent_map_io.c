@@ -50,13 +50,15 @@ static int64_t leaf_find(const leaf *l, uint32_t at, unsigned shift)
 bool map_find(space *sp, int64_t offset, span *out)
 {
     int64_t region = offset >> sp->shift, start = region << sp->shift;
-    leaf *l = region < sp->regions ? atomic_load(&sp->leaf[region]) : NULL;
-    if (l) {
-        /* Once set it stays: the line is shared by all readers. */
-        if (!atomic_load_explicit(&l->used, memory_order_relaxed))
-            atomic_store_explicit(&l->used, true, memory_order_relaxed);
-        if (l->cluster_shift)
-            return leaf_word(l, (uint32_t)((offset - start) >> l->cluster_shift), start, sp->size, out);
+    leaf_ref ref = region < sp->regions ? atomic_load(&sp->leaf[region]) : 0;
+    if (ref) {
+        /* Once set it stays: the line is shared by all readers. When the leaf was replaced meanwhile, it is not set. */
+        leaf_ref seen = ref;
+        if (!(ref & REF_USED))
+            atomic_compare_exchange_strong(&sp->leaf[region], &seen, ref | REF_USED);
+        if (ref_shift(ref))
+            return ref_word(ref, (uint32_t)((offset - start) >> ref_shift(ref)), start, sp->size, out);
+        const leaf *l = ref_leaf(ref);
         int64_t i = leaf_find(l, (uint32_t)(offset - start), sp->shift);
         if (i < 0)
             return false;

@@ -19,18 +19,19 @@
 /* Making room goes on until so small a part is free, not to begin again at every insert. */
 #define SPARE_PART 64
 
-leaf no_extents = {.used = true};
+_Alignas(LEAF_ALIGN) leaf no_extents;
 
 space *space_new(bg_map *map, int64_t size)
 {
-    size_t most = map->limit / 8 / sizeof(leaf *);
+    size_t most = map->limit / 8 / sizeof(leaf_ref);
     unsigned shift = REGION_SHIFT_MIN;
-    while (shift < REGION_SHIFT_MAX && (uint64_t)size >> shift >= most)
+    while ((shift < REGION_SHIFT_LARGE && (uint64_t)size >> shift > REGIONS_CACHED) ||
+           (shift < REGION_SHIFT_MAX && (uint64_t)size >> shift >= most))
         shift++;
     uint64_t regions = ((uint64_t)size >> shift) + 1;
     if (regions > most)
         regions = most;
-    size_t bytes = sizeof(space) + regions * sizeof(leaf *);
+    size_t bytes = sizeof(space) + regions * sizeof(leaf_ref);
     space *sp = calloc(1, bytes);
     if (!sp)
         return NULL;
@@ -45,23 +46,19 @@ space *space_new(bg_map *map, int64_t size)
 void space_free(space *sp)
 {
     for (int64_t r = 0; r < sp->regions; r++) {
-        leaf *l = atomic_load(&sp->leaf[r]);
-        if (l != &no_extents)
-            free(l);
+        leaf *l = ref_leaf(atomic_load(&sp->leaf[r]));
+        if (l && l != &no_extents)
+            garbage_free(&l->garbage);
     }
-    free(atomic_load(&sp->wide));
+    wide *w = atomic_load(&sp->wide);
+    if (w)
+        garbage_free(&w->garbage);
     free(sp);
 }
 
-static int64_t region_end(const space *sp, int64_t region)
+static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf_ref ref)
 {
-    int64_t start = region << sp->shift;
-    return sp->size - start > (int64_t)1 << sp->shift ? start + ((int64_t)1 << sp->shift) : sp->size;
-}
-
-static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf *new_leaf)
-{
-    leaf *old = atomic_exchange(&sp->leaf[region], new_leaf);
+    leaf *new_leaf = ref_leaf(ref), *old = ref_leaf(atomic_exchange(&sp->leaf[region], ref));
     map->pointers += (new_leaf != NULL) - (old != NULL);
     if (new_leaf && new_leaf != &no_extents) {
         map->leaves++;
@@ -72,6 +69,12 @@ static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf *new_leaf)
         map->extents -= old->extents;
         map_retire(map, &map->looked, &old->garbage);
     }
+}
+
+/* Readers need not mark it: the clock's hand never looks. */
+static void publish_none(bg_map *map, space *sp, int64_t region)
+{
+    publish_leaf(map, sp, region, (leaf_ref)&no_extents | REF_USED);
 }
 
 static void publish_wide(bg_map *map, space *sp, wide *new_wide)
@@ -93,13 +96,13 @@ static bool evict_one(bg_map *map, space *sp)
     for (int64_t step = 0;; step++, map->hand++) {
         if (map->hand >= sp->regions)
             map->hand = 0;
-        leaf *l = atomic_load_explicit(&sp->leaf[map->hand], memory_order_relaxed);
-        if (!l || l == &no_extents)
+        leaf_ref ref = atomic_load_explicit(&sp->leaf[map->hand], memory_order_relaxed);
+        if (!ref || ref_leaf(ref) == &no_extents)
             continue;
-        if (step < sp->regions && atomic_load_explicit(&l->used, memory_order_relaxed)) {
-            atomic_store_explicit(&l->used, false, memory_order_relaxed);
+        if (step < sp->regions && ref & REF_USED) {
+            atomic_fetch_and(&sp->leaf[map->hand], ~REF_USED);
         } else {
-            publish_leaf(map, sp, map->hand++, &no_extents);
+            publish_none(map, sp, map->hand++);
             map->evictions++;
             return true;
         }
@@ -119,13 +122,18 @@ static bool make_room(bg_map *map, space *sp, size_t bytes)
     return map->bytes + bytes <= map->limit;
 }
 
-static void *room_for(bg_map *map, space *sp, size_t bytes)
+/* Not posix_memalign: that leaves holes, in which nothing of the same size fits. */
+void *map_room(bg_map *map, space *sp, size_t bytes)
 {
-    garbage *g = make_room(map, sp, bytes + MALLOC_HEAD) ? malloc(bytes) : NULL;
-    if (g) {
-        g->bytes = bytes + MALLOC_HEAD;
-        map->bytes += g->bytes;
-    }
+    size_t all = bytes + LEAF_ALIGN - MALLOC_ALIGN;
+    char *start = make_room(map, sp, all + MALLOC_HEAD) ? malloc(all) : NULL;
+    if (!start)
+        return NULL;
+    size_t lead = -(uintptr_t)start & (LEAF_ALIGN - 1);
+    garbage *g = (garbage *)(void *)(start + lead);
+    g->bytes = all + MALLOC_HEAD;
+    g->lead = lead;
+    map->bytes += g->bytes;
     return g;
 }
 
@@ -154,7 +162,7 @@ static void change_wide(bg_map *map, space *sp, int64_t start, int64_t end, enum
         bool done = change == CHANGE_CLEAR ? spans_clear(map, list, start, end, what->flags)
                                              : spans_put(map, list, start, end, change == CHANGE_SET ? what : NULL);
         if (done && list->count)
-            made = room_for(map, sp, sizeof(wide) + list->count * sizeof(span));
+            made = map_room(map, sp, sizeof(wide) + list->count * sizeof(span));
     }
     if (made) {
         made->count = list->count;
@@ -168,12 +176,13 @@ static bool load_region(bg_map *map, space *sp, int64_t region)
 {
     int64_t start = region << sp->shift, end = region_end(sp, region);
     span_list *list = &map->work;
-    const leaf *l = atomic_load(&sp->leaf[region]);
+    leaf_ref ref = atomic_load(&sp->leaf[region]);
+    const leaf *l = ref_leaf(ref);
     list->count = 0;
-    if (l && l->cluster_shift) {
+    if (ref_shift(ref)) {
         span s;
         for (uint32_t i = 0; i < l->count; i++)
-            if (leaf_word(l, i, start, sp->size, &s) && !spans_put(map, list, s.start, s.end, &s))
+            if (ref_word(ref, i, start, sp->size, &s) && !spans_put(map, list, s.start, s.end, &s))
                 return false;
         return true;
     }
@@ -196,65 +205,19 @@ static bool load_region(bg_map *map, space *sp, int64_t region)
         w->spans[at].slot, w->spans[at].flags});
 }
 
-static leaf *list_leaf(bg_map *map, space *sp, const span_list *list, int64_t start)
+static leaf_ref list_leaf(bg_map *map, space *sp, const span_list *list, int64_t start)
 {
-    leaf *made = room_for(map, sp, sizeof(leaf) + list->count * (sizeof(place) + sizeof(uint32_t)));
+    leaf *made = map_room(map, sp, sizeof(leaf) + list->count * (sizeof(place) + sizeof(uint32_t)));
     if (!made)
-        return NULL;
+        return 0;
     made->count = (uint32_t)list->count;
-    made->cluster_shift = 0;
     uint32_t *starts = (uint32_t *)(void *)(made->at + made->count);
     for (size_t i = 0; i < list->count; i++) {
         const span *s = &list->spans[i];
         made->at[i] = (place){(uint64_t)s->storage_offset, (uint32_t)(s->end - s->start), s->slot, s->flags};
         starts[i] = (uint32_t)(s->start - start);
     }
-    return made;
-}
-
-/* log2 of the clusters that a table of these spans would have; 0: they can not be one, or it would take more memory. */
-static unsigned table_shift(const span_list *list, int64_t start, int64_t end)
-{
-    uint64_t edges = (uint64_t)1 << REGION_SHIFT_MAX, places = 0;
-    int flags = -1;
-    for (size_t i = 0; i < list->count; i++) {
-        const span *s = &list->spans[i];
-        edges |= (uint64_t)(s->start - start) | (s->end == end ? 0 : (uint64_t)(s->end - start));
-        if (s->flags == BG_MAP_ZERO)
-            continue;
-        if (s->flags & BG_MAP_ZERO || (flags >= 0 && flags != s->flags))
-            return 0;
-        flags = s->flags;
-        places |= (uint64_t)s->storage_offset;
-    }
-    unsigned shift = (unsigned)__builtin_ctzll(edges);
-    if (places & ((1U << WORD_SHIFT) - 1) || shift < WORD_SHIFT)
-        return 0;
-    uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
-    return words * sizeof(uint64_t) < list->count * (sizeof(place) + sizeof(uint32_t)) ? shift : 0;
-}
-
-static leaf *table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift)
-{
-    uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
-    leaf *made = room_for(map, sp, sizeof(leaf) + words * sizeof(uint64_t));
-    if (!made)
-        return NULL;
-    made->count = (uint32_t)words;
-    made->cluster_shift = (uint8_t)shift;
-    made->flags = 0;
-    uint64_t *table = (uint64_t *)(void *)made->at;
-    memset(table, 0xff, words * sizeof(uint64_t));
-    for (size_t i = 0; i < list->count; i++) {
-        const span *s = &list->spans[i];
-        bool zero = s->flags & BG_MAP_ZERO;
-        if (!zero)
-            made->flags = s->flags;
-        for (int64_t at = s->start; at < s->end; at += (int64_t)1 << shift)
-            table[(at - start) >> shift] =
-                zero ? WORD_ZERO : (uint64_t)(s->storage_offset + at - s->start) >> WORD_SHIFT << SLOT_BITS | s->slot;
-    }
-    return made;
+    return (leaf_ref)made;
 }
 
 /* Publish what is in work. */
@@ -269,20 +232,24 @@ static void flush(bg_map *map)
     int64_t start = region << sp->shift, end = region_end(sp, region);
     if (list->count == 1 && list->spans[0].start == start && list->spans[0].end == end) {
         change_wide(map, sp, start, end, CHANGE_SET, &list->spans[0]);
-        publish_leaf(map, sp, region, NULL);
+        publish_leaf(map, sp, region, 0);
         return;
     }
-    leaf *made = NULL;
+    leaf_ref made = 0;
     if (list->count) {
         unsigned shift = table_shift(list, start, end);
         made = shift ? table_leaf(map, sp, list, start, end, shift) : list_leaf(map, sp, list, start);
-        leaf *old = atomic_load(&sp->leaf[region]);
+        leaf_ref old = atomic_load(&sp->leaf[region]);
         if (made) {
-            made->extents = (uint32_t)list->count;
-            atomic_init(&made->used, old && old != &no_extents && atomic_load(&old->used));
+            ref_leaf(made)->extents = (uint32_t)list->count;
+            if (ref_leaf(old) != &no_extents)
+                made |= old & REF_USED;
         }
     }
-    publish_leaf(map, sp, region, made ? made : &no_extents);
+    if (made)
+        publish_leaf(map, sp, region, made);
+    else
+        publish_none(map, sp, region);
 }
 
 static void change_region(bg_map *map, space *sp, int64_t region, int64_t start, int64_t end, enum change change,
@@ -290,9 +257,10 @@ static void change_region(bg_map *map, space *sp, int64_t region, int64_t start,
 {
     span_list *list = &map->work;
     if (map->region != region) {
+        if (table_change(map, sp, region, start, end, change, what))
+            return;
         flush(map);
-        const leaf *l = atomic_load(&sp->leaf[region]);
-        if (change != CHANGE_SET && l == &no_extents)
+        if (change != CHANGE_SET && ref_leaf(atomic_load(&sp->leaf[region])) == &no_extents)
             return;
         map->region = region;
         if (!load_region(map, sp, region))
@@ -310,9 +278,9 @@ static void change_whole_regions(bg_map *map, space *sp, int64_t start, int64_t 
     change_wide(map, sp, start, end, change, what);
     int64_t last = (end - 1) >> sp->shift;
     for (int64_t r = start >> sp->shift; r <= last && r < sp->regions && map->pointers; r++) {
-        leaf *l = atomic_load_explicit(&sp->leaf[r], memory_order_relaxed);
+        leaf *l = ref_leaf(atomic_load_explicit(&sp->leaf[r], memory_order_relaxed));
         if (l && change != CHANGE_CLEAR)
-            publish_leaf(map, sp, r, NULL);
+            publish_leaf(map, sp, r, 0);
         else if (l && l != &no_extents)
             change_region(map, sp, r, r << sp->shift, region_end(sp, r), change, what);
     }

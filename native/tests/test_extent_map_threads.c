@@ -2,11 +2,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Writers, readers, a mover of data, a snapshotter and a mirror on one map, with a disk's worth of rules checked: every word of a
- * block holds the block's number and a version. A miss is resolved under a lock, as a driver would.
+ * block holds the block's number and a version. A miss is resolved under a lock, as a driver would. Once with lists of extents
+ * only, once with a table as well, whose words change while others read them.
  */
 #define _GNU_SOURCE
 #include "driver.h"
-#include "extent_map.h"
+#include "extent_map_internal.h"
 #include "io.h"
 
 #include <pthread.h>
@@ -18,7 +19,8 @@
 #define BLOCK 4096
 #define WORDS (BLOCK / 8)
 #define BLOCKS 256
-#define FIRST ((16 << 20) - BLOCKS / 2 * BLOCK) /* half of the blocks in the next region */
+#define REGION (1 << REGION_SHIFT_MIN)
+#define FIRST (REGION - BLOCKS / 2 * BLOCK) /* half of the blocks in the next region */
 #define WRITERS 2
 #define ROUNDS 4000
 #define CHANGES 1500
@@ -179,10 +181,9 @@ static void *copy_dirty(void *arg)
     return NULL;
 }
 
-void test_extent_map_threads(void)
+static void run(int64_t size, bool table)
 {
     pthread_t threads[WRITERS + 4];
-    int64_t size = (int64_t)64 << 20;
     CHECK(bg_map_new(size, BG_MAP_MIN_MEMORY, &map) == 0 && bg_bitmap_new(size, BLOCK, &bitmap) == 0);
     for (int i = 0; i < 2; i++) {
         fds[i] = memfd_create("driver", MFD_CLOEXEC);
@@ -190,8 +191,11 @@ void test_extent_map_threads(void)
     }
     CHECK(bg_map_set_bitmaps(map, &bitmap, 1) > 0);
     next_place[0] = BLOCKS * BLOCK;
+    next_place[1] = 0;
     for (int b = 0; b < BLOCKS; b++) {
-        where[b].place = (int64_t)b * BLOCK;
+        /* No neighbours in the file. */
+        where[b].at = 0;
+        where[b].place = (int64_t)(b * 3 % BLOCKS) * BLOCK;
         write_block(b, 0);
     }
     atomic_store(&writers_left, WRITERS);
@@ -208,6 +212,7 @@ void test_extent_map_threads(void)
         ;
     for (int b = 0; b < BLOCKS; b++)
         CHECK(mirror[b] == read_block(b));
+    CHECK((ref_shift(atomic_load(&atomic_load(&map->space)->leaf[1])) != 0) == table);
     bg_map_stats stats;
     bg_map_get_stats(map, &stats);
     CHECK(stats.hits > 0 && stats.misses > 0);
@@ -215,4 +220,10 @@ void test_extent_map_threads(void)
     bg_bitmap_free(bitmap);
     close(fds[0]);
     close(fds[1]);
+}
+
+void test_extent_map_threads(void)
+{
+    run(4 * REGION, false);
+    run(FIRST + BLOCKS * BLOCK, true); /* the last region has few clusters, so words take less than places */
 }

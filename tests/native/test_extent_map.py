@@ -491,6 +491,44 @@ def test_fragmented_map_takes_eight_bytes_for_a_cluster() -> None:
     assert extents.stats().extents == clusters + 2
 
 
+def test_clusters_that_may_be_written_in_different_ways_are_one_table() -> None:
+    clusters = REGION // 65536
+    kinds: list[dict[str, bool]] = [
+        {"writable": True},
+        {"writable": True, "copy": True},
+        {"allocate": True},
+        {"allocate": True, "copy": True},
+        {},
+    ]
+    extents = ExtentMap(2 * REGION)
+    slot = extents.add_slot(0)
+    items = [MapExtent(c * 65536, 65536, slot, (clusters - c) * 65536, **kinds[c % 5]) for c in range(clusters)]
+    items[7::11] = [MapExtent(e.offset, e.length, allocate=True) for e in items[7::11]]
+    items[9::11] = [MapExtent(e.offset, e.length) for e in items[9::11]]
+    holes = items[5::11]
+    del items[5::11]
+    empty = extents.stats().bytes
+    put(extents, *items)
+    assert extents.stats().bytes - empty < clusters * (8 + 64)  # the second is what a change is prepared in
+    assert [extents.find(e.offset) for e in items] == items
+    assert [extents.find(e.offset) for e in holes] == [None] * len(holes)
+    extents.copied(0, REGION)
+    extents.start_protect(REGION // 2, REGION // 2)
+    for e in items:
+        found = extents.find(e.offset)
+        writable = e.offset < REGION // 2
+        assert found == e._replace(copy=False, writable=e.writable and writable, allocate=e.allocate and writable)
+
+
+@pytest.mark.parametrize("end", [2**59, 2**59 + 65536, 2**63 - 65536])
+def test_clusters_live_wherever_a_storage_can_have_them(end: int) -> None:
+    extents = ExtentMap(REGION)
+    slot = extents.add_slot(0)
+    items = [MapExtent(at, 65536, slot, end - 65536 - at, True) for at in range(0, REGION - 65536, 65536)]
+    put(extents, *items)
+    assert [extents.find(e.offset) for e in items] == items
+
+
 def test_disk_of_the_largest_size_maps_wide_extents_to_its_end() -> None:
     size = 2**63 - 1
     extents = ExtentMap(size)
