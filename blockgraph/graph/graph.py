@@ -381,8 +381,8 @@ class Graph:
         return find_on(self.node(node), name)
 
     def shown_by(self, name: str) -> Iterator[Node]:
-        """Running nodes right above that show all of a node, and are as long as it is."""
-        for edge in self.model.parents(name):
+        """Running nodes right above that show all of a node, and are as long as it is; none while it is being added."""
+        for edge in self.model.parents(name) if self.model.has(name) else ():
             above = self.model.get(edge.parent)
             node = above.node if isinstance(above, NodeVertex) else None
             if node is not None and (edge.role & Role.FILTERED or (node.driver.transparent and whole(node))):
