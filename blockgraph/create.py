@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
+from blockgraph.durable import sync_directory
 from blockgraph.errors import BlockGraphError, IOFailure, OptionError
 from blockgraph.graph.graph import Graph
 
@@ -15,7 +17,7 @@ FORMATS = ("raw", "qcow2")
 
 
 async def create_file(filename: str, size: int, image_format: str, *, replace: bool, **options: Any) -> None:
-    """Make an image of `size` bytes that reads as zeroes (or as its backing file).
+    """Make an image of `size` bytes that reads as zeroes (or as its backing file), durably.
 
     Args:
         filename: of the new image.
@@ -38,6 +40,10 @@ async def create_file(filename: str, size: int, image_format: str, *, replace: b
     os.close(fd)
     try:
         await _fill(filename, size, image_format, options)
+        try:
+            await asyncio.to_thread(sync_directory, os.path.dirname(filename))
+        except OSError as error:
+            raise IOFailure.from_oserror(error, node=filename, op="create") from error
     except BaseException:
         if not replace:
             os.unlink(filename)

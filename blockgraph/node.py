@@ -25,7 +25,7 @@ from blockgraph.native import allocate_aligned, is_zero
 from blockgraph.perm import NONE, Perm, Role
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from blockgraph.bitmaps import BitmapStore, DirtyBitmap, WriteGuard
     from blockgraph.driver import Driver
@@ -99,6 +99,10 @@ class Node:
         self.guard: WriteGuard | None = None
         #: bitmap of any node of the graph by node and bitmap name; set by the graph
         self.find_bitmap: Callable[[str, str], Bitmap] = _no_graph
+        #: nodes right above that show all of this one, and are as long; set by the graph
+        self.shown_by: Callable[[], Iterable[Node]] = tuple
+        #: sizes that it is being given
+        self._resizing: list[int] = []
         self._flushed_gen = 0
         self.next_request = 1
         self.serialising = 0
@@ -498,27 +502,62 @@ class Node:
 
     async def _resize(self, request: Request, size: int) -> None:
         """`truncate`, in the serialising request."""
+        self._resizing.append(size)
+        try:
+            self._check_above(size)
+            await self._resize_checked(size)
+        finally:
+            self._resizing.remove(size)
+            await self.finish(request)
+
+    async def _resize_checked(self, size: int) -> None:
         old = self.size()
+        low, high = sorted((old, size))
         try:
             if self.guard is not None:
                 await self.guard.before_resize(size)
-                if size > old:
-                    await self.guard.before(old, size - old)
+                await self.guard.before(low, high - low)  # a crash may leave the old size, and what is cut off empty
             for extents in list(self.maps):  # nodes above may have bitmaps, too
                 await extents.forget_bitmaps()
-            if size != old:
-                await self.driver.truncate(size)
-            for bitmap in self.bitmaps.values():
-                bitmap.truncate(size)
-        finally:
             try:
-                self.not_flushed()
-                if self.guard is not None:
-                    await self.guard.resized()
-                for extents in self.maps:
-                    self._revoked[extents] = extents.resized()
-            finally:
-                await self.finish(request)
+                if size != old:
+                    await self.driver.truncate(size)
+            except BaseException:
+                self._follow_size()
+                for bitmap in self.bitmaps.values():  # the size may be as it was, and the bytes not
+                    bitmap.record(low, bitmap.size - low)
+                raise
+            self._follow_size()
+        finally:
+            self.not_flushed()
+            if self.guard is not None:
+                await self.guard.resized()
+            for extents in self.maps:
+                self._revoked[extents] = extents.resized()
+
+    def _follow_size(self) -> None:
+        """Bitmaps get the size that the node has now."""
+        for bitmap in self.bitmaps.values():
+            bitmap.truncate(self.size())
+
+    def _check_above(self, size: int) -> None:
+        """Refuse to cut off what a bitmap of a node above has: were the node to grow again, nobody would mark it there.
+
+        Who is resized itself, which leads here, has looked further up.
+        """
+        for node in self.shown_by():
+            if size in node._resizing:
+                continue
+            for bitmap in node.bitmaps.values():
+                if bitmap.recording and size < bitmap.size:
+                    raise OutOfRange(
+                        f"can not become {size} bytes long: bitmap '{bitmap.name}' of node '{node.name}', which shows "
+                        f"it, records {bitmap.size} bytes and would not hear of it",
+                        node=self.name,
+                        op="truncate",
+                        hint=f"resize '{node.name}' instead, or disable or remove the bitmap",
+                    )
+            node._check_above(size)
 
 
 class Child:

@@ -136,12 +136,17 @@ class Sidecar:
         self._kept: list[_Kept] = []
         #: the header that says "in use" is this session's
         self._begun = False
+        #: a newer header than ours may be in the file, or become it: it could not be made durable
+        self._doubtful = False
+        #: flushes that have failed
+        self._failures = 0
         self._guard = WriteAhead(node, self._mark, self._before_resize, self._resized)
         self._clock: asyncio.Task[None] | None = None
         # Taken in this order. Nobody waits for requests while holding the second or third, which requests wait for.
         self._turning = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._writing = asyncio.Lock()
+        self._disowning = asyncio.Lock()
 
     @property
     def path(self) -> str:
@@ -410,8 +415,9 @@ class Sidecar:
                     await self._write_marks(closed)
         elif rest:
             async with self._writing:
+                since = self._failures
                 await self._write_marks(())
-                await self.file.sync()
+                await self._sync(since)
 
     async def _clean(self) -> bool:
         """Store everything, and say that the file is clean. False: somebody writes."""
@@ -425,11 +431,13 @@ class Sidecar:
             try:
                 image = await identity.identify(self._node, final=True)
                 await self._commit(in_use=False, regions=written, image=image)
-            except OSError as error:
-                undo()
-                raise IOFailure.from_oserror(error, node=self._node.name, op="save bitmaps") from error
-            except BaseException:
-                undo()
+            except BaseException as error:
+                if self._doubtful:  # writers have to come to `_mark`; all is stored anew
+                    self._versions.clear()
+                else:
+                    undo()
+                if isinstance(error, OSError):
+                    raise IOFailure.from_oserror(error, node=self._node.name, op="save bitmaps") from error
                 raise
             self._begun = False
             self.file.cut(self._now.space.end())
@@ -445,11 +453,13 @@ class Sidecar:
             async with self._writing:
                 if not self._begun:
                     continue
+                await self._disown()
+                since = self._failures
                 if self.crash_safe:
                     for number in regions:
                         self._now.marks.set(number * UNIT, UNIT)
                     await self._write_marks(regions)
-                    await self.file.sync()
+                    await self._sync(since)
                 return
 
     async def _write_marks(self, regions: Iterable[int]) -> None:
@@ -461,6 +471,20 @@ class Sidecar:
             for sector in sorted({number // SECTOR_REGIONS for number in regions})
         ]
         await self.file.write(parts)
+
+    async def _sync(self, since: int) -> None:
+        """What was written after `_failures` had this value is durable.
+
+        Raises:
+            IOFailure: it may not be. A flush that fails tells one of those who wait, and no later one tells it again.
+        """
+        try:
+            await self.file.sync()
+        except BaseException:
+            self._failures += 1
+            raise
+        if self._failures != since:
+            raise IOFailure(f"sidecar '{self.path}': a flush has failed meanwhile", node=self._node.name, op="flush")
 
     async def _before_resize(self, size: int) -> None:
         await self.begin()
@@ -499,9 +523,10 @@ class Sidecar:
             image: for a clean file.
             fresh: with a new region map.
         Raises:
-            IOFailure: the old header counts.
+            IOFailure: the old header counts; while `_doubtful`, once `_disown` has succeeded.
         """
-        now, node = self._now, self._node
+        await self._disown()
+        now, node, since = self._now, self._node, self._failures
         plans = self._plan(regions)
         allocated: list[Area] = []
         try:
@@ -539,15 +564,20 @@ class Sidecar:
                 slot, marks = self._new_map(slot, allocated)
                 parts += _map_parts(slot, marks)
             await self.file.write(parts)
-            await self.file.sync()
-            at = SLOTS[slot.sequence % 2]
-            await self.file.write([(at, slot.pack())])
-            await self.file.sync()
+            await self._sync(since)
+            try:
+                await self.file.write([(SLOTS[slot.sequence % 2], slot.pack())])
+                await self._sync(since)
+            except BaseException:
+                self._doubtful = True
+                raise
         except BaseException:
             now.space.give_up(allocated)
             for plan in plans:
                 if plan.epochs is not None:
                     plan.epochs.changed.update(plan.stamps)
+            with suppress(IOFailure):
+                await self._disown()
             raise
         now.space.free(freed)
         now.space.settle()
@@ -556,6 +586,19 @@ class Sidecar:
         with suppress(IOFailure):
             # Should the new header rot, the old one must not be taken for it: later marks do not count for it.
             await self.file.write([(SLOTS[(slot.sequence - 1) % 2], bytes(SECTOR))])
+
+    async def _disown(self) -> None:
+        """No header that failed is in the file: it knows nothing of later marks, and what it leads to is given up.
+
+        Raises:
+            IOFailure: it may be there; nothing may change that our header does not tell.
+        """
+        async with self._disowning:
+            if self._doubtful:
+                since = self._failures
+                await self.file.write([(SLOTS[(self._now.slot.sequence + 1) % 2], bytes(SECTOR))])
+                await self._sync(since)
+                self._doubtful = False
 
     def _new_map(self, slot: Slot, allocated: list[Area]) -> tuple[Slot, Bitmap]:
         """A region map; in a running session with the marks that there are."""

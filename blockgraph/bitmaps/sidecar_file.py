@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from blockgraph.bitmaps.sidecar_format import BLOCK, FIRST_BLOCK, MAX_FILE, Area
+from blockgraph.durable import sync_directory
 from blockgraph.errors import IOFailure
 from blockgraph.native import Bitmap, get_pool
 
@@ -54,7 +55,7 @@ class SidecarFile:
         except FileNotFoundError:
             try:
                 self._fd = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
-                self._sync_directory()
+                sync_directory(os.path.dirname(self.path))
             except OSError as error:
                 self.close()
                 raise self.failure(error, "open") from error
@@ -75,13 +76,6 @@ class SidecarFile:
 
     def _open(self, flags: int) -> int:
         return os.open(self.path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
-
-    def _sync_directory(self) -> None:
-        fd = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
     def close(self) -> None:
         """Give the lock up."""

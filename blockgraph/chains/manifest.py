@@ -26,6 +26,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from blockgraph.durable import sync_directory
 from blockgraph.errors import GraphError, IOFailure
 from blockgraph.formats.patch import digest
 from blockgraph.native.sums import MAX_CHUNKS
@@ -277,12 +278,3 @@ def write_durably(path: str, data: bytes) -> None:
         with suppress(OSError):
             os.unlink(partial)
         raise IOFailure.from_oserror(error, node=path, op="write") from error
-
-
-def sync_directory(path: str) -> None:
-    """Make names durable. Raises OSError."""
-    fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -35,6 +35,7 @@ from blockgraph.chains.chain import MAX_DEPTH, Backup, Chain
 from blockgraph.chains.images import whole
 from blockgraph.chains.manifest import BitmapInfo, Disk, Kind, Manifest, SumsInfo, chunk_size
 from blockgraph.create import create_file
+from blockgraph.durable import make_directory
 from blockgraph.errors import GraphError, IOFailure
 from blockgraph.filters.backup_top import MIN_CLUSTER, BackupTop
 from blockgraph.formats.patch import Patch, digest, empty_patch
@@ -319,7 +320,7 @@ class Recorder:
 
 def _load(directory: str) -> Chain:
     try:
-        os.makedirs(directory, exist_ok=True)
+        make_directory(directory)
     except OSError as error:
         raise IOFailure.from_oserror(error, node=directory, op="create") from error
     chain = Chain.load(directory)

@@ -15,7 +15,7 @@ moment they must be held.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -33,6 +33,7 @@ from blockgraph.bitmaps.actions import (
     find_on,
 )
 from blockgraph.bitmaps.attach import AttachSidecar
+from blockgraph.bitmaps.identity import whole
 from blockgraph.bitmaps.query import BitmapInfo, digest, info
 from blockgraph.errors import OutOfRange
 from blockgraph.finish import finish
@@ -45,7 +46,7 @@ from blockgraph.graph.transaction import Transaction
 from blockgraph.native import Bitmap
 from blockgraph.native.extent_map import DEFAULT_MEMORY
 from blockgraph.node import Node
-from blockgraph.perm import ALL, Perm
+from blockgraph.perm import ALL, Perm, Role
 
 if TYPE_CHECKING:
     from blockgraph.graph.description import Description
@@ -378,6 +379,14 @@ class Graph:
             GraphError: there is no such node or bitmap.
         """
         return find_on(self.node(node), name)
+
+    def shown_by(self, name: str) -> Iterator[Node]:
+        """Running nodes right above that show all of a node, and are as long as it is; none while it is being added."""
+        for edge in self.model.parents(name) if self.model.has(name) else ():
+            above = self.model.get(edge.parent)
+            node = above.node if isinstance(above, NodeVertex) else None
+            if node is not None and (edge.role & Role.FILTERED or (node.driver.transparent and whole(node))):
+                yield node
 
     def find_bitmap(self, node: str, name: str) -> Bitmap:
         """What a named bitmap holds; not to be changed.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from blockgraph.bitmaps.attach import find_sidecar
@@ -95,6 +96,7 @@ class Opening:
         vertex = self._candidate.node(name)
         node = Node(name, vertex.driver, vertex.options)
         node.find_bitmap = self._graph.find_bitmap
+        node.shown_by = partial(self._graph.shown_by, name)
         for key, edge in self._candidate.children(name).items():
             below = self._candidate.node(edge.child).node
             assert below is not None

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 from helpers.loop import in_loop
 from helpers.qcow2 import create
-from helpers.sidecar import after, disk, session
+from helpers.sidecar import after, dirty, disk, session
 
 import blockgraph
 from blockgraph.api import AsyncGraph
+from blockgraph.errors import IOFailure, OutOfRange
 from blockgraph.flags import Flag
+from blockgraph.formats.qcow2 import resize
 from blockgraph.node import Child
+from blockgraph.protocols.file import File
 
 GRANULE = 64 << 10
 SIZE = 4 * GRANULE
@@ -199,6 +203,100 @@ async def test_disk_cut_off_and_grown_again_has_changed_there(tmp_path: Path) ->
         await root.truncate(SIZE)
         assert marked(graph, "b0") == [(2 * GRANULE, 2 * GRANULE)]
     assert (tmp_path / "disk").read_bytes()[2 * GRANULE :] == bytes(2 * GRANULE)
+
+
+@pytest.mark.parametrize("above", ["raw", "delay"])
+@in_loop
+async def test_disk_is_not_cut_off_below_a_bitmap_that_records(tmp_path: Path, above: str) -> None:
+    """Cut off and grown again below, it would have the size the bitmap knows, and other bytes."""
+    nodes = [
+        {"node-name": "disk", "driver": "file", "filename": str(new(tmp_path))},
+        {"node-name": "beside", "driver": "delay", "file": "disk"},
+        {"node-name": "shows", "driver": above, "file": "disk"},
+        {"node-name": "top", "driver": "delay", "file": "shows"},
+    ]
+    async with await blockgraph.aopen({"nodes": nodes}) as graph:
+        ways = [await graph.backend(node, writable=True, resize=True) for node in ("disk", "beside", "shows", "top")]
+        below, beside, shows, top = ways
+        await graph.add_bitmap("top", "b0")
+        for refused in (below, beside, shows):
+            with pytest.raises(OutOfRange, match=r"bitmap 'b0' of node 'top'.*resize 'top' instead"):
+                await refused.truncate(SIZE - 1)
+        assert graph.node("disk").size() == SIZE
+        assert not any(graph.node(node).busy for node in ("disk", "beside", "shows", "top"))
+        await below.truncate(2 * SIZE)  # it has none of what is new
+        await below.truncate(SIZE)
+        await top.truncate(2 * GRANULE)
+        await shows.truncate(SIZE)
+        await top.pwrite(SIZE - 1, b"x")
+        assert marked(graph, "b0", "top") == [(2 * GRANULE, SIZE - 2 * GRANULE)]
+        await graph.enable_bitmap("top", "b0", enabled=False)
+        await below.truncate(GRANULE)
+
+
+@in_loop
+async def test_disk_that_failed_to_become_shorter_may_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """qcow2 empties what is to be cut off, and then could not store the size."""
+    await create(tmp_path / "disk", SIZE)
+    image = {"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "disk")}}
+    async with await blockgraph.aopen({"nodes": [{"node-name": "disk", **image}]}) as graph:
+        backend = await graph.backend("disk", writable=True, resize=True)
+        await backend.pwrite(0, b"x" * SIZE)
+        await graph.add_bitmap("disk", "b0")
+
+        async def fail(*_: object) -> None:
+            raise IOFailure("no", node="disk")
+
+        monkeypatch.setattr(resize, "_set_size", fail)
+        with pytest.raises(IOFailure):
+            await backend.truncate(GRANULE)
+        assert graph.node("disk").size() == SIZE
+        assert bytes(await backend.pread(0, SIZE)) == b"x" * GRANULE + bytes(SIZE - GRANULE)
+        assert marked(graph, "b0") == [(GRANULE, SIZE - GRANULE)]
+
+
+@in_loop
+async def test_disk_whose_cutting_off_was_cancelled_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with growable(new(tmp_path), "raw") as (graph, root):
+        await graph.add_bitmap("disk", "b0")
+        truncate = os.ftruncate
+
+        def cancelling(fd: int, size: int) -> None:
+            loop.call_soon_threadsafe(cutting.cancel)
+            truncate(fd, size)
+
+        loop = asyncio.get_running_loop()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "ftruncate", cancelling)
+            cutting = asyncio.ensure_future(root.truncate(GRANULE))
+            with pytest.raises(asyncio.CancelledError):
+                await cutting
+        assert graph.node("disk").size() == GRANULE
+        await root.truncate(SIZE)
+        assert marked(graph, "b0") == [(GRANULE, SIZE - GRANULE)]
+
+
+@in_loop
+async def test_kill_while_a_disk_is_cut_off_marks_what_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be empty already, while the disk still is as long as before."""
+    path = new(tmp_path, 64 * MIB)
+    async with session(path) as (graph, kill):
+        await graph.add_bitmap("disk", "b0", persistent=True, sidecar=True)
+        backend = await graph.backend("disk", writable=True, resize=True)
+        truncate, left = File.truncate, list[int]()
+
+        async def killed(driver: File, size: int) -> None:
+            async with after(path, kill()) as other:
+                left.extend(dirty(other))
+            await truncate(driver, size)
+
+        monkeypatch.setattr(File, "truncate", killed)
+        await backend.truncate(GRANULE)
+        assert set(range(1, 64 * MIB // GRANULE)) <= set(left)
 
 
 @in_loop

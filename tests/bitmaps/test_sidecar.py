@@ -415,6 +415,46 @@ async def test_full_file_system_loses_nothing(small_tmpfs: Path, tmp_path: Path)
         assert dirty(graph) == [0, 5 * MIB // 512]
 
 
+@pytest.mark.parametrize("operation", ["resize", "save", "turn"])
+@pytest.mark.parametrize("failing", range(1, 7))
+@in_loop
+async def test_header_that_could_not_be_made_durable_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, failing: int
+) -> None:
+    """One flush fails, after which the kernel has what was written all the same; so has the file that a kill leaves."""
+    path = new_disk(tmp_path)
+    async with session(path) as (graph, kill):
+        await graph.add_bitmap("disk", "b0", persistent=True, sidecar=True)
+        root = await graph.backend("disk", writable=True, resize=True)
+        await root.pwrite(0, b"x")
+        store = sidecar(graph)
+        sync, flushes = store.file.sync, 0
+
+        async def fail() -> None:
+            nonlocal flushes
+            flushes += 1
+            await sync()
+            if flushes == failing:
+                raise IOFailure("broken", node="disk", op="flush")
+
+        with monkeypatch.context() as patch, suppress(IOFailure):
+            patch.setattr(store.file, "sync", fail)
+            if operation == "resize":
+                await root.truncate(SIZE + MIB)
+            elif operation == "save":
+                await store.save()
+            else:
+                for _ in range(4):
+                    await store.turn()
+        for granule in (0, 5 * MIB // GRANULE):
+            await root.pwrite(granule * GRANULE, b"x")
+        async with after(path, kill()) as other:
+            assert {0, 5 * MIB // GRANULE} <= set(dirty(other))
+            assert not other.bitmap("disk", "b0").inconsistent
+    async with disk(path) as graph:
+        assert {0, 5 * MIB // GRANULE} <= set(dirty(graph))
+
+
 @pytest.mark.parametrize("broken", ["garbage", "headers", "directory", "cut"])
 @in_loop
 async def test_damaged_sidecar_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 from helpers.harness import EVERYTHING, edge, hold, make_node
@@ -19,6 +20,7 @@ from helpers.power import Event, LoggedDisk, Power, logged_sidecar
 
 from blockgraph.bitmaps import DirtyBitmap, write_ahead
 from blockgraph.bitmaps.sidecar import Sidecar
+from blockgraph.errors import IOFailure
 from blockgraph.flags import Flag
 from blockgraph.node import Node
 
@@ -46,6 +48,7 @@ class Machine:
         self.sidecar = sidecar
         self.disk = edge(node)
         self.changes: list[tuple[int, str, str, set[int]]] = []
+        self.failures = 0
 
     def note(self, what: str, name: str, granules: set[int] | None = None) -> None:
         self.changes.append((len(self.power.events), what, name, granules or set()))
@@ -69,49 +72,77 @@ class Machine:
             works += [self.sidecar.turn() for _ in range(rng.randint(1, 4))]
         if rng.random() < 0.3:
             works.append(self.disk.flush())
-        await asyncio.gather(*works)
+        for result in await asyncio.gather(*works, return_exceptions=True):
+            if isinstance(result, BaseException):
+                self.failed(result)
+
+    def failed(self, error: BaseException) -> None:
+        """It may have, when the sidecar does."""
+        if not isinstance(error, IOFailure) or not self.power.failing:
+            raise error
+        self.failures += 1
 
     async def change(self) -> None:
         """As an action of a transaction would: the node is drained, but the clock turns."""
-        rng, bitmaps = self.power.rng, self.node.bitmaps
+        rng = self.power.rng
         turning = asyncio.ensure_future(self.sidecar.turn()) if rng.random() < 0.5 else None
         name = rng.choice(["a", "b", "c"])
+        try:
+            await self._change(name)
+        except IOFailure as error:
+            self.failed(error)
+        if turning is not None:
+            try:
+                await turning
+            except IOFailure as error:
+                self.failed(error)
+
+    async def _change(self, name: str) -> None:
+        bitmaps = self.node.bitmaps
         await self.sidecar.begin()
         if name not in bitmaps:
             bitmaps[name] = DirtyBitmap(name, self.node.size(), GRANULE, persistent=True)
             self.note("maybe", name)
-            await self.sidecar.store()
+            await self.store(lambda: bitmaps.pop(name))
             self.note("add", name)
         else:
             bitmap = bitmaps[name]
-            release = self.sidecar.keep(bitmap)
-            match rng.choice(["clear", "clear", "undo", "disable", "enable", "remove", "merge"]):
-                case "clear":
-                    bitmap.clear()
-                    self.note("clear", name)
-                case "undo":
-                    undo = bitmap.clear()
-                    await self.sidecar.store()
-                    undo()
-                case "disable":
-                    bitmap.enabled = False
-                    self.note("disable", name)
-                case "enable":
-                    bitmap.enabled = True
-                    await self.sidecar.store()
-                    self.note("enable", name)
-                case "remove":
-                    del bitmaps[name]
-                    self.note("remove", name)
-                case _:
-                    source = rng.choice(list(bitmaps.values()))
-                    granules = {start // GRANULE for start in _granules(source)}
-                    bitmap.merge([source.contents()])
-                    await self.sidecar.store()
-                    self.note("merge", name, granules)
-            release()
-        if turning is not None:
-            await turning
+            with ExitStack() as stack:
+                stack.callback(self.sidecar.keep(bitmap))
+                await self._alter(name, bitmap)
+
+    async def store(self, undo: Callable[[], object]) -> None:
+        try:
+            await self.sidecar.store()
+        except IOFailure:
+            undo()
+            raise
+
+    async def _alter(self, name: str, bitmap: DirtyBitmap) -> None:
+        rng, bitmaps = self.power.rng, self.node.bitmaps
+        match rng.choice(["clear", "clear", "undo", "disable", "enable", "remove", "merge"]):
+            case "clear":
+                bitmap.clear()
+                self.note("clear", name)
+            case "undo":
+                undo = bitmap.clear()
+                await self.store(undo)
+                undo()
+            case "disable":
+                bitmap.enabled = False
+                self.note("disable", name)
+            case "enable":
+                before, bitmap.enabled = bitmap.enabled, True
+                await self.store(lambda: setattr(bitmap, "enabled", before))
+                self.note("enable", name)
+            case "remove":
+                del bitmaps[name]
+                self.note("remove", name)
+            case _:
+                source = rng.choice(list(bitmaps.values()))
+                granules = {start // GRANULE for start in _granules(source)}
+                await self.store(bitmap.merge([source.contents()]))
+                self.note("merge", name, granules)
 
     def required(self, count: int) -> Iterator[tuple[str, bool, set[int]]]:
         """After `count` events: (name, it must be there, granules)."""
@@ -194,11 +225,8 @@ async def judge(machine: Machine, states: int) -> int:
     return recovered
 
 
-@pytest.mark.parametrize("resizing", [False, True], ids=["fixed", "resized"])
-@pytest.mark.parametrize("seed", range(8))
-@in_loop
-async def test_power_failure_at_any_moment_misses_no_change(seed: int, resizing: bool) -> None:
-    power = Power(seed)
+async def run(power: Power, *, resizing: bool) -> Machine:
+    """A session."""
     rng = power.rng
     power.base["image"] = rng.randbytes(SIZE)
     node = await disk_of(power, power.base["image"])
@@ -206,17 +234,40 @@ async def test_power_failure_at_any_moment_misses_no_change(seed: int, resizing:
     node.bitmap_store = machine.sidecar
     assert await machine.sidecar.load() == []
     for _ in range(25):
-        match rng.choice(["write"] * 6 + ["change"] * 4 + ["turn", "turn", "save"] + ["resize"] * resizing):
-            case "write":
-                await machine.writes()
-            case "change":
-                await machine.change()
-            case "turn":
-                await machine.sidecar.turn()
-            case "save":
-                await node.flush()
-                await machine.sidecar.save()
-            case _:
-                await machine.disk.truncate(rng.choice([SIZE, SIZE // 2, SIZE + 5 * REGION, SIZE - 700]))
+        try:
+            match rng.choice(["write"] * 6 + ["change"] * 4 + ["turn", "turn", "save"] + ["resize"] * resizing):
+                case "write":
+                    await machine.writes()
+                case "change":
+                    await machine.change()
+                case "turn":
+                    await machine.sidecar.turn()
+                case "save":
+                    await node.flush()
+                    await machine.sidecar.save()
+                case _:
+                    await machine.disk.truncate(rng.choice([SIZE, SIZE // 2, SIZE + 5 * REGION, SIZE - 700]))
+                    await node.flush()  # else the first sidecar may come to be of a size that is lost again
+        except IOFailure as error:
+            machine.failed(error)
     await machine.sidecar.close()
+    return machine
+
+
+@pytest.mark.parametrize("resizing", [False, True], ids=["fixed", "resized"])
+@pytest.mark.parametrize("seed", range(8))
+@in_loop
+async def test_power_failure_at_any_moment_misses_no_change(seed: int, resizing: bool) -> None:
+    machine = await run(Power(seed), resizing=resizing)
+    assert await judge(machine, 3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@in_loop
+async def test_power_failure_after_failures_of_the_sidecar_misses_no_change(seed: int) -> None:
+    """Nobody knows then what of it is durable."""
+    power = Power(seed)
+    power.failing = 0.1
+    machine = await run(power, resizing=True)
+    assert machine.failures
     assert await judge(machine, 3)

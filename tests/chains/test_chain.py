@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.chains import FORMATS, MIB, ChainedDisk, chained_disk
+from helpers.loop import in_loop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -319,3 +320,31 @@ def test_qemu_reads_every_point(tmp_path: Path, image_format: str, require_tool:
                     assert converted(qemu_img, image)[: disk.size] == reference
 
     asyncio.run(main())
+
+
+@in_loop
+async def test_backup_that_succeeded_has_durable_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_format: str
+) -> None:
+    """Its directory and those above were synced after the names came into them; so was that of an image a job made."""
+    synced: dict[int, set[str]] = {}
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        sync(fd)
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if os.path.isdir(path):
+            synced.setdefault(os.fstat(fd).st_ino, set()).update(os.listdir(path))
+
+    async with chained_disk(tmp_path / "disk", image_format) as disk:
+        monkeypatch.setattr(os, "fsync", fsync)
+        chain = tmp_path / "one" / "two"
+        await disk.backup(chain=str(chain))
+        image = {"driver": "raw", "file": {"driver": "file", "filename": str(tmp_path / "made" / "image")}}
+        (tmp_path / "made").mkdir()
+        job = await disk.jobs.backup(BackupOptions(device="disk", sync="full", mode="create", target=image))
+        await job.wait()
+        assert job.error is None
+    for directory in (chain, chain.parent, tmp_path / "made"):
+        assert set(os.listdir(directory)) <= synced.get(directory.stat().st_ino, set())
+    assert chain.parent.name in synced[tmp_path.stat().st_ino]

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from blockgraph.bitmaps.sidecar import Sidecar
 from blockgraph.bitmaps.sidecar_file import SidecarFile
+from blockgraph.errors import IOFailure
 from blockgraph.flags import Flag
 from blockgraph.protocols.memory import Memory
 from blockgraph.testing.write_log import Image
@@ -46,12 +47,18 @@ class Power:
 
     Args:
         seed: for the order in which requests go on, and for what a failure takes.
+
+    Attributes:
+        failing: how likely a write or sync of the sidecar fails.
     """
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.events: list[Event] = []
         self.base: dict[File, bytes] = {"image": b"", "sidecar": b""}
+        self.failing = 0.0
+        #: events that no sync makes durable any more
+        self._dropped: set[int] = set()
 
     async def hesitate(self, file: File) -> None:
         """Let others go first, or not; an image may be much slower than its sidecar."""
@@ -65,22 +72,39 @@ class Power:
         self.events.append(Event(file, offset, data))
         yield
         await self.hesitate(file)
+        self._fail(file, "write")
 
     async def sync(self, file: File) -> None:
-        """Makes durable what was complete when it began, once it has ended."""
+        """Makes durable what was complete when it began, once it has ended.
+
+        After one that failed that may be durable or not, and no later one will change it: as the kernel has it.
+        """
         began = len(self.events)
         await self.hesitate(file)
+        try:
+            self._fail(file, "flush")
+        except IOFailure:
+            self._dropped.update(range(self._synced(file), began))
+            raise
         self.events.append(Event(file, covers=began))
+
+    def _fail(self, file: File, op: str) -> None:
+        if file == "sidecar" and self.rng.random() < self.failing:
+            raise IOFailure("broken", node=file, op=op)
+
+    def _synced(self, file: File, count: int | None = None) -> int:
+        """Among how many events the writes are durable, but for the dropped."""
+        return max((event.covers for event in self.events[:count] if event.file == file), default=0)
 
     def left(self, file: File, count: int, rng: random.Random) -> bytes:
         """The file, when power fails after `count` events."""
         disk = Image(self.base[file])
-        durable = max((event.covers for event in self.events[:count] if event.file == file), default=0)
+        durable = self._synced(file, count)
         keep = rng.choice((0.0, 0.5, 1.0, rng.random()))
         for number, event in enumerate(self.events[:count]):
             if event.file != file:
                 continue
-            if number < durable or rng.random() < keep:
+            if (number < durable and not (file == "sidecar" and number in self._dropped)) or rng.random() < keep:
                 _apply(disk, event)
             elif event.data and rng.random() < 0.3:
                 for at in range(0, len(event.data), SECTOR):
