@@ -16,10 +16,11 @@ generation. A drain empties the map behind the closed gate: whatever arrives the
 
 Ranges without a place are entered with `allocate` where a node offers native first writes (`driver.FirstWrites`).
 
-Zeroes and discards are native where no node on the way does anything about them (`driver.passes_zeroes`). Flushes are,
-when every node that they reach is as durable as Python can make it, and none wants to see them (`driver.plain_flush`):
-then native writes in place are all that is left to do. Whatever else happens at one of these nodes ends that
-(`Node.not_flushed`), until the next flush in Python.
+Zeroes and discards are native where no node on the way does anything about them (`driver.passes_zeroes`), zeroes also
+where the first that does would write them (`driver.zero_unit`). Flushes are, when every node that they reach is as
+durable as Python can make it, and none wants to see them (`driver.plain_flush`): then native writes in place are all
+that is left to do. Whatever else happens at one of these nodes ends that (`Node.not_flushed`), until the next flush in
+Python.
 
 What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes that a node's guard has to be
 asked about first, writes under a dirty bitmap of a node whose offsets differ from the root's, anything while a
@@ -103,7 +104,7 @@ class RootMap:
         self._nodes: dict[Node, int | None] = {}
         self._slots: dict[Node, int] = {}
         #: what every way to a slot allows
-        self._zeroing: dict[int, Zeroing] = {}
+        self._zeroing: dict[int, tuple[Zeroing, int]] = {}
         #: through which flushes go
         self._flushing: list[Node] = []
         self._bitmaps: set[Bitmap] = set()
@@ -196,7 +197,7 @@ class RootMap:
         step = None
         placing: Node | None = None
         zero = False
-        zeroing = Zeroing.PUNCH | Zeroing.ZERO_RANGE
+        zeroing, unit = Zeroing.PUNCH | Zeroing.ZERO_RANGE, 0
         while True:
             path.append(node)
             new = self._register(node, shift)
@@ -230,8 +231,10 @@ class RootMap:
             if extent.allocate and writable and self._nodes[node] == 0:
                 placing = node
             writable = writable and (extent.writable or asked)
-            if extent.child is not None and not node.driver.passes_zeroes:
-                zeroing = Zeroing.NONE
+            if extent.child is not None and not unit and not node.driver.passes_zeroes:
+                # What is below only gets written. Units have to be the disk's, or cut by its end.
+                unit = (node.driver.zero_unit or 0) if zeroing and shift == 0 else 0
+                zeroing = Zeroing.WRITE if unit else Zeroing.NONE
             if node.options.discard != "unmap":
                 zeroing &= ~Zeroing.PUNCH
             if extent.status is Status.SPECIAL:
@@ -260,7 +263,7 @@ class RootMap:
         if self._forgetting or any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
             return None
         if slot is not None and writable:
-            self._allow_zeroing(slot, zeroing & node.driver.zeroing())
+            self._allow_zeroing(slot, zeroing & (node.driver.zeroing() | Zeroing.WRITE), unit)
         allocate = placing is not None and self._attach(placing)
         copy = copy and (writable or allocate)
         if slot is None:
@@ -328,12 +331,13 @@ class RootMap:
             slot = self._slots[node] = self.extents.add_slot(fd)
         return slot
 
-    def _allow_zeroing(self, slot: int, how: Zeroing) -> None:
+    def _allow_zeroing(self, slot: int, how: Zeroing, unit: int) -> None:
         before = self._zeroing.get(slot)
-        how &= how if before is None else before
-        if how != before:
-            self._zeroing[slot] = how
-            self.extents.set_zeroing(slot, how)
+        if before is not None:
+            how = how & before[0] if unit == before[1] else Zeroing.NONE
+        if (how, unit) != before:
+            self._zeroing[slot] = how, unit
+            self.extents.set_zeroing(slot, how, unit)
 
     # Flushing.
 

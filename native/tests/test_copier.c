@@ -125,6 +125,36 @@ static void zeroes_are_not_written_where_the_target_has_them(void)
     end();
 }
 
+static void zeroing_copies_first_where_it_is_possible(void)
+{
+    begin(BG_MAP_WRITABLE);
+    bg_copier_stats stats;
+    const int any = BG_MAP_PUNCH | BG_MAP_ZERO_RANGE | BG_MAP_WRITE_ZEROES;
+    CHECK(bg_map_can_zero(guest[0], 5, 10, any) == 0 && bg_map_zero(guest[0], 5, 10, any) == BG_MAP_MISS);
+    CHECK(bg_map_set_zeroing(guest[0], 0, BG_MAP_WRITE_ZEROES, 2 * CLUSTER) == 0);
+    /* Not with less than all of it, nor a whole unit. */
+    CHECK(bg_map_zero(guest[0], 5, 10, BG_MAP_PUNCH) == BG_MAP_MISS);
+    CHECK(bg_map_can_zero(guest[0], 0, 2 * CLUSTER, any) == 0 && bg_map_zero(guest[0], 0, 2 * CLUSTER, any) == BG_MAP_MISS);
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.copied == 0 && bg_bitmap_get(done, 0) == 0);
+    CHECK(bg_map_can_zero(guest[0], 5, 2 * CLUSTER, any) == 1 && bg_map_zero(guest[0], 5, 2 * CLUSTER, any) == 0);
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.copied == 3 * CLUSTER && byte_at(target_fd, 5) == OLD && byte_at(target_fd, 3 * CLUSTER - 1) == OLD);
+    CHECK(byte_at(source_fd, 4) == OLD && byte_at(source_fd, 5) == 0 && byte_at(source_fd, 2 * CLUSTER + 4) == 0 &&
+          byte_at(source_fd, 2 * CLUSTER + 5) == OLD);
+    /* In place now. */
+    bg_map_stats before, after;
+    bg_map_get_stats(guest[0], &before);
+    CHECK(bg_map_zero(guest[0], CLUSTER, 2 * CLUSTER - 1, any) == 0);
+    bg_map_get_stats(guest[0], &after);
+    CHECK(after.first_writes == 1 && after.hits == before.hits + 1);
+    /* A hole, as any other write in that. */
+    CHECK(bg_map_set_zeroing(guest[0], 0, any, 2 * CLUSTER) == 0);
+    CHECK(bg_map_zero(guest[0], 8 * CLUSTER, CLUSTER, BG_MAP_PUNCH) == 0);
+    CHECK(byte_at(target_fd, 8 * CLUSTER) == OLD && lseek(source_fd, 8 * CLUSTER, SEEK_DATA) == 9 * CLUSTER);
+    end();
+}
+
 static void leaves_to_python_what_is_pythons(void)
 {
     bg_bitmap_extent run;
@@ -278,6 +308,7 @@ void test_copier(void)
 {
     copies_once_then_writes_in_place();
     zeroes_are_not_written_where_the_target_has_them();
+    zeroing_copies_first_where_it_is_possible();
     leaves_to_python_what_is_pythons();
     failed_copy_is_a_miss_and_stays_to_be_done();
     for (int i = 0; i < 5; i++)
