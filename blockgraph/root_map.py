@@ -111,6 +111,8 @@ class RootMap:
         #: how many are at `forget_bitmaps`
         self._forgetting = 0
         self._copier: CopierLink | None = None
+        #: ticket: who asks fewer copiers has ended
+        self._linked: int | None = None
         #: faults, by node, offset in it, and offset of the range of the disk that shows it
         self._tables: dict[tuple[Node, int, int], int] = {}
         #: does the first writes of this map
@@ -259,6 +261,8 @@ class RootMap:
             ticket = self.extents.start_set_bitmaps(list(self._bitmaps | bitmaps))
             self._bitmaps |= bitmaps  # only now: what could not be set is not there
             await self.settle(ticket)
+        if copy and self._linked is not None:
+            await self.settle(self._linked)
         # From here to the insert nothing is awaited.
         if self._forgetting or any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
             return None
@@ -289,11 +293,15 @@ class RootMap:
             self.extents.insert_places(generation, places, step.shift, storage_shift, within)
 
     def _link(self, copier: Copier, shift: int) -> bool:
-        """Let the map ask `copier`. False: it has another one, and can not have two."""
-        if self._copier is None:
-            self._copier = CopierLink(copier, shift)
-            self.extents.start_set_copier(self._copier)
-        return self._copier.copier is copier and self._copier.shift == shift
+        """Let the map ask `copier`, too. False: in this place of the disk it can not, others being in another one."""
+        others = self._copier
+        if others is not None and others.shift != shift:
+            return False
+        if others is None or not others.asks(copier):
+            self._copier = CopierLink(copier, shift, others)
+            ticket = self.extents.start_set_copier(self._copier)
+            self._linked = None if others is None else ticket
+        return True
 
     def _attach(self, node: Node) -> bool:
         """Native first writes are the node's, if they still can be."""
@@ -387,8 +395,8 @@ class RootMap:
         return self.extents.start_resize(self._backend.size())
 
     def copied(self, copier: Copier, offset: int, length: int) -> None:
-        """[offset, offset + length) of the copier's disk may be written without asking it."""
-        if self._copier is not None and self._copier.copier is copier:
+        """[offset, offset + length) of the copier's disk may be written without asking it. Others have to be asked."""
+        if self._copier is not None and self._copier.copier is copier and self._copier.others is None:
             shift, size = self._copier.shift, self.extents.size
             start, end = max(0, offset + shift), min(size, offset + length + shift)
             self.extents.copied(start, max(0, end - start))
@@ -409,7 +417,7 @@ class RootMap:
             await self._first_writes.withdraw()
         await self.forget_bitmaps()
         if self._copier is not None:
-            self._copier = None
+            self._copier = self._linked = None
             self.extents.start_set_copier(None)
         await self.settle(self.extents.start_invalidate(0, self.extents.size))
         for slot in self._slots.values():

@@ -484,7 +484,8 @@ class ExtentMap:
     def start_set_copier(self, copier: CopierLink | None) -> int:
         """Who is asked before extents with `copy` are written; None: nobody, such writes miss. Returns a ticket.
 
-        Until it settles, writes under way may ask the former one. To be called from one thread at a time.
+        Until it settles, writes under way may ask the former ones, and take `copy` away when these are done. To be
+        called from one thread at a time.
         """
         ticket = int(lib.bg_map_set_copier(self._native, ffi.NULL if copier is None else copier.hook))
         self._keep(ticket, self._copier)
