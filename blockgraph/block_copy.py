@@ -247,11 +247,18 @@ class BlockCopy:
             return False
         source, target = self._source_map.extents, self._target_map.extents
         with suppress(BlockGraphError):  # whoever copies will tell
-            if source.find(offset) is None:
-                await self._source_map.fill(offset, end - offset)
+            at = offset
+            while at < end:  # it may lie in several runs, as where a backup-top below has copied some
+                if (found := source.find(at)) is None:
+                    await self._source_map.fill(at, end - at)
+                    found = source.find(at)
+                if found is None:
+                    return False
+                at = found.offset + found.length
             if not _takes_writes(target.find(offset)):  # it may since an earlier look, as when a table was made for it
                 await self._target_map.fill(offset, end - offset)
-        return source.find(offset) is not None and _takes_writes(target.find(offset))
+            return _takes_writes(target.find(offset))
+        return False
 
     async def copy_natively(self, start: int, end: int, *, for_guest: bool) -> CopiedRange:
         """Copy what is still to be copied of [start, end), cluster-aligned, as far as the maps know both sides.

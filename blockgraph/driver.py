@@ -282,6 +282,12 @@ class Driver:
         return False
 
     @property
+    def zero_unit(self) -> int | None:
+        """Bytes, a power of two, or None. Where `map` says that it may be written, `pwrite_zeroes` of a range without
+        a whole unit (the node's end is the end of one) is `pwrite` of zeroes; with NO_FALLBACK it need not be."""
+        return None
+
+    @property
     def plain_flush(self) -> bool:
         """When nothing but native writes in place has happened, making these durable at the storage is all that `flush`
         would do, and nobody needs to see it."""

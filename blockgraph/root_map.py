@@ -16,10 +16,11 @@ generation. A drain empties the map behind the closed gate: whatever arrives the
 
 Ranges without a place are entered with `allocate` where a node offers native first writes (`driver.FirstWrites`).
 
-Zeroes and discards are native where no node on the way does anything about them (`driver.passes_zeroes`). Flushes are,
-when every node that they reach is as durable as Python can make it, and none wants to see them (`driver.plain_flush`):
-then native writes in place are all that is left to do. Whatever else happens at one of these nodes ends that
-(`Node.not_flushed`), until the next flush in Python.
+Zeroes and discards are native where no node on the way does anything about them (`driver.passes_zeroes`), zeroes also
+where the first that does would write them (`driver.zero_unit`). Flushes are, when every node that they reach is as
+durable as Python can make it, and none wants to see them (`driver.plain_flush`): then native writes in place are all
+that is left to do. Whatever else happens at one of these nodes ends that (`Node.not_flushed`), until the next flush in
+Python.
 
 What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes that a node's guard has to be
 asked about first, writes under a dirty bitmap of a node whose offsets differ from the root's, anything while a
@@ -103,13 +104,15 @@ class RootMap:
         self._nodes: dict[Node, int | None] = {}
         self._slots: dict[Node, int] = {}
         #: what every way to a slot allows
-        self._zeroing: dict[int, Zeroing] = {}
+        self._zeroing: dict[int, tuple[Zeroing, int]] = {}
         #: through which flushes go
         self._flushing: list[Node] = []
         self._bitmaps: set[Bitmap] = set()
         #: how many are at `forget_bitmaps`
         self._forgetting = 0
         self._copier: CopierLink | None = None
+        #: ticket: who asks fewer copiers has ended
+        self._linked: int | None = None
         #: faults, by node, offset in it, and offset of the range of the disk that shows it
         self._tables: dict[tuple[Node, int, int], int] = {}
         #: does the first writes of this map
@@ -196,7 +199,7 @@ class RootMap:
         step = None
         placing: Node | None = None
         zero = False
-        zeroing = Zeroing.PUNCH | Zeroing.ZERO_RANGE
+        zeroing, unit = Zeroing.PUNCH | Zeroing.ZERO_RANGE, 0
         while True:
             path.append(node)
             new = self._register(node, shift)
@@ -230,8 +233,10 @@ class RootMap:
             if extent.allocate and writable and self._nodes[node] == 0:
                 placing = node
             writable = writable and (extent.writable or asked)
-            if extent.child is not None and not node.driver.passes_zeroes:
-                zeroing = Zeroing.NONE
+            if extent.child is not None and not unit and not node.driver.passes_zeroes:
+                # What is below only gets written. Units have to be the disk's, or cut by its end.
+                unit = (node.driver.zero_unit or 0) if zeroing and shift == 0 else 0
+                zeroing = Zeroing.WRITE if unit else Zeroing.NONE
             if node.options.discard != "unmap":
                 zeroing &= ~Zeroing.PUNCH
             if extent.status is Status.SPECIAL:
@@ -256,11 +261,13 @@ class RootMap:
             ticket = self.extents.start_set_bitmaps(list(self._bitmaps | bitmaps))
             self._bitmaps |= bitmaps  # only now: what could not be set is not there
             await self.settle(ticket)
+        if copy and self._linked is not None:
+            await self.settle(self._linked)
         # From here to the insert nothing is awaited.
         if self._forgetting or any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
             return None
         if slot is not None and writable:
-            self._allow_zeroing(slot, zeroing & node.driver.zeroing())
+            self._allow_zeroing(slot, zeroing & (node.driver.zeroing() | Zeroing.WRITE), unit)
         allocate = placing is not None and self._attach(placing)
         copy = copy and (writable or allocate)
         if slot is None:
@@ -286,11 +293,15 @@ class RootMap:
             self.extents.insert_places(generation, places, step.shift, storage_shift, within)
 
     def _link(self, copier: Copier, shift: int) -> bool:
-        """Let the map ask `copier`. False: it has another one, and can not have two."""
-        if self._copier is None:
-            self._copier = CopierLink(copier, shift)
-            self.extents.start_set_copier(self._copier)
-        return self._copier.copier is copier and self._copier.shift == shift
+        """Let the map ask `copier`, too. False: in this place of the disk it can not, others being in another one."""
+        others = self._copier
+        if others is not None and others.shift != shift:
+            return False
+        if others is None or not others.asks(copier):
+            self._copier = CopierLink(copier, shift, others)
+            ticket = self.extents.start_set_copier(self._copier)
+            self._linked = None if others is None else ticket
+        return True
 
     def _attach(self, node: Node) -> bool:
         """Native first writes are the node's, if they still can be."""
@@ -328,12 +339,13 @@ class RootMap:
             slot = self._slots[node] = self.extents.add_slot(fd)
         return slot
 
-    def _allow_zeroing(self, slot: int, how: Zeroing) -> None:
+    def _allow_zeroing(self, slot: int, how: Zeroing, unit: int) -> None:
         before = self._zeroing.get(slot)
-        how &= how if before is None else before
-        if how != before:
-            self._zeroing[slot] = how
-            self.extents.set_zeroing(slot, how)
+        if before is not None:
+            how = how & before[0] if unit == before[1] else Zeroing.NONE
+        if (how, unit) != before:
+            self._zeroing[slot] = how, unit
+            self.extents.set_zeroing(slot, how, unit)
 
     # Flushing.
 
@@ -383,8 +395,8 @@ class RootMap:
         return self.extents.start_resize(self._backend.size())
 
     def copied(self, copier: Copier, offset: int, length: int) -> None:
-        """[offset, offset + length) of the copier's disk may be written without asking it."""
-        if self._copier is not None and self._copier.copier is copier:
+        """[offset, offset + length) of the copier's disk may be written without asking it. Others have to be asked."""
+        if self._copier is not None and self._copier.copier is copier and self._copier.others is None:
             shift, size = self._copier.shift, self.extents.size
             start, end = max(0, offset + shift), min(size, offset + length + shift)
             self.extents.copied(start, max(0, end - start))
@@ -405,7 +417,7 @@ class RootMap:
             await self._first_writes.withdraw()
         await self.forget_bitmaps()
         if self._copier is not None:
-            self._copier = None
+            self._copier = self._linked = None
             self.extents.start_set_copier(None)
         await self.settle(self.extents.start_invalidate(0, self.extents.size))
         for slot in self._slots.values():

@@ -53,6 +53,7 @@ struct bg_copier_link {
     bg_map_copier hook; /* first: the map knows this */
     bg_copier *copier;
     int64_t shift;
+    const bg_copier_link *next; /* or NULL */
 };
 
 int bg_copier_new(bg_bitmap *todo, bg_bitmap *done, bg_map *source, bg_map *target, bg_copier **out)
@@ -554,11 +555,11 @@ static int make_done(bg_copier *c, int64_t start, int64_t end, bool now)
     return ret;
 }
 
-static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length, int now)
+/* 0 when one copier is done with [*from, *to) of the map's disk, which grows to whole clusters. */
+static int copy_for(const bg_copier_link *link, int64_t *from, int64_t *to, int now)
 {
-    const bg_copier_link *link = (const bg_copier_link *)hook;
     bg_copier *c = link->copier;
-    int64_t start = offset - link->shift, end = start + length;
+    int64_t start = *from - link->shift, end = *to - link->shift;
     if (start < 0 || end > c->size)
         return BG_MAP_MISS;
     start -= start % c->cluster;
@@ -569,21 +570,33 @@ static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length
     if (ret != 0 && !now)
         c->stats.refused++;
     pthread_mutex_unlock(&c->lock);
-    if (ret != 0)
-        return ret;
-    /* The map may show a part of the disk only. */
-    int64_t from = start + link->shift, to = end + link->shift, size = bg_map_size(map);
-    from = from > 0 ? from : 0;
-    to = to < size ? to : size;
-    return bg_map_copied(map, from, to - from);
+    *from = start + link->shift;
+    *to = end + link->shift;
+    return ret;
 }
 
-int bg_copier_link_new(bg_copier *copier, int64_t shift, bg_copier_link **out)
+static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length, int now)
+{
+    /* The map may show a part of the disk only. */
+    int64_t start = 0, end = bg_map_size(map);
+    for (const bg_copier_link *link = (const bg_copier_link *)hook; link; link = link->next) {
+        int64_t from = offset, to = offset + length;
+        int ret = copy_for(link, &from, &to, now);
+        if (ret != 0)
+            return ret;
+        /* Clusters differ in size. Only what all are done with may be written without asking. */
+        start = from > start ? from : start;
+        end = to < end ? to : end;
+    }
+    return bg_map_copied(map, start, end - start);
+}
+
+int bg_copier_link_new(bg_copier *copier, int64_t shift, const bg_copier_link *next, bg_copier_link **out)
 {
     bg_copier_link *link = malloc(sizeof(*link));
     if (!link)
         return -ENOMEM;
-    *link = (bg_copier_link){{copy}, copier, shift};
+    *link = (bg_copier_link){{copy}, copier, shift, next};
     *out = link;
     return 0;
 }

@@ -3,7 +3,7 @@
 /*
  * Copy before write: who copies which cluster, and the copies that guest writes need, made on the thread of the write.
  *
- *     guest write, COPY ──► the map's bg_copier_link ──┐
+ *     guest write, COPY ──► the map's bg_copier_links ─┐
  *                                                      ├──► bg_copier: todo, done, claims ──► source map ──► target map
  *     Python: loop of a job, slow guest writes ────────┘
  *
@@ -60,8 +60,12 @@ void bg_copier_set_mode(bg_copier *copier, int mode);
  */
 int bg_copier_set_sums(bg_copier *copier, bg_sums *sums);
 
-/* For maps in which the copier's byte 0 is at `shift`. */
-int bg_copier_link_new(bg_copier *copier, int64_t shift, bg_copier_link **out);
+/*
+ * For maps in which the copier's byte 0 is at `shift`. `next`, if there is one, is asked as well, and must outlive this link. A
+ * chain in use is not changed but replaced (bg_map_set_copier); when that adds a copier to others, no extent has COPY because of
+ * it before the ticket has settled: writes under way ask the others only, and take COPY away.
+ */
+int bg_copier_link_new(bg_copier *copier, int64_t shift, const bg_copier_link *next, bg_copier_link **out);
 void bg_copier_link_free(bg_copier_link *link);
 bg_map_copier *bg_copier_link_hook(bg_copier_link *link);
 

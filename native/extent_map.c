@@ -383,11 +383,17 @@ int bg_map_take_flush_error(bg_map *map, int slot)
     return slot < 0 || slot >= BG_MAP_SLOTS ? -EINVAL : atomic_exchange(&map->slots[slot].flush_error, 0);
 }
 
-int bg_map_set_zeroing(bg_map *map, int slot, int how)
+int bg_map_set_zeroing(bg_map *map, int slot, int how, int64_t unit)
 {
-    if (slot < 0 || slot >= BG_MAP_SLOTS || (how & ~(BG_MAP_PUNCH | BG_MAP_ZERO_RANGE)))
+    if (slot < 0 || slot >= BG_MAP_SLOTS || (how & ~(BG_MAP_PUNCH | BG_MAP_ZERO_RANGE | BG_MAP_WRITE_ZEROES)))
         return -EINVAL;
-    atomic_store(&map->slots[slot].zeroing, (unsigned)how);
+    unsigned shift = 0;
+    if (how & BG_MAP_WRITE_ZEROES) {
+        if (unit < 1 || (unit & (unit - 1)) || map->slots[slot].memory_alignment > ZEROES_ALIGNMENT)
+            return -EINVAL;
+        shift = (unsigned)__builtin_ctzll((uint64_t)unit);
+    }
+    atomic_store(&map->slots[slot].zeroing, (unsigned)how | shift << ZEROING_UNIT);
     return 0;
 }
 

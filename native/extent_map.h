@@ -108,10 +108,14 @@ int64_t bg_map_remove_slot(bg_map *map, int slot);
  */
 int bg_map_take_written(bg_map *map, int slot);
 
-/* What fallocate(2) may do to the bytes of a slot; nothing until this is called. */
-#define BG_MAP_PUNCH 1      /* make holes: for what is discarded, and for zeroes */
-#define BG_MAP_ZERO_RANGE 2 /* make zero what stays allocated */
-int bg_map_set_zeroing(bg_map *map, int slot, int how);
+/*
+ * How the bytes of a slot may be made zero; at first not at all. `unit`, a power of two, is for BG_MAP_WRITE_ZEROES, which needs one,
+ * and goes with no more memory alignment than a page (-EINVAL).
+ */
+#define BG_MAP_PUNCH 1        /* make holes: for what is discarded, and for zeroes */
+#define BG_MAP_ZERO_RANGE 2   /* make zero what stays allocated */
+#define BG_MAP_WRITE_ZEROES 4 /* write them, for requests that cover no whole unit of the disk, whose last one may be short */
+int bg_map_set_zeroing(bg_map *map, int slot, int how, int64_t unit);
 
 /*
  * Replace the dirty bitmaps whose bits a native write sets when it is over, also when it failed. Returns a ticket; until it has
@@ -207,8 +211,8 @@ int bg_map_pread_now(bg_map *map, int64_t offset, void *buf, int64_t length);
 int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t length);
 
 /*
- * Make zero, or give up, what pwrite might overwrite in place: by the first of BG_MAP_PUNCH and BG_MAP_ZERO_RANGE that `how`
- * has and all slots concerned allow. A file system that can not is a miss.
+ * Make zero, or give up, what pwrite might overwrite in place, after asking the copier or not: by the first of BG_MAP_PUNCH,
+ * BG_MAP_ZERO_RANGE and BG_MAP_WRITE_ZEROES that `how` has and all slots concerned allow. A file system that can not is a miss.
  */
 int bg_map_zero(bg_map *map, int64_t offset, int64_t length, int how);
 /* 1 when bg_map_zero would try. */

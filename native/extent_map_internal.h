@@ -134,7 +134,7 @@ typedef struct {
     atomic_bool written;
     atomic_uint flushing;    /* how many flushes are at it, after having taken `written` */
     atomic_int flush_error;  /* errno */
-    atomic_uint zeroing;
+    atomic_uint zeroing; /* how; from ZEROING_UNIT on, log2 of the unit */
     enum slot_state state; /* UNMAPPED: removed, and no extent names it any more once `ticket` has settled */
     uint64_t ticket;
 } storage;
@@ -143,6 +143,9 @@ typedef struct {
     span *spans;
     size_t count, room;
 } span_list;
+
+#define ZEROING_UNIT 8
+#define ZEROES_ALIGNMENT 4096 /* of the memory that zeroes are written from */
 
 /* All ways to let a write through. */
 #define WRITES (BG_MAP_WRITABLE | BG_MAP_COPY | BG_MAP_ALLOCATE)

@@ -261,16 +261,48 @@ static int transfer_now(bg_map *map, int64_t offset, int64_t length, void *buf, 
     return ret;
 }
 
-/* What all slots of the request allow, of `how`. */
-static int zeroing(const bg_map *map, const bg_map_request *request, int how)
+/* What the slot allows, of `how`, for a request of that range. */
+static int slot_zeroing(bg_map *map, int slot, int64_t offset, int64_t length, int how)
+{
+    unsigned allowed = atomic_load_explicit(&map->slots[slot].zeroing, memory_order_relaxed);
+    how &= (int)allowed;
+    if (how & BG_MAP_WRITE_ZEROES) {
+        unsigned shift = allowed >> ZEROING_UNIT;
+        int64_t end = offset + length, rest = ((int64_t)1 << shift) - 1;
+        int64_t first = (offset >> shift) + ((offset & rest) != 0), stop = end >> shift;
+        if (first < stop || (first == stop && end & rest && end == bg_map_size(map)))
+            how &= ~BG_MAP_WRITE_ZEROES;
+    }
+    return how;
+}
+
+/* What all slots of the request allow. */
+static int zeroing(bg_map *map, const bg_map_request *request, int how)
 {
     for (int i = 0; i < request->count; i++)
-        how &= (int)atomic_load_explicit(&map->slots[request->pieces[i].slot].zeroing, memory_order_relaxed);
+        how = slot_zeroing(map, request->pieces[i].slot, request->offset, request->length, how);
     return how;
+}
+
+static int write_zeroes(const bg_map_request *request)
+{
+    static _Alignas(ZEROES_ALIGNMENT) char zeroes[BG_MAP_MAX_ALIGNMENT]; /* a multiple of what a slot may want */
+    for (int i = 0; i < request->count; i++) {
+        const bg_map_piece *p = &request->pieces[i];
+        for (int64_t done = 0, n; done < p->length; done += n) {
+            n = p->length - done < (int64_t)sizeof(zeroes) ? p->length - done : (int64_t)sizeof(zeroes);
+            int64_t ret = bg_pwrite(p->fd, zeroes, n, p->storage_offset + done);
+            if (ret < 0)
+                return (int)ret;
+        }
+    }
+    return 0;
 }
 
 static int do_zero(const bg_map_request *request, int how)
 {
+    if (!(how & (BG_MAP_PUNCH | BG_MAP_ZERO_RANGE)))
+        return write_zeroes(request);
     int mode = how & BG_MAP_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
     for (int i = 0; i < request->count; i++) {
         const bg_map_piece *p = &request->pieces[i];
@@ -311,9 +343,22 @@ static int transfer(bg_map *map, int64_t offset, int64_t length, char *into, con
     return ret;
 }
 
-int bg_map_zero(bg_map *map, int64_t offset, int64_t length, int how)
+/*
+ * What all slots allow, of `how`, where the copier has to be asked about some of the range, and nothing else is in the way of
+ * overwriting it; else 0. Whoever can not make zeroes must not have it asked either.
+ */
+static int zeroing_after_copy(bg_map *map, int64_t offset, int64_t length, int how)
 {
-    return transfer(map, offset, length, NULL, NULL, BG_MAP_ERASE, how);
+    bool copy = false;
+    for (int64_t at = offset, end = offset + length; at < end && how;) {
+        bg_map_extent e;
+        if (!bg_map_find(map, at, &e) || (e.flags & (BG_MAP_WRITABLE | BG_MAP_ALLOCATE)) != BG_MAP_WRITABLE)
+            return 0;
+        how = slot_zeroing(map, e.slot, offset, length, how);
+        copy |= (e.flags & BG_MAP_COPY) != 0;
+        at = e.offset + e.length;
+    }
+    return copy && atomic_load(&map->copier) ? how : 0;
 }
 
 int bg_map_can_zero(bg_map *map, int64_t offset, int64_t length, int how)
@@ -321,6 +366,8 @@ int bg_map_can_zero(bg_map *map, int64_t offset, int64_t length, int how)
     bg_map_piece pieces[FEW_PIECES];
     bg_map_request request;
     int ret = bg_map_begin(map, offset, length, NULL, BG_MAP_ERASE, pieces, FEW_PIECES, &request);
+    if (ret == BG_MAP_MISS)
+        return zeroing_after_copy(map, offset, length, how) != 0;
     if (ret != 0)
         return ret == -E2BIG;
     how = zeroing(map, &request, how);
@@ -429,10 +476,10 @@ static int64_t write_part(bg_map *map, int64_t at, const char *buf, int64_t part
 }
 
 /*
- * A write that meets extents with COPY or ALLOCATE, part by part. What fails is a miss: Python does all of it once more, and
- * deals with the error.
+ * A write that meets extents with COPY or ALLOCATE, part by part; without `buf` it makes zeroes. What fails is a miss: Python does
+ * all of it once more, and deals with the error.
  */
-static int first_write(bg_map *map, int64_t offset, const char *buf, int64_t length)
+static int first_write(bg_map *map, int64_t offset, const char *buf, int64_t length, int how)
 {
     bg_map_copier *copier = atomic_load(&map->copier);
     int patience = FIRST_WRITE_TRIES;
@@ -447,7 +494,13 @@ static int first_write(bg_map *map, int64_t offset, const char *buf, int64_t len
                 return BG_MAP_MISS;
             continue;
         }
-        int64_t written = write_part(map, at, buf + done, part, e.flags, 0);
+        int64_t written = 0;
+        if (buf) {
+            written = write_part(map, at, buf + done, part, e.flags, 0);
+        } else if (e.flags & BG_MAP_WRITABLE) {
+            int ret = transfer(map, at, part, NULL, NULL, BG_MAP_ERASE, how);
+            written = ret == 0 ? part : ret == BG_MAP_MISS ? -EAGAIN : ret;
+        }
         if (written == -EAGAIN)
             continue;
         if (written <= 0)
@@ -499,19 +552,32 @@ int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t leng
     return ret == BG_MAP_MISS ? bg_map_first_write_now(map, offset, buf, length) : ret;
 }
 
+/* Whoever takes something away, the copier or the allocator too, waits for all of it. */
+static int hold_first_write(bg_map *map, int64_t offset, const char *buf, int64_t length, int how)
+{
+    reader *r = map_enter(map);
+    if (!r)
+        return BG_MAP_MISS;
+    map_looked(r);
+    int ret = first_write(map, offset, buf, length, how);
+    if (ret == 0)
+        count(&r->first_writes, 1);
+    map_leave(map, r);
+    return ret;
+}
+
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)
 {
     int ret = transfer(map, offset, length, NULL, buf, true, 0);
     if (ret != BG_MAP_MISS || !bg_map_has_first_write(map, offset, length))
         return ret;
-    /* Whoever takes something away, the copier or the allocator too, waits for all of it. */
-    reader *r = map_enter(map);
-    if (!r)
-        return BG_MAP_MISS;
-    map_looked(r);
-    ret = first_write(map, offset, buf, length);
-    if (ret == 0)
-        count(&r->first_writes, 1);
-    map_leave(map, r);
-    return ret;
+    return hold_first_write(map, offset, buf, length, 0);
+}
+
+int bg_map_zero(bg_map *map, int64_t offset, int64_t length, int how)
+{
+    int ret = transfer(map, offset, length, NULL, NULL, BG_MAP_ERASE, how);
+    if (ret != BG_MAP_MISS || !(how = zeroing_after_copy(map, offset, length, how)))
+        return ret;
+    return hold_first_write(map, offset, NULL, length, how);
 }

@@ -194,6 +194,8 @@ static bool take_bare(bg_nbd_conn *conn, const bg_nbd_header *header)
         r->base.zero = BG_MAP_ZERO_RANGE;
     else
         r->base.zero = BG_MAP_PUNCH | BG_MAP_ZERO_RANGE;
+    if (header->command == BG_NBD_WRITE_ZEROES && !(header->flags & BG_NBD_FAST_ZERO))
+        r->base.zero |= BG_MAP_WRITE_ZEROES;
     go_on(r, bg_request_try(&r->base, conn->longest));
     return true;
 }

@@ -72,7 +72,7 @@ struct bg_request {
     uint16_t command, flags;
     int64_t error; /* of BG_REQUEST_ENDED */
     uint8_t kind;
-    uint8_t zero; /* of BG_REQUEST_ZERO: BG_MAP_PUNCH, BG_MAP_ZERO_RANGE or both */
+    uint8_t zero; /* of BG_REQUEST_ZERO: how, see bg_map_set_zeroing */
     bool durable; /* with a flush, before it counts as done */
 };
 

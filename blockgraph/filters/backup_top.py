@@ -14,8 +14,8 @@ that inserted the filter commits: all requests before it are done, none after it
 this node reads the kept image; a backup job over it copies the rest.
 
 A native guest write (NBD, a caller's own thread) to storage that the extent maps of disk and target know makes its copy
-on its own thread, without Python. Left to Python: with cbw-timeout, while the target reads through to the disk, under
-sync "top", what a snapshot reader or the job is at just now, whatever failed, and a second backup-top on the way.
+on its own thread, without Python, for every backup-top on the way. Left to Python: with cbw-timeout, while the target
+reads through to the disk, under sync "top", what a snapshot reader or the job is at just now, and whatever failed.
 
 Options:
     file: the live disk.

@@ -237,18 +237,24 @@ class Copier:
 
 
 class CopierLink:
-    """A copier as a map sees it, for `ExtentMap.start_set_copier`.
+    """A copier as a map sees it, and others that are asked as well, for `ExtentMap.start_set_copier`.
 
     Args:
         shift: where in the map's disk the copier's byte 0 is.
+        others: a chain, which may be in use.
     """
 
-    def __init__(self, copier: Copier, shift: int) -> None:
+    def __init__(self, copier: Copier, shift: int, others: CopierLink | None = None) -> None:
         out = ffi.new("bg_copier_link **")
-        check(lib.bg_copier_link_new(copier._native, shift, out))
-        self._native = ffi.gc(out[0], lib.bg_copier_link_free)
+        check(lib.bg_copier_link_new(copier._native, shift, ffi.NULL if others is None else others._native, out))
+        self._native: Any = ffi.gc(out[0], lib.bg_copier_link_free)
         self.copier = copier
         self.shift = shift
+        self.others = others
+
+    def asks(self, copier: Copier) -> bool:
+        """Whether it is one of those that are asked."""
+        return self.copier is copier or (self.others is not None and self.others.asks(copier))
 
     @property
     def hook(self) -> Any:

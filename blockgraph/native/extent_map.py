@@ -58,11 +58,13 @@ class Zeroing(IntFlag):
 
     PUNCH: make holes, for what is discarded and for zeroes that need no space.
     ZERO_RANGE: make zero what stays allocated.
+    WRITE: write zeroes, for requests that cover no whole unit of the disk, whose last one may be short.
     """
 
     NONE = 0
     PUNCH = lib.BG_MAP_PUNCH
     ZERO_RANGE = lib.BG_MAP_ZERO_RANGE
+    WRITE = lib.BG_MAP_WRITE_ZEROES
 
 
 class MapExtent(NamedTuple):
@@ -220,8 +222,8 @@ class ExtentMap:
         return False
 
     def zero(self, offset: int, length: int, how: Zeroing) -> bool:
-        """Make zero what `pwrite` might overwrite in place, by the first of PUNCH and ZERO_RANGE that `how` has and the
-        storage allows (see set_zeroing). Blocks, without the GIL.
+        """Make zero what `pwrite` might overwrite in place, by the first of PUNCH, ZERO_RANGE and WRITE that `how` has
+        and the storage allows (see set_zeroing). The copier is asked as by `pwrite`. Blocks, without the GIL.
 
         Returns:
             False when that is not possible.
@@ -410,14 +412,16 @@ class ExtentMap:
             raise ValueError(f"there is no slot {slot}")
         return code == 1
 
-    def set_zeroing(self, slot: int, how: Zeroing) -> None:
+    def set_zeroing(self, slot: int, how: Zeroing, unit: int = 0) -> None:
         """What native code may do to the bytes of a slot; at first nothing.
 
+        Args:
+            unit: of WRITE, bytes, a power of two.
         Raises:
-            ValueError: the slot is out of range.
+            ValueError: the slot is out of range, or WRITE has no such unit.
         """
-        if _call(lib.bg_map_set_zeroing, self._native, slot, int(how)) < 0:
-            raise ValueError(f"there is no slot {slot}")
+        if _call(lib.bg_map_set_zeroing, self._native, slot, int(how), unit) < 0:
+            raise ValueError(f"there is no slot {slot}, or {unit} is no unit for it")
 
     # Durability.
 
@@ -480,7 +484,8 @@ class ExtentMap:
     def start_set_copier(self, copier: CopierLink | None) -> int:
         """Who is asked before extents with `copy` are written; None: nobody, such writes miss. Returns a ticket.
 
-        Until it settles, writes under way may ask the former one. To be called from one thread at a time.
+        Until it settles, writes under way may ask the former ones, and take `copy` away when these are done. To be
+        called from one thread at a time.
         """
         ticket = int(lib.bg_map_set_copier(self._native, ffi.NULL if copier is None else copier.hook))
         self._keep(ticket, self._copier)

@@ -63,7 +63,7 @@ static void begin(int target_flags)
     source = map_of(SIZE, 0, source_fd, BG_MAP_WRITABLE, NULL);
     target = map_of(SIZE, 0, target_fd, target_flags, NULL);
     CHECK(bg_copier_new(todo, done, source, target, &copier) == 0);
-    CHECK(bg_copier_link_new(copier, 0, &links[0]) == 0 && bg_copier_link_new(copier, SHIFT, &links[1]) == 0);
+    CHECK(bg_copier_link_new(copier, 0, NULL, &links[0]) == 0 && bg_copier_link_new(copier, SHIFT, NULL, &links[1]) == 0);
     guest[0] = map_of(SIZE, 0, source_fd, BG_MAP_WRITABLE | BG_MAP_COPY, bg_copier_link_hook(links[0]));
     guest[1] = map_of(SIZE, SHIFT, source_fd, BG_MAP_WRITABLE | BG_MAP_COPY, bg_copier_link_hook(links[1]));
     bg_copier_set_mode(copier, BG_COPIER_ON);
@@ -128,6 +128,36 @@ static void zeroes_are_not_written_where_the_target_has_them(void)
     bg_copier_get_stats(copier, &stats);
     CHECK(stats.copied == 2 * CLUSTER && stats.moved == CLUSTER);
     CHECK(lseek(target_fd, 0, SEEK_DATA) == 8 * CLUSTER && byte_at(target_fd, 8 * CLUSTER) == 0);
+    end();
+}
+
+static void zeroing_copies_first_where_it_is_possible(void)
+{
+    begin(BG_MAP_WRITABLE);
+    bg_copier_stats stats;
+    const int any = BG_MAP_PUNCH | BG_MAP_ZERO_RANGE | BG_MAP_WRITE_ZEROES;
+    CHECK(bg_map_can_zero(guest[0], 5, 10, any) == 0 && bg_map_zero(guest[0], 5, 10, any) == BG_MAP_MISS);
+    CHECK(bg_map_set_zeroing(guest[0], 0, BG_MAP_WRITE_ZEROES, 2 * CLUSTER) == 0);
+    /* Not with less than all of it, nor a whole unit. */
+    CHECK(bg_map_zero(guest[0], 5, 10, BG_MAP_PUNCH) == BG_MAP_MISS);
+    CHECK(bg_map_can_zero(guest[0], 0, 2 * CLUSTER, any) == 0 && bg_map_zero(guest[0], 0, 2 * CLUSTER, any) == BG_MAP_MISS);
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.copied == 0 && bg_bitmap_get(done, 0) == 0);
+    CHECK(bg_map_can_zero(guest[0], 5, 2 * CLUSTER, any) == 1 && bg_map_zero(guest[0], 5, 2 * CLUSTER, any) == 0);
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.copied == 3 * CLUSTER && byte_at(target_fd, 5) == OLD && byte_at(target_fd, 3 * CLUSTER - 1) == OLD);
+    CHECK(byte_at(source_fd, 4) == OLD && byte_at(source_fd, 5) == 0 && byte_at(source_fd, 2 * CLUSTER + 4) == 0 &&
+          byte_at(source_fd, 2 * CLUSTER + 5) == OLD);
+    /* In place now. */
+    bg_map_stats before, after;
+    bg_map_get_stats(guest[0], &before);
+    CHECK(bg_map_zero(guest[0], CLUSTER, 2 * CLUSTER - 1, any) == 0);
+    bg_map_get_stats(guest[0], &after);
+    CHECK(after.first_writes == 1 && after.hits == before.hits + 1);
+    /* A hole, as any other write in that. */
+    CHECK(bg_map_set_zeroing(guest[0], 0, any, 2 * CLUSTER) == 0);
+    CHECK(bg_map_zero(guest[0], 8 * CLUSTER, CLUSTER, BG_MAP_PUNCH) == 0);
+    CHECK(byte_at(target_fd, 8 * CLUSTER) == OLD && lseek(source_fd, 8 * CLUSTER, SEEK_DATA) == 9 * CLUSTER);
     end();
 }
 
@@ -344,13 +374,81 @@ static void guests_job_and_reader_share_the_clusters(void)
     end();
 }
 
+static bg_map *chained;
+static int second_fd;
+
+static void *write_under_two(void *arg)
+{
+    uint64_t seed = 29 + (uint64_t)(intptr_t)arg;
+    for (int i = 0; i < WRITES_EACH; i++) {
+        int64_t at = (int64_t)(next_random(&seed) % SIZE);
+        int ret;
+        /* A miss: others have changed the extents too often meanwhile. */
+        while ((ret = bg_map_pwrite(chained, at, &(char){NEW}, 1)) == BG_MAP_MISS)
+            sched_yield();
+        CHECK(ret == 0);
+        CHECK(byte_at(target_fd, at) == OLD && byte_at(second_fd, at) == OLD && byte_at(source_fd, at) == NEW);
+    }
+    return NULL;
+}
+
+/* Of two copiers with clusters of 1 and 4. */
+static void chain_asks_every_copier(void)
+{
+    bg_bitmap *bits[2];
+    bg_copier *other;
+    bg_copier_link *chain;
+    bg_copier_stats stats;
+    bg_map_extent e;
+    pthread_t threads[GUESTS];
+    begin(BG_MAP_WRITABLE);
+    second_fd = memfd_create("second", MFD_CLOEXEC);
+    CHECK(second_fd >= 0 && ftruncate(second_fd, SIZE) == 0);
+    CHECK(bg_bitmap_new(SIZE, 4 * CLUSTER, &bits[0]) == 0 && bg_bitmap_new(SIZE, 4 * CLUSTER, &bits[1]) == 0);
+    CHECK(bg_bitmap_fill(bits[0]) == 0);
+    bg_map *second = map_of(SIZE, 0, second_fd, BG_MAP_WRITABLE, NULL);
+    CHECK(bg_copier_new(bits[0], bits[1], source, second, &other) == 0);
+    CHECK(bg_copier_link_new(other, 0, links[0], &chain) == 0);
+    chained = map_of(SIZE, 0, source_fd, BG_MAP_WRITABLE | BG_MAP_COPY, bg_copier_link_hook(chain));
+
+    /* One of them can not: nothing is written. */
+    CHECK(bg_map_pwrite(chained, 5 * CLUSTER, &(char){NEW}, 1) == BG_MAP_MISS && byte_at(source_fd, 5 * CLUSTER) == OLD);
+    bg_copier_set_mode(other, BG_COPIER_ON);
+    bg_copier_set_mode(copier, BG_COPIER_OFF);
+    CHECK(bg_map_pwrite(chained, 5 * CLUSTER, &(char){NEW}, 1) == BG_MAP_MISS && byte_at(source_fd, 5 * CLUSTER) == OLD);
+    CHECK(byte_at(second_fd, 4 * CLUSTER) == OLD && bg_map_find(chained, 5 * CLUSTER, &e) && e.flags & BG_MAP_COPY);
+    bg_copier_set_mode(copier, BG_COPIER_ON);
+    CHECK(bg_map_pwrite(chained, 5 * CLUSTER, &(char){NEW}, 1) == 0 && byte_at(target_fd, 5 * CLUSTER) == OLD);
+    /* What only one of them has has to be asked about still. */
+    CHECK(bg_map_find(chained, 5 * CLUSTER, &e) && e.flags == BG_MAP_WRITABLE && e.length == CLUSTER);
+    CHECK(bg_map_find(chained, 4 * CLUSTER, &e) && e.flags & BG_MAP_COPY);
+
+    for (intptr_t i = 0; i < GUESTS; i++)
+        CHECK(pthread_create(&threads[i], NULL, write_under_two, (void *)i) == 0);
+    for (int i = 0; i < GUESTS; i++)
+        pthread_join(threads[i], NULL);
+    bg_copier_get_stats(other, &stats);
+    CHECK(stats.copied == bg_bitmap_count(bits[1]) && stats.moved == stats.copied);
+    bg_copier_get_stats(copier, &stats);
+    CHECK(stats.copied == bg_bitmap_count(done) && stats.moved == stats.copied);
+    CHECK(bg_map_free(chained) == 0);
+    bg_copier_link_free(chain);
+    CHECK(bg_copier_free(other) == 0 && bg_map_free(second) == 0);
+    bg_bitmap_free(bits[0]);
+    bg_bitmap_free(bits[1]);
+    close(second_fd);
+    end();
+}
+
 void test_copier(void)
 {
     copies_once_then_writes_in_place();
     zeroes_are_not_written_where_the_target_has_them();
+    zeroing_copies_first_where_it_is_possible();
     leaves_to_python_what_is_pythons();
     failed_copy_is_a_miss_and_stays_to_be_done();
     copies_without_waiting_or_not_at_all();
+    chain_asks_every_copier();
     for (int i = 0; i < 5; i++)
         guests_job_and_reader_share_the_clusters();
 }

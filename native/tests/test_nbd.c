@@ -307,7 +307,7 @@ void test_nbd(void)
     fd = memfd_create("nbd", MFD_CLOEXEC);
     CHECK(ftruncate(fd, SIZE) == 0);
     slot = bg_map_add_slot(map, fd, 1, 1);
-    CHECK(bg_map_set_zeroing(map, slot, BG_MAP_PUNCH | BG_MAP_ZERO_RANGE) == 0);
+    CHECK(bg_map_set_zeroing(map, slot, BG_MAP_PUNCH | BG_MAP_ZERO_RANGE, 0) == 0);
     map_all();
     stop_python = eventfd(0, EFD_CLOEXEC);
     ended = 0;

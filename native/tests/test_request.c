@@ -84,7 +84,7 @@ static void *unmap(void *unused)
         bg_map_extent all = {0, SIZE, 0, slot, BG_MAP_WRITABLE};
         CHECK(bg_map_insert(map, bg_map_generation(map), &all, 1) >= 0);
         bg_map_wait(map, at & 1 ? bg_map_invalidate(map, at, SIZE - at) : bg_map_protect(map, at, SIZE - at));
-        CHECK(bg_map_set_zeroing(map, slot, (int)(at % 3) + 1) == 0);
+        CHECK(bg_map_set_zeroing(map, slot, (int)(at % 7) + 1, at & 64 ? 512 : 65536) == 0);
     }
     return NULL;
 }
@@ -111,7 +111,7 @@ static void *queue(void *arg)
                                    .offset = (uint64_t)(number * DEPTH + i) * BLOCK,
                                    .length = BLOCK,
                                    .kind = kinds[next_random(&random) % sizeof(kinds)],
-                                   .zero = (uint8_t)(1 + next_random(&random) % 3),
+                                   .zero = (uint8_t)(1 + next_random(&random) % 7),
                                    .durable = next_random(&random) % 5 == 0};
             if (q->base.kind == BG_REQUEST_WRITE)
                 memset(q->data, (int)next_random(&random), BLOCK);

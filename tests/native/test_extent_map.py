@@ -650,6 +650,72 @@ def test_zero_makes_holes_only_where_the_slot_allows_it(extents: ExtentMap, file
     assert lib.bg_map_zero(extents.native, 0, 2 * PART, Zeroing.PUNCH) == lib.BG_MAP_MISS
 
 
+UNIT = 64 << 10
+LAST = MIB - 100  # where a short unit ends
+
+
+@pytest.mark.parametrize(
+    "offset, length, written",
+    [
+        (5, 100, True),
+        (0, UNIT - 1, True),
+        (1, UNIT - 1, True),
+        (1, 2 * UNIT - 2, True),  # two, of both the most
+        (0, UNIT, False),
+        (UNIT - 1, UNIT + 1, False),
+        (LAST - 10, 10, True),
+        (15 * UNIT + 1, LAST - 15 * UNIT - 1, True),
+        (15 * UNIT, LAST - 15 * UNIT - 1, True),
+        (15 * UNIT, LAST - 15 * UNIT, False),  # the short one is a whole one
+        (14 * UNIT + 1, LAST - 14 * UNIT - 1, False),
+    ],
+)
+def test_zeroes_are_written_for_requests_that_cover_no_whole_unit(
+    file: int, offset: int, length: int, written: bool
+) -> None:
+    extents = ExtentMap(LAST)
+    slot = extents.add_slot(file)
+    put(
+        extents,
+        MapExtent(0, LAST - MIB // 2, slot, MIB // 2, True),
+        MapExtent(LAST - MIB // 2, MIB // 2, slot, 0, True),
+    )
+    os.pwrite(file, b"x" * MIB, 0)
+    bitmap = Bitmap(LAST, 4096)
+    extents.settle_blocking(extents.start_set_bitmaps([bitmap]))
+    anyhow = Zeroing.PUNCH | Zeroing.ZERO_RANGE | Zeroing.WRITE
+    assert not extents.zero(offset, length, anyhow)
+    extents.set_zeroing(slot, Zeroing.WRITE, UNIT)
+    assert not extents.zero(offset, length, Zeroing.PUNCH | Zeroing.ZERO_RANGE)
+    assert list(bitmap.dirty_extents()) == []
+    assert lib.bg_map_can_zero(extents.native, offset, length, anyhow) == written
+    assert extents.zero(offset, length, anyhow) == written
+    found = bytearray(LAST)
+    extents.pread_into(0, found)
+    zero = length if written else 0
+    assert found == b"x" * offset + bytes(zero) + b"x" * (LAST - offset - zero)
+    assert extents.take_written(slot) == written
+    end = min(LAST, offset + length + -(offset + length) % 4096)
+    assert list(bitmap.dirty_extents()) == ([(offset - offset % 4096, end - offset + offset % 4096)] if written else [])
+    extents.start_protect(offset, 1)
+    assert not extents.zero(offset, length, anyhow)
+
+
+def test_zeroes_are_not_written_without_unit_or_where_room_has_to_be_found(extents: ExtentMap, file: int) -> None:
+    slot = extents.add_slot(file)
+    for unit in (0, -1, 3):
+        with pytest.raises(ValueError, match=f"{unit} is no unit"):
+            extents.set_zeroing(slot, Zeroing.WRITE, unit)
+    direct = extents.add_slot(file, alignment=512, memory_alignment=65536)
+    with pytest.raises(ValueError, match="is no unit for it"):
+        extents.set_zeroing(direct, Zeroing.WRITE, UNIT)
+    extents.set_zeroing(slot, Zeroing.WRITE, UNIT)
+    put(extents, MapExtent(0, PART, slot, 0, True), MapExtent(PART, PART, allocate=True), MapExtent(2 * PART, PART))
+    assert extents.zero(PART - 10, 10, Zeroing.WRITE)
+    for offset in (PART - 1, PART, 2 * PART - 1, 2 * PART):
+        assert not extents.zero(offset, 10, Zeroing.WRITE)
+
+
 def test_flush_is_native_only_while_native_writes_are_all_there_is(extents: ExtentMap, file: int) -> None:
     slot = extents.add_slot(file)
     put(extents, MapExtent(0, MIB, slot, 0, writable=True))

@@ -443,6 +443,10 @@ class Qcow2(Format):
             return BlockStatus(offset, extent.length, False, True, 0, self.node, extent.child.node, extent.child_offset)
         return await super().block_status(offset, length)
 
+    @property
+    def zero_unit(self) -> int:
+        return self.image.cluster_size
+
     async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
         unmap = bool(flags & Flag.MAY_UNMAP)
         if self.image.header.version < 3 and (self.backed or not unmap):
