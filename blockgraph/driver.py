@@ -40,11 +40,13 @@ class ChildSpec(NamedTuple):
         role: why.
         required: the description must give it.
         implied: the image itself may name it when the description omits it (`Driver.implied`).
+        stays: that very node is meant: a filter that is inserted above it does not come between.
     """
 
     role: Role
     required: bool = True
     implied: bool = False
+    stays: bool = False
 
 
 class ImpliedChild(NamedTuple):

@@ -25,7 +25,7 @@ from blockgraph.native import allocate_aligned, is_zero
 from blockgraph.perm import NONE, Perm, Role
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from blockgraph.bitmaps import BitmapStore, DirtyBitmap, WriteGuard
     from blockgraph.driver import Driver
@@ -539,6 +539,14 @@ class Node:
         """Bitmaps get the size that the node has now."""
         for bitmap in self.bitmaps.values():
             bitmap.truncate(self.size())
+
+    def recorders(self) -> Iterator[tuple[Node, DirtyBitmap]]:
+        """Bitmaps that record what this node shows: its own, and those of nodes above that show all of it."""
+        for bitmap in self.bitmaps.values():
+            if bitmap.recording:
+                yield self, bitmap
+        for node in self.shown_by():
+            yield from node.recorders()
 
     def _check_above(self, size: int) -> None:
         """Refuse to cut off what a bitmap of a node above has: were the node to grow again, nobody would mark it there.

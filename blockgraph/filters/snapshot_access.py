@@ -47,7 +47,7 @@ class SnapshotAccess(Filter):
     """See the module's text."""
 
     name = "snapshot-access"
-    children = {"file": ChildSpec(Role.FILTERED | Role.PRIMARY)}
+    children = {"file": ChildSpec(Role.FILTERED | Role.PRIMARY, stays=True)}
     Options = SnapshotAccessOptions
 
     @classmethod

@@ -109,6 +109,18 @@ class Raw(Format):
         assert isinstance(options, RawOptions)
         super().reopen_check(replace(options, offset=self.options.offset, size=self.options.size))
         self._check_window(options)
+        if (options.offset, options.size) != (self.options.offset, self.options.size):
+            self._check_unrecorded()
+
+    def _check_unrecorded(self) -> None:
+        """Another window shows other bytes, which is no write that a bitmap would hear of."""
+        for node, bitmap in self.node.recorders():
+            raise GraphError(
+                f"another window would change everything that bitmap '{bitmap.name}' of node '{node.name}' records",
+                node=self.node.name,
+                op="reopen",
+                hint="disable or remove the bitmap first, and make a full backup afterwards",
+            )
 
     def reopened(self, options: NodeOptions) -> None:
         super().reopened(options)

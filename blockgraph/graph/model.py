@@ -237,19 +237,22 @@ class Model:
     def move_parents(self, old: str, new: str) -> list[Edge]:
         """Move the edges that lead to `old` over to `new`, as when `new` is inserted above `old`.
 
-        Edges in the subtree of `new` stay (they would close a loop), and so do edges of roots that stay.
+        Edges in the subtree of `new` stay (they would close a loop), and so do those of roots and children that stay.
 
         Returns: the edges as they were.
         """
         below = self.descendants(new) | {new}
-        moved = [edge for edge in self.parents(old) if edge.parent not in below and not self._stays(edge.parent)]
+        moved = [edge for edge in self.parents(old) if edge.parent not in below and not self._stays(edge)]
         for edge in moved:
             self.set_edge(edge.parent, edge.name, new)
         return moved
 
-    def _stays(self, key: str) -> bool:
-        vertex = self.get(key)
-        return isinstance(vertex, RootVertex) and vertex.stays
+    def _stays(self, edge: Edge) -> bool:
+        parent = self.get(edge.parent)
+        if isinstance(parent, RootVertex):
+            return parent.stays
+        spec = None if parent is None else parent.driver.children.get(edge.name)
+        return spec is not None and spec.stays
 
     def _sweep(self, name: str) -> None:
         """Forget a vertex that does not exist and that nothing points to any more."""

@@ -119,6 +119,18 @@ async def test_read_outside_the_bitmap_fails_as_a_whole_with_eacces() -> None:
 
 
 @in_loop
+async def test_filters_above_its_backup_top_do_not_come_between() -> None:
+    async with fleecing() as (s, reader):
+        await s.graph.add_node({"driver": "memory", "node-name": "later-bytes", "size": len(s.old)})
+        await s.guest.pwrite(0, b"before the second")
+        later = {"driver": "backup-top", "node-name": "later", "file": "top", "target": "later-bytes"}
+        await s.graph.insert_filter(later, above="top")
+        await s.graph.insert_filter({"driver": "delay", "node-name": "slow", "file": "later"}, above="later")
+        await s.guest.pwrite(CLUSTER, b"after the second")
+        assert await reader.pread(0, len(s.old)) == s.old
+
+
+@in_loop
 async def test_read_after_the_snapshot_broke_fails_with_eacces() -> None:
     rule = {"event": "pwritev", "iotype": "write", "errno": "EIO", "once": True}
     async with fleecing(top={"on-cbw-error": "break-snapshot"}, target={"inject-error": [rule]}) as (s, reader):

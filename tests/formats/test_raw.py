@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.harness import EVERYTHING, READ, extents, make_node, opened, put_child, read, write
+from helpers.loop import graph_of, in_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -279,6 +280,21 @@ def test_raw_reopen_moves_the_window() -> None:
             assert not driver.growable
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("above", ["disk", "filter"])
+@in_loop
+async def test_raw_reopen_moves_no_window_under_a_bitmap(above: str) -> None:
+    memory = {"node-name": "bytes", "driver": "memory", "size": 4096}
+    disk = {"node-name": "disk", "driver": "raw", "file": "bytes", "size": 1024}
+    async with graph_of(memory, disk, {"node-name": "filter", "driver": "delay", "file": "disk"}) as graph:
+        await graph.add_bitmap(above, "b0")
+        for window in ({"offset": 512}, {"size": 512}):
+            with pytest.raises(GraphError, match=f"bitmap 'b0' of node '{above}' records"):
+                await graph.reopen("disk", window)
+        await graph.reopen("disk", {"size": 1024, "detect-zeroes": "on"})
+        await graph.remove_bitmap(above, "b0")
+        await graph.reopen("disk", {"offset": 512})
 
 
 def test_raw_attached_again_follows_a_smaller_child() -> None:
