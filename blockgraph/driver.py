@@ -219,6 +219,9 @@ class Driver:
         """
         return None
 
+    def begin(self) -> None:
+        """The transaction that added the node has committed: requests come from now on. Must not fail."""
+
     async def prepare_perm(self, need: Perm, share: Perm) -> None:
         """Acquire what the node's parents will need (image locks, a writable descriptor), keeping what it has.
 

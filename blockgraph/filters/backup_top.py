@@ -104,6 +104,7 @@ class BackupTop(Filter):
         super().__init__(node, options)
         #: what the snapshot has; None: everything. Not changed any more
         self._wanted: Bitmap | None = None
+        self._undecided = False
         self.broken: BlockGraphError | None = None
         self.lost = asyncio.Event()
         self._ready = False
@@ -141,9 +142,7 @@ class BackupTop(Filter):
         self.cluster_size = self._choose_cluster_size()
         size = self.size()
         bitmap = Bitmap(size, self.cluster_size)
-        if self.options.bitmap is None:
-            bitmap.fill()
-        else:
+        if self.options.bitmap is not None:
             bitmap.merge(self._source_bitmap(self.options.bitmap))
         self.copy = BlockCopy(
             self.file,
@@ -155,6 +154,8 @@ class BackupTop(Filter):
         )
         if self.options.bitmap is not None:
             self._release_unwanted()
+        else:
+            self._undecided = True
         self._kept = self.target.node
         self._wanted = None if self.options.bitmap is None else bitmap.copy()
         self._forgotten = Bitmap(size, self.cluster_size)
@@ -165,10 +166,17 @@ class BackupTop(Filter):
         if self._ready:
             await self.copy.forget_maps()
 
+    def begin(self) -> None:
+        """Keep everything, unless something was chosen. Filling the bitmap only now spares who chooses that."""
+        if self._undecided:
+            self._undecided = False
+            self.copy.bitmap.fill()
+
     def keep_only(self, bits: Bitmap) -> None:
         """Keep only what is set in `bits`, of any granularity, which never change. For whoever has just inserted this
-        node, which is still drained: no request has come yet."""
-        self.copy.bitmap.clear()
+        node, before `begin`."""
+        assert self._undecided
+        self._undecided = False
         self.copy.bitmap.merge(bits)
         self._wanted = bits if bits.granularity == self.cluster_size else self.copy.bitmap.copy()
         self._release_unwanted()

@@ -288,6 +288,8 @@ class Transaction:
             await close_node(node)
         for node, _, _ in changed:
             node.driver.commit_perm()
+        for name in self._opening.opened:
+            self.graph.node(name).driver.begin()
         for action in self._actions:
             action.commit()
 

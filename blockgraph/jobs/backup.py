@@ -134,6 +134,7 @@ class BackupJob(Job):
             )
         if self._use is not None:
             await self._take_view(change, self._use)
+        top.begin()
         if self.chain is not None:
             await self.chain.begin(change, top)
         top.copy.only_top = options.sync == "top"
