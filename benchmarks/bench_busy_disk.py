@@ -111,9 +111,10 @@ def measure(directory: Path, server: Callable[[Path, str], AbstractContextManage
     fio.parse(output)
     entries = [line.split(",")[:2] for line in Path(f"{log}_iops.1.log").read_text().splitlines()]
     rates = [(float(at), float(rate)) for at, rate in entries]
+    during = [rate for at, rate in rates if start + _STEP <= at <= end]
     return Busy(
         statistics.mean(rate for at, rate in rates if at <= start),
-        statistics.mean(rate for at, rate in rates if start + _STEP <= at <= end),
+        statistics.mean(during) if during else 1 / seconds,  # not one request ended: the rate is less than that
         seconds,
     )
 
