@@ -219,7 +219,7 @@ class Driver:
         """
         return None
 
-    def begin(self) -> None:
+    def committed(self) -> None:
         """The transaction that added the node has committed: requests come from now on. Must not fail."""
 
     async def prepare_perm(self, need: Perm, share: Perm) -> None:

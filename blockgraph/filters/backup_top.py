@@ -166,15 +166,18 @@ class BackupTop(Filter):
         if self._ready:
             await self.copy.forget_maps()
 
-    def begin(self) -> None:
-        """Keep everything, unless something was chosen. Filling the bitmap only now spares who chooses that."""
+    def committed(self) -> None:
+        self.keep_rest()
+
+    def keep_rest(self) -> None:
+        """Keep everything, unless something was chosen. Filling the bitmap no sooner spares who chooses that."""
         if self._undecided:
             self._undecided = False
             self.copy.bitmap.fill()
 
     def keep_only(self, bits: Bitmap) -> None:
         """Keep only what is set in `bits`, of any granularity, which never change. For whoever has just inserted this
-        node, before `begin`."""
+        node, before `keep_rest`."""
         assert self._undecided
         self._undecided = False
         self.copy.bitmap.merge(bits)

@@ -289,7 +289,7 @@ class Transaction:
         for node, _, _ in changed:
             node.driver.commit_perm()
         for name in self._opening.opened:
-            self.graph.node(name).driver.begin()
+            self.graph.node(name).driver.committed()
         for action in self._actions:
             action.commit()
 

@@ -134,7 +134,7 @@ class BackupJob(Job):
             )
         if self._use is not None:
             await self._take_view(change, self._use)
-        top.begin()
+        top.keep_rest()
         if self.chain is not None:
             await self.chain.begin(change, top)
         top.copy.only_top = options.sync == "top"
