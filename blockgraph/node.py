@@ -553,11 +553,11 @@ class Node:
 
         Who is resized itself, which leads here, has looked further up.
         """
-        for node in self.shown_by():
-            if size in node._resizing:
+        for above in self.shown_by():
+            if size in above._resizing:
                 continue
-            for bitmap in node.bitmaps.values():
-                if bitmap.recording and size < bitmap.size:
+            for node, bitmap in above.recorders():
+                if size < bitmap.size:
                     raise OutOfRange(
                         f"can not become {size} bytes long: bitmap '{bitmap.name}' of node '{node.name}', which shows "
                         f"it, records {bitmap.size} bytes and would not hear of it",
@@ -565,7 +565,6 @@ class Node:
                         op="truncate",
                         hint=f"resize '{node.name}' instead, or disable or remove the bitmap",
                     )
-            node._check_above(size)
 
 
 class Child:

@@ -425,10 +425,15 @@ static bool is_short(bg_copier *c, int64_t start, int64_t end)
     return c->pause == 0;
 }
 
+static int64_t longest_claim(const bg_copier *c)
+{
+    return c->cluster > CLAIM ? c->cluster : CLAIM;
+}
+
 /* With the lock held: 0 once all of [start, end) is copied; -EAGAIN `now`. */
 static int copy_all(bg_copier *c, int64_t start, int64_t end, bool now, bg_copier_stats *mine)
 {
-    int64_t longest = now || c->cluster > CLAIM ? c->cluster : CLAIM;
+    int64_t longest = now ? c->cluster : longest_claim(c);
     if (now && !is_short(c, start, end))
         return -EAGAIN;
     for (;;) {
@@ -511,9 +516,8 @@ int64_t bg_copier_check_runs(bg_copier *c, bg_copier_run *runs, int64_t count)
 /* With the lock held: 0, or a miss. */
 static int copy_own(bg_copier *c, int64_t start, int64_t end, bg_copier_stats *mine)
 {
-    int64_t longest = c->cluster < CLAIM ? CLAIM : c->cluster;
     bg_bitmap_extent run;
-    while (c->mode == BG_COPIER_ON && bg_bitmap_next_dirty(c->todo, start, end, longest, &run) == 1) {
+    while (c->mode == BG_COPIER_ON && bg_bitmap_next_dirty(c->todo, start, end, longest_claim(c), &run) == 1) {
         if (copy_run(c, &run, false, mine) != 0)
             return BG_MAP_MISS;
         release(c, run.start, run.end);

@@ -104,7 +104,7 @@ class BackupTop(Filter):
         super().__init__(node, options)
         #: what the snapshot has; None: everything. Not changed any more
         self._wanted: Bitmap | None = None
-        self._undecided = False
+        self._undecided = True
         self.broken: BlockGraphError | None = None
         self.lost = asyncio.Event()
         self._ready = False
@@ -141,23 +141,18 @@ class BackupTop(Filter):
             return
         self.cluster_size = self._choose_cluster_size()
         size = self.size()
-        bitmap = Bitmap(size, self.cluster_size)
-        if self.options.bitmap is not None:
-            bitmap.merge(self._source_bitmap(self.options.bitmap))
+        chosen = None if self.options.bitmap is None else self._source_bitmap(self.options.bitmap).copy()
         self.copy = BlockCopy(
             self.file,
             self.target,
-            bitmap,
+            Bitmap(size, self.cluster_size),
             serialising=self._is_fleecing(),
             native=not self.options.cbw_timeout,  # nobody can give up waiting for a native copy
             released=self._released,
         )
-        if self.options.bitmap is not None:
-            self._release_unwanted()
-        else:
-            self._undecided = True
+        if chosen is not None:
+            self.keep_only(chosen)
         self._kept = self.target.node
-        self._wanted = None if self.options.bitmap is None else bitmap.copy()
         self._forgotten = Bitmap(size, self.cluster_size)
         self._frozen: list[_FrozenRead] = []
         self._ready = True
@@ -182,10 +177,7 @@ class BackupTop(Filter):
         self._undecided = False
         self.copy.bitmap.merge(bits)
         self._wanted = bits if bits.granularity == self.cluster_size else self.copy.bitmap.copy()
-        self._release_unwanted()
-
-    def _release_unwanted(self) -> None:
-        """What is not to be copied the guest may overwrite at once."""
+        # What is not to be copied the guest may overwrite at once.
         self.copy.done.fill()
         self.copy.done.subtract(self.copy.bitmap)
 

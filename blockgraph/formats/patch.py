@@ -142,8 +142,10 @@ class Patch(Format):
         table = await self._read(TABLE, 16 * count, "its table")
         if digest(table) != table_digest:
             raise self._corrupt("has a table that does not have its checksum")
-        for place, length in ((_HEADER_BYTES, TABLE - _HEADER_BYTES), (TABLE + len(table), data - TABLE - len(table))):
-            if any(await self._read(place, length, "its header")):
+        behind = TABLE + len(table)
+        for place, end, what in ((_HEADER_BYTES, TABLE, "its header"), (behind, data, "its table")):
+            length = end - place
+            if any(await self._read(place, length, what)):
                 raise self._corrupt(f"has other bytes than zeroes in the {length} at {place}, where nothing is kept")
         self._take(table, data)
 

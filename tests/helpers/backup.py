@@ -76,7 +76,7 @@ async def content(graph: AsyncGraph, node: str) -> bytes:
     return bytes(data)
 
 
-class Setup:
+class Guarded:
     """A running graph with a backup-top.
 
     Attributes:
@@ -98,6 +98,10 @@ class Setup:
     def copy(self) -> BlockCopy:
         """Its copying."""
         return self.top.copy
+
+
+class Setup(Guarded):
+    """In memory, with filters that fail."""
 
     @property
     def disk(self) -> InjectError:

@@ -15,12 +15,10 @@ from typing import Any
 
 from blockgraph.api import AsyncGraph
 from blockgraph.backend import Backend
-from blockgraph.block_copy import BlockCopy
 from blockgraph.create import create_file
-from blockgraph.filters.backup_top import BackupTop
 from blockgraph.native import ExtentMap
-from helpers.backup import CLUSTER, pattern, top_over
-from helpers.loop import driver_of, graph_of
+from helpers.backup import CLUSTER, Guarded, pattern, top_over
+from helpers.loop import graph_of
 
 SIZE = 16 * CLUSTER + 512
 
@@ -30,29 +28,12 @@ def image(path: Path, name: str, driver: str = "raw", **more: Any) -> dict[str, 
     return {"driver": driver, "node-name": name, "file": {"driver": "file", "filename": str(path / name)}, **more}
 
 
-class Setup:
-    """A running graph with a backup-top over files.
-
-    Attributes:
-        old: the disk's bytes when the filter was put in place.
-        guest: a writable root over the filter, whose map knows the disk.
-    """
+class Setup(Guarded):
+    """Over files, and the map of its guest knows the disk."""
 
     def __init__(self, graph: AsyncGraph, guest: Backend, old: bytes, path: Path) -> None:
-        self.graph = graph
-        self.guest = guest
-        self.old = old
+        super().__init__(graph, guest, old)
         self._path = path
-
-    @property
-    def top(self) -> BackupTop:
-        """The filter."""
-        return driver_of(self.graph, "top", BackupTop)
-
-    @property
-    def copy(self) -> BlockCopy:
-        """Its copying."""
-        return self.top.copy
 
     @property
     def extents(self) -> ExtentMap:
