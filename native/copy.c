@@ -8,6 +8,7 @@
 #include "zero.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/fs.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -18,9 +19,10 @@
 #include <unistd.h>
 
 #define BUFFER (256 << 10)    /* fits a core's own cache: what was read is still there when it is written */
+#define DIRECT (1 << 20)      /* the same with O_DIRECT, where each transfer waits for the device */
 #define CHUNK (1 << 20)       /* bytes a task copies before it looks for waiters and cancellation */
 #define ZERO_CHUNK (64 << 20) /* the same for ranges made zero, mostly one system call */
-#define ALIGNMENT 4096
+#define WINDOW (8 << 20)      /* bytes after which a device is told to begin writing them */
 #define BLOCK 4096 /* unit of zero detection: smaller holes save nothing on common file systems */
 #define FLAGS                                                                                                             \
     (BG_COPY_RANGE | BG_COPY_CLONE | BG_COPY_DETECT_ZEROES | BG_COPY_PUNCH_HOLES | BG_COPY_SKIP_ZEROES | BG_COPY_ZERO |   \
@@ -29,7 +31,7 @@
 typedef struct {
     bg_task task; /* first: a task of ours is its runner */
     bg_copy *job;
-    char *buffer; /* BUFFER bytes, from the first use on */
+    char *buffer; /* from the first use on */
 } runner;
 
 struct bg_copy {
@@ -47,6 +49,8 @@ struct bg_copy {
     atomic_bool no_clones; /* the file systems have refused */
     int active;            /* runners that have not ended */
     bg_copy_failure failure;
+    uint32_t buffer_size;
+    bool cached; /* the target's bytes wait in the page cache for a device */
     int threads;
     runner runners[];
 };
@@ -211,10 +215,11 @@ static int add_sum(const chunk *c, const char *data, int64_t done, int64_t lengt
 static int read_and_write(const chunk *c, int64_t done)
 {
     const bg_copy_extent *e = c->extent;
-    if (!*c->buffer && posix_memalign((void **)c->buffer, ALIGNMENT, BUFFER) != 0)
+    const int64_t size = c->job->buffer_size;
+    if (!*c->buffer && !(*c->buffer = bg_buffers_take(bg_pool_buffers(c->job->pool), c->job->buffer_size)))
         return fail(c, done, BG_COPY_READ, -ENOMEM);
     for (int64_t part; done < c->length; done += part) {
-        part = c->length - done < BUFFER ? c->length - done : BUFFER;
+        part = c->length - done < size ? c->length - done : size;
         int64_t n = bg_pread(e->source_fd, *c->buffer, part, e->source_offset + c->offset + done);
         if (n < 0)
             return fail(c, done, BG_COPY_READ, n);
@@ -284,6 +289,21 @@ static int copy_chunk(const chunk *c)
     return done == c->length ? 0 : read_and_write(c, done);
 }
 
+/*
+ * Let the device begin with what is in the page cache, so that it works while we copy, and little is left for the flush at
+ * the end; errors are the flush's to tell. Short extents are left to it: in order, it makes fewer transfers of them.
+ */
+static void write_behind(const chunk *c)
+{
+    const bg_copy_extent *e = c->extent;
+    int64_t end = c->offset + c->length;
+    if (!c->job->cached || e->length < CHUNK || (end % WINDOW && end < e->length))
+        return;
+    int64_t start = (end - 1) / WINDOW * WINDOW; /* and the window before: chunks of it may have been late */
+    start = start > WINDOW ? start - WINDOW : 0;
+    sync_file_range(e->target_fd, e->target_offset + start, end - start, SYNC_FILE_RANGE_WRITE);
+}
+
 static bool next_chunk(bg_copy *job, chunk *c)
 {
     bool found = false;
@@ -320,13 +340,15 @@ static void run_runner(bg_task *task)
     bg_copy *job = self->job;
     chunk c = {.buffer = &self->buffer};
     while (next_chunk(job, &c)) {
-        copy_chunk(&c);
+        if (copy_chunk(&c) == 0)
+            write_behind(&c);
         if (bg_pool_waiting(job->pool)) {
             bg_pool_submit(job->pool, task);
             return;
         }
     }
-    free(self->buffer);
+    if (self->buffer)
+        bg_buffers_give(bg_pool_buffers(job->pool), self->buffer, job->buffer_size);
     pthread_mutex_lock(&job->lock);
     bool last = --job->active == 0;
     int64_t result = job_result(job);
@@ -338,16 +360,23 @@ static void run_runner(bg_task *task)
         bg_queue_complete(entry, result);
 }
 
-static bool in_memory(const bg_copy_extent *e)
+/* Extents are mostly of two files: the first one tells what they are like. Returns whether both are in memory. */
+static bool look_at_files(bg_copy *job)
 {
-    return (e->flags & BG_COPY_ZERO || bg_haste_of(e->source_fd) == BG_HASTE_ALL) &&
-           (e->flags & BG_COPY_READ_ONLY || bg_haste_of(e->target_fd) == BG_HASTE_ALL);
+    if (!job->count)
+        return false;
+    const bg_copy_extent *e = job->extents;
+    enum bg_haste source = e->flags & BG_COPY_ZERO ? BG_HASTE_ALL : bg_haste_of(e->source_fd);
+    enum bg_haste target = e->flags & BG_COPY_READ_ONLY ? BG_HASTE_ALL : bg_haste_of(e->target_fd);
+    job->buffer_size = source == BG_HASTE_NONE || target == BG_HASTE_NONE ? DIRECT : BUFFER;
+    job->cached = target == BG_HASTE_ASK;
+    return source == BG_HASTE_ALL && target == BG_HASTE_ALL;
 }
 
 static void start_runners(bg_copy *job)
 {
-    /* Between files in memory more threads than processors only spin for the target's lock. Extents are mostly of two files. */
-    bool busy = job->count && in_memory(&job->extents[0]);
+    /* Between files in memory more threads than processors only spin for the target's lock. */
+    bool busy = look_at_files(job);
     job->active = job->threads;
     for (int i = 0; i < job->threads; i++) {
         job->runners[i] = (runner){.task = {.run = run_runner, .busy = busy}, .job = job};

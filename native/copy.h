@@ -6,10 +6,11 @@
  * Extents are cut into chunks, handed out in order and copied by up to `threads` tasks at once; the order in which chunks
  * complete is open, so extents of one job must not overlap in their targets, nor a source with a target. A task that
  * finds others waiting for a thread steps back after each chunk, so a copying job delays a request by a chunk at most.
+ * What goes to a device through the page cache is sent on its way while the copying goes on: the flush at the end is short.
  *
  * Units:     bytes; offsets from the file's start.
  * Ownership: extents are copied by bg_copy_new; descriptors and the progress struct are borrowed until the job has ended;
- *            bg_copy_free after that. Data passes through 4096-aligned buffers, so O_DIRECT works when extents are
+ *            bg_copy_free after that. Data passes through page-aligned buffers of the pool, so O_DIRECT works when extents are
  *            aligned.
  * Errno:     0, else -EINVAL, -ENOMEM; the job's own result is 0, -ECANCELED, or the -errno of its first failure.
  * Threads:   start or run a job once, from any thread. Progress may be read and cancelled at any time from any thread; a

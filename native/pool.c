@@ -22,6 +22,7 @@ struct bg_pool {
     tasks ready, held; /* held: busy ones, while as many run as there are processors */
     int busy, processors;
     bool closing;
+    bg_buffers *buffers;
     int nthreads;
     pthread_t threads[];
 };
@@ -93,6 +94,11 @@ int bg_pool_new(int threads, bg_pool **out)
     bg_pool *pool = calloc(1, sizeof(*pool) + (size_t)threads * sizeof(pool->threads[0]));
     if (!pool)
         return -ENOMEM;
+    pool->buffers = bg_buffers_new();
+    if (!pool->buffers) {
+        free(pool);
+        return -ENOMEM;
+    }
     pthread_mutex_init(&pool->lock, NULL);
     pool->ready.last = &pool->ready.first;
     pool->held.last = &pool->held.first;
@@ -127,7 +133,13 @@ void bg_pool_free(bg_pool *pool)
     for (int i = 0; i < pool->nthreads; i++)
         pthread_join(pool->threads[i], NULL);
     pthread_mutex_destroy(&pool->lock);
+    bg_buffers_free(pool->buffers);
     free(pool);
+}
+
+bg_buffers *bg_pool_buffers(bg_pool *pool)
+{
+    return pool->buffers;
 }
 
 int bg_pool_threads(const bg_pool *pool)

@@ -1,10 +1,10 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
 /*
- * Worker threads, and nothing more: a pool runs tasks in the order they were submitted, several at a time, of busy ones no more
- * than there are processors: the others pass those that wait for that. What a task
- * is and where its result goes is the submitter's: queue.h hands results to an event loop, copy.h runs copying jobs,
- * and a native request loop can embed a bg_task in its request and answer from the worker itself.
+ * Worker threads, buffers for them, and nothing more: a pool runs tasks in the order they were submitted, several at a
+ * time, of busy ones no more than there are processors: the others pass those that wait for that. What a task is and where
+ * its result goes is the submitter's: queue.h hands results to an event loop, copy.h runs copying jobs, and a native request
+ * loop can embed a bg_task in its request and answer from the worker itself.
  *
  * Units:     -
  * Ownership: a task belongs to its submitter; the pool does not touch it after run() has begun.
@@ -13,6 +13,8 @@
  */
 #ifndef BG_POOL_H
 #define BG_POOL_H
+
+#include "buffers.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -39,6 +41,9 @@ typedef struct bg_task {
 
 /* Never fails and never blocks for longer than the queue's mutex. */
 void bg_pool_submit(bg_pool *pool, bg_task *task);
+
+/* For what tasks read into and write from. */
+bg_buffers *bg_pool_buffers(bg_pool *pool);
 
 /* Whether tasks wait for a thread: a long task should then step back and submit itself again. */
 bool bg_pool_waiting(bg_pool *pool);
