@@ -136,7 +136,7 @@ class BlockCopy:
         released: called with (offset, end) of clusters that the guest may overwrite from now on.
 
     Attributes:
-        bitmap: clusters still to copy; granularity is the cluster size.
+        bitmap: clusters still to copy; granularity is the cluster size. Empty after `close`, as is `done`.
         done: clusters that the guest may overwrite.
         copier: claims, and copies of native writes.
         length: size of both, bytes, as it was at the start.
@@ -165,7 +165,7 @@ class BlockCopy:
         self.bitmap = bitmap
         self.cluster_size = bitmap.granularity
         self.length = bitmap.size
-        self.done = Bitmap(bitmap.size, bitmap.granularity)
+        self.done = Bitmap(bitmap.size, bitmap.granularity, dense=True)
         self._source_map = RootMap(_Side(source, written=False), DEFAULT_MEMORY)
         self._target_map = RootMap(_Side(target, written=True), DEFAULT_MEMORY)
         self.copier = Copier(bitmap, self.done, self._source_map.extents, self._target_map.extents)
@@ -189,6 +189,8 @@ class BlockCopy:
         self._batch_ended = asyncio.Event()
         #: storage can copy by itself; None: not known yet
         self._offloads: bool | None = None
+        #: once it is closed
+        self._left: int | None = None
         self._set_mode()
 
     @property
@@ -271,6 +273,18 @@ class BlockCopy:
         if for_guest:
             self._bytes_for_guest += done.copied
         return done
+
+    async def close(self) -> None:
+        """Give back what takes memory, once nobody uses this any more but to ask what it has done."""
+        await self.forget_maps()
+        self._left = self.left
+        for bits in (self.bitmap, self.done):
+            bits.truncate(0)
+
+    @property
+    def left(self) -> int:
+        """Bytes of clusters that are still to be copied, or were when it was closed."""
+        return self.bitmap.count() if self._left is None else self._left
 
     async def forget_maps(self) -> None:
         """The edges are about to lead elsewhere, or have just begun to; no guest request is in flight."""

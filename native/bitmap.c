@@ -7,7 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-int bg_bitmap_new(int64_t size, int64_t granularity, bg_bitmap **out)
+static int make(int64_t size, int64_t granularity, bool dense, bg_bitmap **out)
 {
     if (size < 0 || granularity < BG_BITMAP_MIN_GRANULARITY || granularity > BG_BITMAP_MAX_GRANULARITY ||
         (granularity & (granularity - 1)))
@@ -18,7 +18,7 @@ int bg_bitmap_new(int64_t size, int64_t granularity, bg_bitmap **out)
     b->size = (uint64_t)size;
     b->shift = (unsigned)__builtin_ctzll((uint64_t)granularity);
     uint64_t nbits = granules(b, b->size);
-    int ret = nbits > BG_BITMAP_MAX_BITS ? -EFBIG : levels_init(&b->levels, nbits);
+    int ret = nbits > BG_BITMAP_MAX_BITS ? -EFBIG : levels_init(&b->levels, nbits, dense);
     if (ret < 0) {
         free(b);
         return ret;
@@ -26,6 +26,16 @@ int bg_bitmap_new(int64_t size, int64_t granularity, bg_bitmap **out)
     pthread_mutex_init(&b->lock, NULL);
     *out = b;
     return 0;
+}
+
+int bg_bitmap_new(int64_t size, int64_t granularity, bg_bitmap **out)
+{
+    return make(size, granularity, false, out);
+}
+
+int bg_bitmap_new_dense(int64_t size, int64_t granularity, bg_bitmap **out)
+{
+    return make(size, granularity, true, out);
 }
 
 void bg_bitmap_free(bg_bitmap *b)
@@ -59,7 +69,7 @@ int bg_bitmap_copy(bg_bitmap *b, bg_bitmap **out)
 {
     bg_bitmap *copy;
     pthread_mutex_lock(&b->lock);
-    int ret = bg_bitmap_new((int64_t)b->size, (int64_t)1 << b->shift, &copy);
+    int ret = make((int64_t)b->size, (int64_t)1 << b->shift, b->levels.populated, &copy);
     if (ret == 0) {
         levels_or(&copy->levels, &b->levels, 0, 0);
         *out = copy;
@@ -244,7 +254,7 @@ int bg_bitmap_truncate(bg_bitmap *b, int64_t size)
     int ret = 0;
     if (nbits != b->levels.nbits) {
         bg_levels levels;
-        ret = nbits > BG_BITMAP_MAX_BITS ? -EFBIG : levels_init(&levels, nbits);
+        ret = nbits > BG_BITMAP_MAX_BITS ? -EFBIG : levels_init(&levels, nbits, b->levels.populated);
         if (ret == 0) {
             if (nbits < b->levels.nbits)
                 levels_clear(&b->levels, nbits, b->levels.nbits - 1);

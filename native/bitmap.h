@@ -46,6 +46,8 @@ typedef struct {
 
 /* A clean bitmap in *out. granularity: a power of two within the limits above; size >= 0. */
 int bg_bitmap_new(int64_t size, int64_t granularity, bg_bitmap **out);
+/* The same for one most of which will be marked soon: it gets memory that another one has left, if there is some. */
+int bg_bitmap_new_dense(int64_t size, int64_t granularity, bg_bitmap **out);
 void bg_bitmap_free(bg_bitmap *bitmap);
 int bg_bitmap_copy(bg_bitmap *bitmap, bg_bitmap **out);
 

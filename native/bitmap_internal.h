@@ -28,6 +28,7 @@ typedef struct {
                                     * word before it is readable and 0 */
     void *map;
     size_t map_bytes;
+    bool populated; /* a window of it was, or may have been */
 } bg_levels;
 
 struct bg_bitmap {
@@ -37,7 +38,8 @@ struct bg_bitmap {
     bg_levels levels;
 };
 
-int levels_init(bg_levels *levels, uint64_t nbits);
+/* dense: most of its memory will be written. */
+int levels_init(bg_levels *levels, uint64_t nbits, bool dense);
 void levels_free(bg_levels *levels);
 /* Make all memory 0. */
 void levels_zero(bg_levels *levels);

@@ -76,6 +76,7 @@ class DirtyBitmap:
         self.reason = reason
         self.version = 0
         self.epochs: Epochs | None = None
+        #: what was marked between the views; the first may be a view's bits, so they never change
         self._segments: list[Bitmap] = []
         self._views: list[View] = []
         self._ended: list[_Ended] = []
@@ -107,7 +108,7 @@ class DirtyBitmap:
 
     def contents(self) -> Bitmap:
         """All that is marked; not to be changed. A copy while views are open."""
-        return self._union(0) if self._segments else self.recorder
+        return self._union() if self._segments else self.recorder
 
     def count(self) -> int:
         """Dirty bytes, the last granule cut to the disk's end."""
@@ -147,7 +148,8 @@ class DirtyBitmap:
         self.check_usable("take")
         self._segments.append(self.recorder)
         self.recorder = Bitmap(self.size, self.granularity)
-        view = View(self, self._union(0, recorder=False), holder, mode, len(self._segments))
+        bits = self._segments[0] if len(self._segments) == 1 else self._union(recorder=False)
+        view = View(self, bits, holder, mode, len(self._segments))
         self._views.append(view)
         return view
 
@@ -235,6 +237,7 @@ class DirtyBitmap:
         """
         self.version += 1
         before = self.size
+        self._segments = [segment.copy() for segment in self._segments]
         for bits in (*self._segments, self.recorder):
             bits.truncate(size)
         for ended in self._ended:
@@ -244,9 +247,9 @@ class DirtyBitmap:
             self.epochs.truncate(size)
         self.record(before, size - before)
 
-    def _union(self, first: int, *, recorder: bool = True) -> Bitmap:
+    def _union(self, *, recorder: bool = True) -> Bitmap:
         bits = Bitmap(self.size, self.granularity)
-        for segment in self._segments[first:]:
+        for segment in self._segments:
             bits.merge(segment)
         if recorder:
             bits.merge(self.recorder)
@@ -259,10 +262,10 @@ class DirtyBitmap:
         if self._ended and all(other.mode == "never" for other in self._views):
             self.version += 1
             first = min(ended.segments for ended in self._ended)
-            for segment in self._segments[:first]:
-                if self.epochs is not None:
+            if self.epochs is not None:
+                for segment in self._segments[:first]:
                     self.epochs.stamp(segment)
-                segment.clear()
+            self._segments[:first] = [Bitmap(self.size, self.granularity) for _ in range(first)]
             for ended in self._ended:
                 if ended.left is not None:
                     self.recorder.merge(ended.left)

@@ -145,7 +145,7 @@ class BackupTop(Filter):
         self.copy = BlockCopy(
             self.file,
             self.target,
-            Bitmap(size, self.cluster_size),
+            Bitmap(size, self.cluster_size, dense=True),
             serialising=self._is_fleecing(),
             native=not self.options.cbw_timeout,  # nobody can give up waiting for a native copy
             released=self._released,
@@ -159,7 +159,8 @@ class BackupTop(Filter):
 
     async def close(self) -> None:
         if self._ready:
-            await self.copy.forget_maps()
+            await self.copy.close()
+            self._forgotten.truncate(0)
 
     def committed(self) -> None:
         self.keep_rest()

@@ -139,5 +139,4 @@ class CopyLoop:
 
     def tell(self) -> None:
         """Bring the job's progress up to date."""
-        left = self._copy.bitmap.count()
-        self._job.progress.update(self._copy.bytes_copied, self._copy.bytes_copied + left)
+        self._job.progress.update(self._copy.bytes_copied, self._copy.bytes_copied + self._copy.left)

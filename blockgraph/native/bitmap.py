@@ -33,6 +33,7 @@ class Bitmap:
     Args:
         size: bytes, at least 0.
         granularity: bytes per bit, a power of two from 512 to 2 GiB.
+        dense: most of it will be marked soon; only speed depends on it.
     Raises:
         ValueError: an argument is out of range, or the bitmap would have more than 2**38 bits.
         MemoryError: no address space.
@@ -43,10 +44,10 @@ class Bitmap:
     granularity: int
     """Bytes per bit."""
 
-    def __init__(self, size: int, granularity: int) -> None:
+    def __init__(self, size: int, granularity: int, *, dense: bool = False) -> None:
         out = ffi.new("bg_bitmap **")
         try:
-            code = lib.bg_bitmap_new(size, granularity, out)
+            code = (lib.bg_bitmap_new_dense if dense else lib.bg_bitmap_new)(size, granularity, out)
         except OverflowError:
             code = _EINVAL
         if code < 0:
