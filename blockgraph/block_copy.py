@@ -38,6 +38,7 @@ from blockgraph.native import (
     CopiedRange,
     Copier,
     CopierMode,
+    CopierSide,
     CopyError,
     CopyExtent,
     CopyFlag,
@@ -68,6 +69,7 @@ _MAX_LEAVES = 512
 
 #: Runs that are copied at a time. More gain nothing, and a guest that writes to the first waits for the last.
 _MAX_RUNS = 64
+_FIRST_RUNS = 8
 
 
 class CopyFailed(Exception):
@@ -183,6 +185,8 @@ class BlockCopy:
         self.sums: Sums | None = None
         self._position = 0
         self._runs = 1
+        #: copied natively at a time: few at first, so that copying starts before much has been looked up
+        self._most_runs = _FIRST_RUNS
         self._choosing = asyncio.Lock()
         #: batches of runs that native code is at, not all of them claimed
         self._batches = 0
@@ -402,8 +406,9 @@ class BlockCopy:
         offset, moved = self._position, 0
         # Native copies would write as data what a target with a backing image had better left as zeroes.
         if self.native and not self._offloads and not has_cow(self.target.node):
-            runs = self.copier.find_runs(offset, _FRAGMENT, chunk, _MAX_RUNS)
+            runs = self.copier.find_runs(offset, _FRAGMENT, chunk, self._most_runs)
             if runs:
+                self._most_runs = min(2 * self._most_runs, _MAX_RUNS)
                 self._position = runs.end
                 moved, missed = await finish(self._copy_runs(runs))
                 if missed is None:
@@ -430,7 +435,7 @@ class BlockCopy:
         try:
             if not await self._learn_runs(runs) or await self._may_offload():
                 return 0, runs.start
-            done = await asyncio.to_thread(self.copier.copy_runs, runs)
+            done = await self.copier.copy_runs(runs)
         finally:
             self._batches -= 1
             self._batch_ended.set()
@@ -443,21 +448,22 @@ class BlockCopy:
 
     async def _learn_runs(self, runs: Runs) -> bool:
         """Let the maps know where the runs are. False: the target has no place ready for some."""
-        if self.copier.check_runs(runs):
-            return True
-        source, target = self._source_map.extents, self._target_map.extents
+        unknown = self.copier.check_runs(runs)
         with suppress(BlockGraphError):  # whoever copies will tell
-            for start, end in runs.unmapped("target"):
-                if not _takes_writes(target.find(start)):
-                    await self._target_map.fill(start, end - start)
+            if CopierSide.TARGET in unknown:
+                target = self._target_map.extents
+                for start, end in runs.unmapped(CopierSide.TARGET):
                     if not _takes_writes(target.find(start)):
-                        return False
-            if unknown := runs.unmapped("source"):
-                await self._source_map.look_up(unknown)
-                self.copier.check_runs(runs)
-                for start, end in runs.unmapped("source"):
-                    if source.find(start) is None:
-                        await self._source_map.fill(start, end - start)
+                        await self._target_map.fill(start, end - start)
+                        if not _takes_writes(target.find(start)):
+                            return False
+            if CopierSide.SOURCE in unknown:
+                await self._source_map.look_up(runs.unmapped(CopierSide.SOURCE))
+                if CopierSide.SOURCE in self.copier.check_runs(runs):
+                    source = self._source_map.extents
+                    for start, end in runs.unmapped(CopierSide.SOURCE):
+                        if source.find(start) is None:
+                            await self._source_map.fill(start, end - start)
         return True
 
     async def _copy_here(self, offset: int, chunk: int) -> tuple[int, int]:

@@ -115,10 +115,14 @@ class Lookup(NamedTuple):
 
     Attributes:
         parts: entries of tables, whose host offsets are the storage's.
+        places: what they have in common.
+        zeroes: what is unallocated reads as zeroes.
         storage: the node whose descriptor has the bytes.
     """
 
     parts: L2Parts
+    places: L2Places
+    zeroes: bool
     storage: Node
 
 

@@ -183,7 +183,8 @@ class RootMap:
         self._register(found.storage, None)
         slot = self._slot(found.storage)
         if slot is not None:
-            self.extents.insert_parts(generation, found.parts, shift, 0, MapExtent(low, high - low, slot))
+            within = MapExtent(low, high - low, slot)
+            self.extents.insert_parts(generation, found.places, found.parts, found.zeroes, shift, within)
 
     async def _resolve(self, offset: int, length: int, generation: int) -> MapExtent | None:
         """The widest extent around `offset`; None: it has to be asked for each time.

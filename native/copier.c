@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "copier.h"
 
+#include "io.h"
 #include "wait.h"
 #include "zero.h"
 
@@ -500,7 +501,7 @@ static bool all_mapped(bg_map *map, int64_t start, int64_t end, int flags)
 
 int64_t bg_copier_check_runs(bg_copier *c, bg_copier_run *runs, int64_t count)
 {
-    int64_t unmapped = 0;
+    int64_t any = 0;
     for (int64_t i = 0; i < count; i++) {
         bg_copier_run *r = &runs[i];
         if (!clusters_ok(c, r->start, r->end))
@@ -508,9 +509,9 @@ int64_t bg_copier_check_runs(bg_copier *c, bg_copier_run *runs, int64_t count)
         r->unmapped = all_mapped(c->source, r->start, r->end, 0) ? 0 : BG_COPIER_SOURCE;
         if (!all_mapped(c->target, r->start, r->end, TAKES_WRITES))
             r->unmapped |= BG_COPIER_TARGET;
-        unmapped += r->unmapped != 0;
+        any |= r->unmapped;
     }
-    return unmapped;
+    return any;
 }
 
 /* With the lock held: 0, or a miss. */
@@ -526,24 +527,90 @@ static int copy_own(bg_copier *c, int64_t start, int64_t end, bg_copier_stats *m
     return c->mode == BG_COPIER_ON ? 0 : BG_MAP_MISS;
 }
 
-int64_t bg_copier_copy_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg_copier_stats *out)
+static bool runs_ok(const bg_copier *c, const bg_copier_run *runs, int64_t count)
 {
     for (int64_t i = 0; i < count; i++)
         if (!clusters_ok(c, runs[i].start, runs[i].end))
-            return -EINVAL;
+            return false;
+    return true;
+}
+
+/* Returns whether some of it is left. */
+static bool copy_and_release(bg_copier *c, bg_copier_run *run, bg_copier_stats *mine)
+{
+    bg_bitmap_extent kept;
+    pthread_mutex_lock(&c->lock);
+    run->missed = copy_own(c, run->start, run->end, mine) != 0;
+    /* What a slow guest write has made done while somebody reads it waits for the reader. */
+    run->released = !frozen_in(c, run->start, run->end) &&
+                    bg_bitmap_next_clean(c->done, run->start, run->end, BG_BITMAP_NO_LIMIT, &kept) == 0;
+    pthread_mutex_unlock(&c->lock);
+    return run->missed;
+}
+
+int64_t bg_copier_copy_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg_copier_stats *out)
+{
+    if (!runs_ok(c, runs, count))
+        return -EINVAL;
     int64_t missed = 0;
     *out = (bg_copier_stats){0};
-    for (int64_t i = 0; i < count; i++) {
-        pthread_mutex_lock(&c->lock);
-        runs[i].missed = copy_own(c, runs[i].start, runs[i].end, out) != 0;
-        bg_bitmap_extent kept;
-        /* What a slow guest write has made done while somebody reads it waits for the reader. */
-        runs[i].released = !frozen_in(c, runs[i].start, runs[i].end) &&
-                           bg_bitmap_next_clean(c->done, runs[i].start, runs[i].end, BG_BITMAP_NO_LIMIT, &kept) == 0;
-        pthread_mutex_unlock(&c->lock);
-        missed += runs[i].missed;
-    }
+    for (int64_t i = 0; i < count; i++)
+        missed += copy_and_release(c, &runs[i], out);
     return missed;
+}
+
+typedef struct {
+    bg_task task; /* first */
+    bg_copier *copier;
+    bg_copier_run *runs;
+    int64_t count, at, missed;
+    bg_copier_stats *out;
+    bg_pool *pool;
+    bg_entry *entry;
+} runs_task;
+
+static void run_runs(bg_task *task)
+{
+    runs_task *t = (runs_task *)task;
+    while (t->at < t->count) {
+        t->missed += copy_and_release(t->copier, &t->runs[t->at++], t->out);
+        if (t->at < t->count && bg_pool_waiting(t->pool)) {
+            bg_pool_submit(t->pool, task);
+            return;
+        }
+    }
+    bg_queue_complete(t->entry, t->missed);
+    free(t);
+}
+
+/* Whether that place is a file in memory, or zeroes. */
+static bool in_memory(bg_map *map, int64_t offset)
+{
+    bg_map_piece piece;
+    bg_map_request request;
+    if (bg_map_begin(map, offset, 1, NULL, 0, &piece, 1, &request) != 0)
+        return false;
+    bg_map_end(map, &request, 0);
+    return piece.fd < 0 || piece.haste == BG_HASTE_ALL;
+}
+
+int bg_copier_start_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg_copier_stats *out, bg_queue *queue,
+                         int64_t ticket)
+{
+    if (count < 1 || !runs_ok(c, runs, count))
+        return -EINVAL;
+    runs_task *t = malloc(sizeof(*t));
+    bg_entry *entry = t ? bg_queue_reserve(queue, ticket) : NULL;
+    if (!entry) {
+        free(t);
+        return -ENOMEM;
+    }
+    *out = (bg_copier_stats){0};
+    *t = (runs_task){.copier = c, .runs = runs, .count = count, .out = out, .pool = bg_queue_pool(queue), .entry = entry};
+    t->task.run = run_runs;
+    t->task.busy = in_memory(c->source, runs[0].start) && in_memory(c->target, runs[0].start);
+    bg_pool_submit(t->pool, &t->task);
+    return 0;
 }
 
 /* With the lock held: 0 once [start, end) may be overwritten; -EAGAIN `now`. */

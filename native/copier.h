@@ -26,6 +26,7 @@
 
 #include "bitmap.h"
 #include "extent_map.h"
+#include "queue.h"
 #include "sums.h"
 
 #include <stdint.h>
@@ -105,7 +106,7 @@ typedef struct {
  */
 int64_t bg_copier_find_runs(bg_copier *copier, int64_t offset, int64_t longest, int64_t bytes, bg_copier_run *out, int64_t max);
 
-/* Set `unmapped` of all runs, and return how many are not 0. */
+/* Set `unmapped` of all runs, and return what there is in any: no side, one, or both. */
 int64_t bg_copier_check_runs(bg_copier *copier, bg_copier_run *runs, int64_t count);
 
 /*
@@ -113,6 +114,13 @@ int64_t bg_copier_check_runs(bg_copier *copier, bg_copier_run *runs, int64_t cou
  * others are copying is left to them. Sets `missed` and `released`, and returns how many runs have `missed`; *out as for bg_copier_copy.
  */
 int64_t bg_copier_copy_runs(bg_copier *copier, bg_copier_run *runs, int64_t count, bg_copier_stats *out);
+
+/*
+ * The same for one run or more on threads of the queue's pool, where what waits passes between two of them; the result arrives
+ * in the queue. Runs and *out are borrowed until then.
+ */
+int bg_copier_start_runs(bg_copier *copier, bg_copier_run *runs, int64_t count, bg_copier_stats *out, bg_queue *queue,
+                         int64_t ticket);
 
 /* A claim that touches [offset, end): its number, -1: a native write's, 0: none. */
 int64_t bg_copier_claimed(bg_copier *copier, int64_t offset, int64_t end);

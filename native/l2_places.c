@@ -8,6 +8,8 @@
 #include <stdbool.h>
 
 #define BATCH 256 /* the map's lock is held for that many at a time */
+#define L1_COPIED ((uint64_t)1 << 63)
+#define L1_OFFSET 0x00fffffffffffe00u /* bits 9-55 */
 
 static bool touches_metadata(const bg_l2_places *p, uint64_t first, uint64_t count)
 {
@@ -80,15 +82,56 @@ int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *pl
     return taken;
 }
 
-int bg_l2_read_parts(int fd, const bg_l2_part *parts, int64_t count, void *entries, int64_t bytes)
+/* The table of an L1 entry: 0, there is none; -1: it breaks the specification. */
+static int64_t table_of(const void *l1, int64_t index, int cluster_bits, int64_t host_end)
 {
+    uint64_t entry = load_be64(l1, index), host = entry & L1_OFFSET;
+    uint64_t cluster = (uint64_t)1 << cluster_bits;
+    if (entry & ~(L1_OFFSET | L1_COPIED) || (host && (host % cluster || host < cluster || host >= (uint64_t)host_end)))
+        return -1;
+    return (int64_t)host;
+}
+
+int64_t bg_l2_find_parts(const void *l1, int64_t l1_entries, int cluster_bits, int64_t host_end, const int64_t *runs,
+                         int64_t count, bg_l2_part *out, int64_t max, int64_t *bytes)
+{
+    int table_bits = cluster_bits - 3; /* entries of 8 bytes */
+    int64_t parts = 0;
+    *bytes = 0;
+    if (cluster_bits < 9 || cluster_bits > 21 || host_end < 0)
+        return -EINVAL;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t start = runs[2 * i], end = runs[2 * i + 1];
+        if (start < 0 || end <= start)
+            return -EINVAL;
+        for (int64_t at = start >> cluster_bits, stop = ((end - 1) >> cluster_bits) + 1, n; at < stop; at += n) {
+            int64_t index = at >> table_bits, next = (index + 1) << table_bits, entry = at - (index << table_bits);
+            int64_t table = index < l1_entries ? table_of(l1, index, cluster_bits, host_end) : 0;
+            n = (stop < next ? stop : next) - at;
+            if (table < 0)
+                continue;
+            if (parts == max)
+                return parts;
+            out[parts++] = table ? (bg_l2_part){at << cluster_bits, *bytes, n, table + entry * 8}
+                                 : (bg_l2_part){at << cluster_bits, -1, n, -1};
+            *bytes += table ? n * 8 : 0;
+        }
+    }
+    return parts;
+}
+
+int bg_l2_read_parts(int fd, const bg_l2_part *parts, int64_t count, void *entries, int64_t bytes, int now)
+{
+    enum bg_haste haste = now ? bg_haste_of(fd) : BG_HASTE_NONE;
     for (int64_t i = 0; i < count; i++) {
         const bg_l2_part *part = &parts[i];
         if (part->host < 0)
             continue;
         if (part->position < 0 || part->count < 0 || part->count > (bytes - part->position) / 8)
             return -EINVAL;
-        int64_t ret = bg_pread(fd, (char *)entries + part->position, part->count * 8, part->host);
+        char *into = (char *)entries + part->position;
+        int64_t ret = now ? bg_pread_in(haste, fd, into, part->count * 8, part->host)
+                          : bg_pread(fd, into, part->count * 8, part->host);
         if (ret < 0)
             return (int)ret;
     }

@@ -40,8 +40,18 @@ typedef struct {
     int64_t host; /* where they are in the image's file; -1: they need not be read */
 } bg_l2_part;
 
-/* Read the entries of all parts into `entries`; zeroes past the file's end. 0, or -errno of the first failure. */
-int bg_l2_read_parts(int fd, const bg_l2_part *parts, int64_t count, void *entries, int64_t bytes);
+/*
+ * The parts of the tables that say where `count` runs of the image are, {start, end} each: as many as there is room for. Of an L1
+ * entry that breaks the specification, or leads past host_end, there is none. *bytes: of the entries of all.
+ */
+int64_t bg_l2_find_parts(const void *l1, int64_t l1_entries, int cluster_bits, int64_t host_end, const int64_t *runs,
+                         int64_t count, bg_l2_part *out, int64_t max, int64_t *bytes);
+
+/*
+ * Read the entries of all parts into `entries`; zeroes past the file's end. 0, or -errno of the first failure. `now`: -EAGAIN
+ * when that would have to wait for a device.
+ */
+int bg_l2_read_parts(int fd, const bg_l2_part *parts, int64_t count, void *entries, int64_t bytes, int now);
 
 /*
  * Insert what the parts say, of which `places` has what they have in common: its table and entries are those of all parts, its

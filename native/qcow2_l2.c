@@ -2,7 +2,6 @@
 /* SPDX-License-Identifier: MIT */
 #include "qcow2_l2.h"
 
-#include <endian.h>
 #include <errno.h>
 #include <stdbool.h>
 #include <string.h>
@@ -14,13 +13,6 @@
 #define RESERVED 0x3f000000000001feu /* bits 1-8 and 56-61 of a standard entry */
 #define ZERO 1u
 #define SECTOR 512u
-
-static inline uint64_t load_be64(const void *table, int64_t index)
-{
-    uint64_t raw;
-    memcpy(&raw, (const char *)table + index * 8, sizeof(raw));
-    return be64toh(raw);
-}
 
 static bg_l2_run decode_compressed(uint64_t entry, int cluster_bits)
 {

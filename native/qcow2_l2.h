@@ -15,7 +15,9 @@
 #ifndef BG_QCOW2_L2_H
 #define BG_QCOW2_L2_H
 
+#include <endian.h>
 #include <stdint.h>
+#include <string.h>
 
 /* cffi:begin */
 enum bg_l2_kind {
@@ -58,5 +60,12 @@ int64_t bg_next_nonzero_u64(const void *table, int64_t start, int64_t count);
  */
 int64_t bg_refcount16_free_run(const void *block, int64_t start, int64_t count, int64_t want, int64_t *length);
 /* cffi:end */
+
+static inline uint64_t load_be64(const void *table, int64_t index)
+{
+    uint64_t raw;
+    memcpy(&raw, (const char *)table + index * 8, sizeof(raw));
+    return be64toh(raw);
+}
 
 #endif

@@ -147,7 +147,7 @@ class DirtyBitmap:
         """What the bitmap holds at this instant."""
         self.check_usable("take")
         self._segments.append(self.recorder)
-        self.recorder = Bitmap(self.size, self.granularity)
+        self.recorder = Bitmap(self.size, self.granularity, dense=mode == "never")  # it gets back what is taken
         bits = self._segments[0] if len(self._segments) == 1 else self._union(recorder=False)
         view = View(self, bits, holder, mode, len(self._segments))
         self._views.append(view)

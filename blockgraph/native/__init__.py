@@ -9,7 +9,16 @@ out of range raise ValueError; failed system calls raise OSError with `errno`.
 
 from blockgraph.native.allocator import Allocator, Link
 from blockgraph.native.bitmap import Bitmap
-from blockgraph.native.copier import ClaimedRun, CopiedRange, Copier, CopierLink, CopierMode, CopierStats, Runs
+from blockgraph.native.copier import (
+    ClaimedRun,
+    CopiedRange,
+    Copier,
+    CopierLink,
+    CopierMode,
+    CopierSide,
+    CopierStats,
+    Runs,
+)
 from blockgraph.native.copy import (
     CopyCancelled,
     CopyError,
@@ -23,14 +32,12 @@ from blockgraph.native.copy import (
 from blockgraph.native.extent_map import ExtentMap, MapExtent, MapStats, Zeroing
 from blockgraph.native.l2 import (
     L2Kind,
-    L2Part,
     L2Parts,
     L2Places,
     L2Run,
     decode_l2,
     free_run_refcount16,
     next_nonzero_u64,
-    read_l2_parts,
 )
 from blockgraph.native.pool import Pool, close_pool, get_pool
 from blockgraph.native.sums import SUM_BLOCK, Sums
@@ -45,6 +52,7 @@ __all__ = [
     "Copier",
     "CopierLink",
     "CopierMode",
+    "CopierSide",
     "CopierStats",
     "CopyCancelled",
     "CopyError",
@@ -55,7 +63,6 @@ __all__ = [
     "CopySide",
     "ExtentMap",
     "L2Kind",
-    "L2Part",
     "L2Parts",
     "L2Places",
     "L2Run",
@@ -75,6 +82,5 @@ __all__ = [
     "is_zero",
     "next_nonzero_u64",
     "offload",
-    "read_l2_parts",
     "zero_runs",
 ]

@@ -8,10 +8,11 @@ import asyncio
 import enum
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
+from blockgraph.native.pool import get_pool
 
 if TYPE_CHECKING:
     from blockgraph.native.bitmap import Bitmap
@@ -31,6 +32,13 @@ class CopierMode(enum.IntEnum):
     """It copies them first, when both maps know where they are and nobody in Python is at them."""
     BROKEN = lib.BG_COPIER_BROKEN
     """It goes on: nobody needs the old bytes any more."""
+
+
+class CopierSide(enum.IntFlag):
+    """Where a copy comes from and goes to."""
+
+    SOURCE = lib.BG_COPIER_SOURCE
+    TARGET = lib.BG_COPIER_TARGET
 
 
 class CopierStats(NamedTuple):
@@ -81,10 +89,9 @@ class Runs:
     def _some(self, wanted: Callable[[Any], int]) -> list[tuple[int, int]]:
         return [(run.start, run.end) for run in self._native[0 : self._count] if wanted(run)]
 
-    def unmapped(self, side: Literal["source", "target"]) -> list[tuple[int, int]]:
+    def unmapped(self, side: CopierSide) -> list[tuple[int, int]]:
         """Those of which that side's map does not know some place, as of `Copier.check_runs`."""
-        bit = lib.BG_COPIER_SOURCE if side == "source" else lib.BG_COPIER_TARGET
-        return self._some(lambda run: run.unmapped & bit)
+        return self._some(lambda run: run.unmapped & side)
 
     def missed(self) -> int | None:
         """Where the first begins that `Copier.copy_runs` has left some of."""
@@ -173,14 +180,21 @@ class Copier:
         runs._count = code
         return runs
 
-    def check_runs(self, runs: Runs) -> bool:
-        """Find out what the maps do not know. True: they know all."""
-        return check(lib.bg_copier_check_runs(self._native, runs._native, len(runs))) == 0
+    def check_runs(self, runs: Runs) -> CopierSide:
+        """Find out what the maps do not know: of some run, on these sides."""
+        return CopierSide(check(lib.bg_copier_check_runs(self._native, runs._native, len(runs))))
 
-    def copy_runs(self, runs: Runs) -> CopiedRange:
-        """Copy what is still to be copied of each, as `copy` does, and release it; what others copy is left to them."""
+    async def copy_runs(self, runs: Runs) -> CopiedRange:
+        """Copy what is still to be copied of each, as `copy` does, and release it; what others copy is left to them.
+
+        Cancelled: after that.
+        """
         out = ffi.new("bg_copier_stats *")
-        missed = check(lib.bg_copier_copy_runs(self._native, runs._native, len(runs), out))
+
+        def start(queue: Any, ticket: int) -> int:
+            return int(lib.bg_copier_start_runs(self._native, runs._native, len(runs), out, queue, ticket))
+
+        missed = check(await get_pool().run(start, (self, runs, out)))
         return CopiedRange(missed == 0, out.copied, out.moved)
 
     def claimed(self, offset: int, end: int) -> int:

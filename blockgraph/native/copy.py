@@ -165,6 +165,10 @@ class Job:
         if sums is not None:
             lib.bg_copy_set_sums(self.native, sums.native)
 
+    def start(self, queue: Any, ticket: int) -> int:
+        """For `Pool.run`."""
+        return int(lib.bg_copy_start(self.native, queue, ticket))
+
     def finish(self, code: int) -> CopyResult:
         """The result of a job that ended with `code`, or its failure."""
         if code == 0:

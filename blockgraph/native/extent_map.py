@@ -290,11 +290,17 @@ class ExtentMap:
             raise ValueError(f"range {within.offset}+{within.length} or slot {within.slot} is not in the map")
         return int(code)
 
-    def insert_parts(self, generation: int, parts: L2Parts, shift: int, storage_shift: int, within: MapExtent) -> int:
-        """Insert what parts of many L2 tables say, as `insert_places` does, zeroes too."""
-        native = _places(parts.places, shift, storage_shift, within)
-        items = ffi.new("bg_l2_part[]", parts.parts)
-        code = lib.bg_map_insert_l2_parts(self._native, generation, native.places, items, len(items), parts.zeroes)
+    def insert_parts(
+        self, generation: int, places: L2Places, parts: L2Parts, zeroes: bool, shift: int, within: MapExtent
+    ) -> int:
+        """Insert what parts of many L2 tables say, as `insert_places` does, zeroes too.
+
+        Args:
+            places: what the parts have in common; the table is theirs, `first` is 0.
+            zeroes: what is unallocated reads as zeroes.
+        """
+        native = _places(places, shift, 0, within)
+        code = lib.bg_map_insert_l2_parts(self._native, generation, native.places, parts.native, len(parts), zeroes)
         if code < 0:
             raise ValueError(f"range {within.offset}+{within.length} or slot {within.slot} is not in the map")
         return int(code)

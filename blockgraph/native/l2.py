@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from array import array
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1024
 _FIELDS = 6
+_PART_FIELDS = 4
 
 
 class L2Kind(IntEnum):
@@ -65,48 +68,93 @@ class L2Places(NamedTuple):
     metadata: array[int]
 
 
-class L2Part(NamedTuple):
-    """Some entries of a table.
+class L2Parts:
+    """The entries that say where scattered runs of an image are, of many tables, for an extent map to take at once
+    (`ExtentMap.insert_parts`). A part is some entries of one table.
+
+    Args:
+        runs: (offset, end) in the image, bytes, not empty.
+        l1: the L1 table, big-endian. An entry that breaks the specification or leads past host_end has no part.
+        cluster_bits: 9 to 21; tables have a cluster of 8-byte entries.
+        host_end: end of the file, bytes.
 
     Attributes:
-        first: offset in the image of the first, bytes.
-        position: of their bytes in `L2Parts.table`; -1: there is no table, all are unallocated.
-        entries: how many.
-        host: where they are in the file; -1: they need not be read.
+        indexes: of the parts' tables in the L1 table.
+        table: the parts' entries, big-endian, one part's after another's.
     """
 
-    # In the order of bg_l2_part: lists of these are handed to C as they are.
-    first: int
-    position: int
-    entries: int
-    host: int
+    __slots__ = ("_cluster_bits", "_native", "_table_bits", "indexes", "native", "table")
 
+    def __init__(self, runs: Sequence[tuple[int, int]], l1: bytearray, cluster_bits: int, host_end: int) -> None:
+        flat = [bound for run in runs for bound in run]
+        most = 2 * len(runs) + 64  # what there is no room for is looked up alone
+        self._native = ffi.new("bg_l2_part[]", most)
+        size = ffi.new("int64_t *")
+        count = lib.bg_l2_find_parts(
+            ffi.from_buffer(l1), len(l1) // 8, cluster_bits, host_end, flat, len(runs), self._native, most, size
+        )
+        if count < 0:
+            raise ValueError("runs are empty or reversed, or cluster_bits is not 9 to 21")
+        self.native: Any = self._native[0:count]
+        self.table = bytearray(size[0])
+        self._cluster_bits, self._table_bits = cluster_bits, 2 * cluster_bits - 3
+        fields = iter(ffi.unpack(ffi.cast("int64_t *", self._native), _PART_FIELDS * count) if count else ())
+        self.indexes = [first >> self._table_bits for first, *_ in zip(*[fields] * _PART_FIELDS, strict=True)]
 
-class L2Parts(NamedTuple):
-    """Parts of many tables, for an extent map to take at once (`ExtentMap.insert_parts`).
+    def __len__(self) -> int:
+        return len(self.indexes)
 
-    Attributes:
-        places: what they have in common; the table is all parts' entries, `first` is 0.
-        parts: in any order.
-        zeroes: what is unallocated reads as zeroes.
-    """
+    def host(self, number: int) -> int:
+        """Where the entries of a part are in the file; -1: nowhere, or they need not be read."""
+        return int(self.native[number].host)
 
-    places: L2Places
-    parts: list[L2Part]
-    zeroes: bool
+    def entry(self, number: int) -> int:
+        """Index in its table of the first entry of a part."""
+        part: int = self.native[number].first
+        return (part & ((1 << self._table_bits) - 1)) >> self._cluster_bits
+
+    def take(self, number: int, table: bytearray) -> None:
+        """A part's entries are those of its table, which is in memory, and need not be read."""
+        part = self.native[number]
+        if part.position < 0:
+            self.drop(number)  # there was none
+        else:
+            entry = self.entry(number)
+            size = 8 * part.count
+            self.table[part.position : part.position + size] = table[8 * entry : 8 * entry + size]
+            part.host = -1
+
+    def drop(self, number: int) -> None:
+        """Leave a part out."""
+        self.native[number].count = 0
+        self.native[number].host = -1
+
+    def dropped(self, number: int) -> bool:
+        """Whether it is left out."""
+        return bool(self.native[number].count == 0)
+
+    def read_now(self, fd: int) -> bool:
+        """`read`, if nothing has to be waited for. False: some may have been read."""
+        code = self._read(fd, now=True)
+        if code == -errno.EAGAIN:
+            return False
+        check(code)
+        return True
+
+    def read(self, fd: int) -> None:
+        """Read the entries from the image's file; zeroes past its end. Blocks, without the GIL.
+
+        Raises:
+            OSError: the storage failed.
+        """
+        check(self._read(fd, now=False))
+
+    def _read(self, fd: int, *, now: bool) -> int:
+        into = ffi.from_buffer(self.table)
+        return int(lib.bg_l2_read_parts(fd, self.native, len(self), into, len(self.table), now))
 
 
 _KINDS = tuple(sorted(L2Kind))
-
-
-def read_l2_parts(fd: int, parts: list[L2Part], table: bytearray) -> None:
-    """Read the parts' entries, big-endian, from the image's file; zeroes past its end. Blocks, without the GIL.
-
-    Raises:
-        OSError: the storage failed.
-    """
-    native = ffi.new("bg_l2_part[]", parts)
-    check(lib.bg_l2_read_parts(fd, native, len(parts), ffi.from_buffer(table), len(table)))
 
 
 def decode_l2(

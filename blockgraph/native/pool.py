@@ -24,7 +24,7 @@ import errno
 import os
 import select
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockgraph._native import ffi, lib
@@ -276,18 +276,34 @@ class Pool:
             ValueError: an extent has a bad descriptor, range or combination of flags.
         Cancelled: any part of the targets may have been written.
         """
-        future = self._future()
         job = Job(extents, self._copy_threads(threads), progress, sums)
+        return job.finish(await self.run(job.start, job, cancel=job.progress.cancel))
+
+    async def run(
+        self, start: Callable[[Any, int], int], borrowed: object, *, cancel: Callable[[], None] | None = None
+    ) -> int:
+        """Wait for a native task.
+
+        Args:
+            start: starts it, given the bg_queue and the ticket under which its result is to arrive there; 0, or -errno.
+            borrowed: what it uses.
+            cancel: called when the caller is cancelled; None: it goes on to its end.
+        Returns: its result.
+        Raises:
+            OSError: it could not be started.
+        Cancelled: after its end.
+        """
+        future = self._future()
         self._ticket = ticket = self._ticket + 1
-        check(lib.bg_copy_start(job.native, self._queue, ticket))
-        self._pending[ticket] = (future, job)
+        check(start(self._queue, ticket))
+        self._pending[ticket] = (future, borrowed)
         try:
-            result = await future
+            return await future
         except asyncio.CancelledError:
-            job.progress.cancel()
+            if cancel is not None:
+                cancel()
             await self._wait_out(ticket)
             raise
-        return job.finish(result)
 
     def copy_blocking(
         self, extents: Sequence[CopyExtent], *, threads: int | None = None, progress: CopyProgress | None = None

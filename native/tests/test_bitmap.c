@@ -179,6 +179,37 @@ static void threads_share_one(void)
     bg_bitmap_free(b);
 }
 
+#define WINDOW ((int64_t)1 << 24) /* bits that a huge page holds */
+
+/* Memory that a full one has left is clean, and nobody else's. */
+static void *dense_ones(void *unused)
+{
+    (void)unused;
+    for (int round = 0; round < 20; round++) {
+        bg_bitmap *b[3];
+        for (int i = 0; i < 3; i++) {
+            int64_t bits = WINDOW * (1 + (i + round) % 2) + round % 3;
+            bg_bitmap_extent run;
+            CHECK(bg_bitmap_new_dense(bits * GRANULE, GRANULE, &b[i]) == 0);
+            CHECK(bg_bitmap_count(b[i]) == 0);
+            CHECK(bg_bitmap_next_dirty(b[i], 0, bits * GRANULE, BG_BITMAP_NO_LIMIT, &run) == 0);
+            CHECK(bg_bitmap_fill(b[i]) == 0 && bg_bitmap_count(b[i]) == bits * GRANULE);
+        }
+        for (int i = 0; i < 3; i++)
+            bg_bitmap_free(b[i]);
+    }
+    return NULL;
+}
+
+static void dense_ones_leave_clean_memory(void)
+{
+    pthread_t threads[2];
+    for (int i = 0; i < 2; i++)
+        CHECK(pthread_create(&threads[i], NULL, dense_ones, NULL) == 0);
+    for (int i = 0; i < 2; i++)
+        pthread_join(threads[i], NULL);
+}
+
 void test_bitmap(void)
 {
     static const int64_t sizes[] = {1, 63, 64, 65, 4095, 4096, 4097, 10000};
@@ -196,4 +227,5 @@ void test_bitmap(void)
         merges(20000 >> (shift - 9), shift, 9, 1 + shift);
     }
     threads_share_one();
+    dense_ones_leave_clean_memory();
 }

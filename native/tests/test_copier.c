@@ -440,6 +440,36 @@ static void chain_asks_every_copier(void)
     end();
 }
 
+static void runs_are_copied_on_the_pool_and_let_others_pass(void)
+{
+    begin(BG_MAP_WRITABLE);
+    bg_pool *pool;
+    bg_queue *queue;
+    bg_copier_run runs[CLUSTERS];
+    bg_copier_stats stats;
+    bg_completion ended[2];
+    char byte;
+    CHECK(bg_pool_new(1, &pool) == 0 && bg_queue_new(pool, &queue) == 0);
+    /* Single clusters, every other one: each is a run. */
+    for (int64_t at = 0; at < SIZE; at += 2 * CLUSTER)
+        CHECK(bg_bitmap_reset(todo, at, SIZE - at < CLUSTER ? SIZE - at : CLUSTER) == 0);
+    int64_t left = bg_bitmap_count(todo), count = bg_copier_find_runs(copier, 0, 4 * CLUSTER, SIZE, runs, CLUSTERS);
+    CHECK(count == CLUSTERS / 2 && bg_copier_check_runs(copier, runs, count) == 0);
+    CHECK(bg_copier_start_runs(copier, runs, 0, &stats, queue, 1) == -EINVAL);
+    CHECK(bg_copier_start_runs(copier, runs, count, &stats, queue, 1) == 0);
+    CHECK(bg_queue_submit(queue, 2, BG_OP_PREAD, source_fd, &byte, 1, 0, 0) == 0);
+    for (int64_t n = 0; n < 2;)
+        n += bg_queue_reap(queue, ended + n, 2 - n);
+    CHECK(ended[0].ticket + ended[1].ticket == 3 && ended[0].ticket != ended[1].ticket);
+    CHECK(ended[ended[1].ticket == 1].result == 0 && byte == OLD);
+    CHECK(stats.copied == left && stats.moved == left && bg_bitmap_count(todo) == 0);
+    for (int64_t i = 0; i < count; i++)
+        CHECK(!runs[i].missed && runs[i].released && byte_at(target_fd, runs[i].start) == OLD);
+    CHECK(bg_queue_free(queue) == 0);
+    bg_pool_free(pool);
+    end();
+}
+
 void test_copier(void)
 {
     copies_once_then_writes_in_place();
@@ -449,6 +479,7 @@ void test_copier(void)
     failed_copy_is_a_miss_and_stays_to_be_done();
     copies_without_waiting_or_not_at_all();
     chain_asks_every_copier();
+    runs_are_copied_on_the_pool_and_let_others_pass();
     for (int i = 0; i < 5; i++)
         guests_job_and_reader_share_the_clusters();
 }

@@ -19,7 +19,7 @@ from blockgraph.create import create_file
 from blockgraph.formats.qcow2.driver import Qcow2
 from blockgraph.jobs.manager import JobManager
 from blockgraph.jobs.options import BackupOptions
-from blockgraph.native import Bitmap, Copier, CopierMode, ExtentMap, L2Part, MapExtent, read_l2_parts
+from blockgraph.native import Bitmap, Copier, CopierMode, CopierSide, ExtentMap, L2Parts, MapExtent
 
 #: An L2 table is for 2 MiB.
 IMAGE_CLUSTER = 4096
@@ -145,14 +145,47 @@ async def test_lookup_leaves_out_a_table_that_lacked_native_writes(
             await driver.writeback.run()
             driver.mapping.tables.forget(0)
 
-        def read(fd: int, parts: list[L2Part], table: bytearray) -> None:
-            read_l2_parts(fd, parts, table)
+        read_at_last = L2Parts.read
+
+        def read(parts: L2Parts, fd: int) -> None:
+            read_at_last(parts, fd)
             asyncio.run_coroutine_threadsafe(write_back(), loop).result()
 
-        monkeypatch.setattr("blockgraph.formats.qcow2.lookup.read_l2_parts", read)
+        monkeypatch.setattr(L2Parts, "read_now", lambda parts, fd: False)
+        monkeypatch.setattr(L2Parts, "read", read)
         found = await driver.look_up([(IMAGE_CLUSTER, 2 * IMAGE_CLUSTER), (4 << 20, 5 << 20)])
         assert found is not None
-        assert [part.first for part in found.parts.parts] == [4 << 20]
+        assert [found.parts.dropped(number) for number in range(2)] == [True, False]
+
+
+@in_loop
+async def test_lookup_keeps_what_a_table_in_memory_said_when_it_goes_meanwhile(
+    tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While entries of another table are being read, those of the one that was in memory need no table any more."""
+    held = pattern(SIZE)
+    await create(tmpfs, "disk")
+    await create(tmpfs, "target", "raw")
+    async with graph_of(image(tmpfs, "disk")) as graph:
+        guest = await graph.backend("disk", writable=True)
+        await guest.pwrite(0, held)
+        await graph.close_backend(guest)
+    async with graph_of(image(tmpfs, "disk", **{"read-only": True}), raw(tmpfs, "target")) as graph:
+        tables = driver_of(graph, "disk", Qcow2).mapping.tables
+        read_at_last, gone = L2Parts.read, []
+
+        def read(parts: L2Parts, fd: int) -> None:
+            gone.extend(index for index in parts.indexes if tables.get(index) is not None)
+            for index in parts.indexes:
+                tables.forget(index)
+            read_at_last(parts, fd)
+
+        monkeypatch.setattr(L2Parts, "read_now", lambda parts, fd: False)
+        monkeypatch.setattr(L2Parts, "read", read)
+        marked = list(range(0, RUNS, 16))  # two in each table, the first of which makes the nodes known
+        await back_up(graph, marked, max_workers=1)
+        assert gone
+    assert (tmpfs / "target").read_bytes() == expected(held, marked)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -240,22 +273,24 @@ def test_runs_are_found_up_to_a_long_one_a_number_or_a_size(sides: Sides) -> Non
         find(0, 5 * CLUSTER, CLUSTER - 1, 9)
 
 
-def test_runs_that_the_maps_do_not_know_are_left(sides: Sides) -> None:
+@in_loop
+async def test_runs_that_the_maps_do_not_know_are_left(sides: Sides) -> None:
     sides.mark(1, 3, 5)
     sides.learn(sides.source, 0, 4)
     sides.learn(sides.target, 2, 16)
     runs = sides.copier.find_runs(0, 1 << 30, 1 << 30, 9)
-    assert not sides.copier.check_runs(runs)
-    assert runs.unmapped("source") == [(5 * CLUSTER, 6 * CLUSTER)]
-    assert runs.unmapped("target") == [(CLUSTER, 2 * CLUSTER)]
-    assert sides.copier.copy_runs(runs) == (False, CLUSTER, CLUSTER)
+    assert sides.copier.check_runs(runs) == CopierSide.SOURCE | CopierSide.TARGET
+    assert runs.unmapped(CopierSide.SOURCE) == [(5 * CLUSTER, 6 * CLUSTER)]
+    assert runs.unmapped(CopierSide.TARGET) == [(CLUSTER, 2 * CLUSTER)]
+    assert await sides.copier.copy_runs(runs) == (False, CLUSTER, CLUSTER)
     assert runs.missed() == CLUSTER
     assert runs.released() == [(3 * CLUSTER, 4 * CLUSTER)]
     assert list(sides.todo.dirty_extents()) == [(CLUSTER, CLUSTER), (5 * CLUSTER, CLUSTER)]
     assert (sides.path / "target").read_bytes()[3 * CLUSTER : 4 * CLUSTER] == sides.old[3 * CLUSTER : 4 * CLUSTER]
 
 
-def test_what_others_copy_or_read_is_not_released(sides: Sides) -> None:
+@in_loop
+async def test_what_others_copy_or_read_is_not_released(sides: Sides) -> None:
     sides.mark(1, 2, 3, 5)
     for extents in (sides.source, sides.target):
         sides.learn(extents, 0, 16)
@@ -263,7 +298,7 @@ def test_what_others_copy_or_read_is_not_released(sides: Sides) -> None:
     theirs = sides.copier.take(2 * CLUSTER, 3 * CLUSTER)
     frozen = sides.copier.freeze(5 * CLUSTER + 7, 1)
     assert theirs is not None
-    assert sides.copier.copy_runs(runs) == (True, 3 * CLUSTER, 3 * CLUSTER)
+    assert await sides.copier.copy_runs(runs) == (True, 3 * CLUSTER, 3 * CLUSTER)
     assert runs.released() == []
     assert list(sides.done.dirty_extents()) == [(CLUSTER, CLUSTER), (3 * CLUSTER, CLUSTER)]
     sides.copier.thaw(frozen)
@@ -271,7 +306,10 @@ def test_what_others_copy_or_read_is_not_released(sides: Sides) -> None:
     assert list(sides.todo.dirty_extents()) == [(2 * CLUSTER, CLUSTER)]
 
 
-def test_what_a_slow_guest_write_has_made_done_is_not_released_to_native_ones_while_it_is_read(sides: Sides) -> None:
+@in_loop
+async def test_what_a_slow_guest_write_has_made_done_is_not_released_to_native_ones_while_it_is_read(
+    sides: Sides,
+) -> None:
     """Python's guest write has copied, and waits for the reader; a native one must do so, too."""
     sides.mark(1)
     for extents in (sides.source, sides.target):
@@ -280,8 +318,8 @@ def test_what_a_slow_guest_write_has_made_done_is_not_released_to_native_ones_wh
     frozen = sides.copier.freeze(CLUSTER, CLUSTER)
     assert sides.copier.copy(CLUSTER, 2 * CLUSTER).whole
     sides.done.set(CLUSTER, CLUSTER)
-    assert sides.copier.copy_runs(runs).whole
+    assert (await sides.copier.copy_runs(runs)).whole
     assert runs.released() == []
     sides.copier.thaw(frozen)
-    assert sides.copier.copy_runs(runs).whole
+    assert (await sides.copier.copy_runs(runs)).whole
     assert runs.released() == [(CLUSTER, 2 * CLUSTER)]

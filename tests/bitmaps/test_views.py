@@ -72,6 +72,22 @@ def test_inconsistent_bitmap_gives_no_view() -> None:
         bitmap.take("job 'a'")
 
 
+def test_bits_of_a_view_stay_when_the_bitmap_is_resized_cleared_or_another_one_ends() -> None:
+    bitmap = DirtyBitmap("b0", SIZE, GRANULE)
+    bitmap.record(GRANULE, 2 * GRANULE)
+    kept = bitmap.take("export 'e'")
+    other = bitmap.take("job 'a'", "always")
+    held = kept.bits, other.bits
+    bitmap.truncate(GRANULE)
+    bitmap.truncate(SIZE)
+    other.end(succeeded=True)
+    bitmap.clear()
+    bitmap.record(4 * GRANULE, 1)
+    kept.end(succeeded=True)
+    assert [(bits.size, marked(bits)) for bits in held] == [(SIZE, {1, 2})] * 2
+    assert marked(bitmap.contents()) == {4}
+
+
 class Views(RuleBasedStateMachine):
     """What is written is kept as a list of (moment, granule); each view knows its moment."""
 

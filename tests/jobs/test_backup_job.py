@@ -525,6 +525,21 @@ async def test_pause_stops_copying_and_resume_finishes() -> None:
 
 
 @in_loop
+async def test_job_that_ended_gives_its_memory_back_and_still_tells_what_was_left() -> None:
+    async with setup() as s:
+        s.target.break_at("pwritev", "first")
+        job = await s.start()
+        copy = driver_of(s.graph, job.filter_name, BackupTop).copy
+        await s.target.wait_break("first")
+        job.cancel()
+        s.target.resume("first")
+        await job.wait()
+        assert (copy.bitmap.size, copy.done.size) == (0, 0)
+        assert copy.left > 0
+        assert job.progress.total == copy.bytes_copied + copy.left == SIZE
+
+
+@in_loop
 async def test_pause_and_resume_at_once_leaves_nothing_out() -> None:
     async with setup() as s:
         s.target.break_at("pwritev", "first")

@@ -10,8 +10,9 @@
 
 Loading each table for one of its entries would cost thousands of times the bytes, and push out what the guest uses.
 
-The entries are read beside the cache: so a table that has come to be in memory meanwhile, or has moved, is looked at
-there. What changes afterwards, or did so while it was being read, is revoked, so the map refuses it.
+The entries are read beside the cache: so, where that had to wait for a device, a table that has come to be in memory
+meanwhile, or has moved, is looked at there. What changes afterwards, or did so while it was being read, is revoked, so
+the map refuses it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from typing import TYPE_CHECKING
 from blockgraph import debug
 from blockgraph.driver import Lookup
 from blockgraph.errors import CorruptImage
-from blockgraph.native import L2Part, L2Parts, L2Places, read_l2_parts
+from blockgraph.native import L2Places
 
 if TYPE_CHECKING:
     from blockgraph.formats.qcow2.driver import Qcow2
+    from blockgraph.formats.qcow2.mapping import Mapping
+    from blockgraph.native import L2Parts
+
+_NO_METADATA = array("Q")
 
 
 async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]]) -> Lookup | None:
@@ -36,61 +41,45 @@ async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]]) -> Lookup | No
     fd = storage.driver.fd()
     if fd is None or storage.driver.request_alignment != 1 or driver.image.damaged is not None or debug.enabled:
         return None
-    image, mapping = driver.image, driver.mapping
+    image = driver.image
+    parts = driver.mapping.parts(runs)
+    _take_cached(driver.mapping, parts)
+    try:
+        if not parts.read_now(fd):
+            await _read(driver.mapping, parts, fd)
+    except OSError:
+        return None  # who reads the table will tell
+    places = L2Places(parts.table, 0, image.cluster_bits, image.header.version, image.file_end(), _NO_METADATA)
+    return Lookup(parts, places, driver.cow() is None, storage)
+
+
+async def _read(mapping: Mapping, parts: L2Parts, fd: int) -> None:
+    """Read them, and leave out what may have changed meanwhile."""
     changes = mapping.l1_changes
-    found = _parts(driver, runs)
-    table = bytearray(8 * sum(part.entries for part in found if part.position >= 0))
-    if any(part.host >= 0 for part in found):
-        try:
-            await asyncio.to_thread(read_l2_parts, fd, found, table)
-        except OSError:
-            return None  # who reads the table will tell
-    parts = []
-    for part in found:
-        index = part.first >> image.cluster_bits + image.l2_bits
-        first = (part.first >> image.cluster_bits) & (image.l2_entries - 1)
-        cached = mapping.tables.get(index)
-        if cached is not None and part.position >= 0:
-            mapping.catch_up(cached)
-            table[part.position : part.position + 8 * part.entries] = cached.buf[8 * first : 8 * (first + part.entries)]
-        elif cached is not None or mapping.is_behind(index):
-            continue
-        if cached is None and mapping.l1_changes != changes and _host(driver, index, first) != part.host:
-            continue
-        parts.append(part)
-    places = L2Places(table, 0, image.cluster_bits, image.header.version, image.file_end(), array("Q"))
-    return Lookup(L2Parts(places, parts, driver.cow() is None), storage)
+    await asyncio.to_thread(parts.read, fd)
+    _take_cached(mapping, parts)
+    if mapping.l1_changes != changes:
+        for number, index in enumerate(parts.indexes):
+            if mapping.tables.get(index) is None and _host(mapping, index, parts.entry(number)) != parts.host(number):
+                parts.drop(number)
 
 
-def _parts(driver: Qcow2, runs: Sequence[tuple[int, int]]) -> list[L2Part]:
-    """The parts of the tables that say where the runs are; those in memory need not be read."""
-    bits, l2_bits = driver.image.cluster_bits, driver.image.l2_bits
-    parts, position = [], 0
-    for offset, end in runs:
-        cluster, stop = offset >> bits, ((end - 1) >> bits) + 1
-        while cluster < stop:
-            index = cluster >> l2_bits
-            count = min(stop, (index + 1) << l2_bits) - cluster
-            try:
-                host = _host(driver, index, cluster & (driver.image.l2_entries - 1))
-            except CorruptImage:
-                pass  # who looks at the run alone will tell
-            else:
-                if driver.mapping.tables.get(index) is not None:
-                    parts.append(L2Part(cluster << bits, position, count, -1))
-                    position += 8 * count
-                elif driver.mapping.is_behind(index):
-                    pass  # by the time the entries have been read the table may be up to date again, unlike these
-                elif host < 0:
-                    parts.append(L2Part(cluster << bits, -1, count, -1))
-                else:
-                    parts.append(L2Part(cluster << bits, position, count, host))
-                    position += 8 * count
-            cluster += count
-    return parts
-
-
-def _host(driver: Qcow2, index: int, entry: int) -> int:
+def _host(mapping: Mapping, index: int, entry: int) -> int:
     """Where an entry of a table is in the file; -1: there is no such table."""
-    host = driver.mapping.l1_entry(index)
+    try:
+        host = mapping.l1_entry(index)
+    except CorruptImage:
+        return 0  # who looks at it alone will tell
     return host + 8 * entry if host else -1
+
+
+def _take_cached(mapping: Mapping, parts: L2Parts) -> None:
+    """Tables in memory need not be read. One that lacks native writes may be up to date again by the time its entries
+    have been read, unlike these."""
+    for number, index in enumerate(parts.indexes):
+        table = mapping.tables.get(index)
+        if table is not None:
+            mapping.catch_up(table)
+            parts.take(number, table.buf)
+        elif mapping.is_behind(index):
+            parts.drop(number)

@@ -16,6 +16,7 @@ subclusters and a data file (host offset = guest offset, refcount 1) change `run
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockgraph.errors import CorruptImage
@@ -24,7 +25,7 @@ from blockgraph.formats.qcow2.image import Image
 from blockgraph.formats.qcow2.refcount import Refcounts
 from blockgraph.formats.qcow2.runs import RunList, cut
 from blockgraph.formats.qcow2.tables import WRITE_BLOCK, Table, TableCache
-from blockgraph.native import L2Kind, L2Run, decode_l2, next_nonzero_u64
+from blockgraph.native import L2Kind, L2Parts, L2Run, decode_l2, next_nonzero_u64
 
 if TYPE_CHECKING:
     from blockgraph.formats.qcow2.first_writes import FirstWrites
@@ -127,6 +128,10 @@ class Mapping:
         if entry & ~(OFFSET_MASK | COPIED):
             raise self._image.corrupt(f"L1 entry {index} is {entry:#x}: reserved bits are set")
         return host
+
+    def parts(self, runs: Sequence[tuple[int, int]]) -> L2Parts:
+        """The entries of tables on disk that say where runs (offset, end) are."""
+        return L2Parts(runs, self._l1, self._bits, self._image.file_end())
 
     def l1_offsets(self) -> list[int]:
         """Host offsets of all L2 tables, ordered by L1 index, not judged."""
