@@ -275,6 +275,8 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
 #define BG_MAP_AGAIN 2
 /* All pieces between `buf` and their places, as far as nothing has to be waited for: 0, -EAGAIN, or -errno. */
 int bg_map_move_now(const bg_map_request *request, void *buf);
+/* The same for bytes [start, end) of the request and of the buffer. */
+int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start, int64_t end);
 void bg_map_end(bg_map *map, bg_map_request *request, int touched);
 /* cffi:end */
 

@@ -233,17 +233,26 @@ static int do_write(const bg_map_request *request, const char *buf)
 
 int bg_map_move_now(const bg_map_request *request, void *buf)
 {
-    char *at = buf;
-    int64_t ret = 0;
-    for (int i = 0; i < request->count && ret >= 0; i++) {
+    return bg_map_move_part_now(request, buf, 0, request->length);
+}
+
+int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start, int64_t end)
+{
+    int64_t ret = 0, first = 0; /* of the piece, in the request */
+    for (int i = 0; i < request->count && first < end && ret >= 0; i++) {
         const bg_map_piece *p = &request->pieces[i];
+        int64_t from = start > first ? start : first, to = first + p->length < end ? first + p->length : end;
+        char *at = (char *)buf + from;
+        int64_t length = to - from, offset = p->storage_offset + from - first;
+        first += p->length;
+        if (length <= 0)
+            continue;
         if (p->fd < 0)
-            memset(at, 0, (size_t)p->length);
+            memset(at, 0, (size_t)length);
         else if (request->write)
-            ret = bg_pwrite_in(p->haste, p->fd, at, p->length, p->storage_offset);
+            ret = bg_pwrite_in(p->haste, p->fd, at, length, offset);
         else
-            ret = bg_pread_in(p->haste, p->fd, at, p->length, p->storage_offset);
-        at += p->length;
+            ret = bg_pread_in(p->haste, p->fd, at, length, offset);
     }
     return ret < 0 ? (int)ret : 0;
 }

@@ -17,10 +17,15 @@
 /* After a write at least this long, its like is expected, and its payload not received behind its header. */
 #define LONG_WRITE (32 << 10)
 /*
- * A write at least this long is left to the pool when more input is here: the next payload is received meanwhile, else the
- * client would find its socket full, and go to sleep. Shorter ones are done before another thread would have woken.
+ * While a write at least this long is done the next payload is received, else the client would find its socket full, and go to
+ * sleep: between its parts by this thread, or when it is longer still, or has to wait, by leaving it to the pool when more
+ * input is here. Shorter ones are done before another thread would have woken.
  */
 #define OVERLAP_WRITE (128 << 10)
+#define LONGEST_IN_PARTS (1 << 20)
+#define PART (64 << 10)
+/* Long writes done in one turn. */
+#define LONG_TURN 16
 
 /* So many more faults than hits, and Python's thread serves the connection itself; so many more hits, and it does not. */
 #define MISSES 32
@@ -237,6 +242,38 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
     return true;
 }
 
+/* False: it is to be done otherwise. */
+static bool begin_moving(nbd_request *r)
+{
+    bg_nbd_conn *conn = r->conn;
+    bg_map *map = conn->source.map;
+    if (r->base.length < OVERLAP_WRITE || r->base.length > LONGEST_IN_PARTS || r->base.length > conn->longest ||
+        r->base.durable || !map)
+        return false;
+    if (bg_map_begin(map, (int64_t)r->base.offset, r->base.length, r->buffer, 1, conn->pieces, BG_NBD_PIECES,
+                     &conn->move) != 0)
+        return false;
+    conn->moving = r;
+    conn->moved = 0;
+    return true;
+}
+
+/* The next part of the long write. It is over with the last, or with one that can not be done now. */
+static void move_part(bg_nbd_conn *conn)
+{
+    nbd_request *r = conn->moving;
+    int64_t length = r->base.length, end = conn->moved + PART < length ? conn->moved + PART : length;
+    int ret = bg_map_move_part_now(&conn->move, r->buffer, conn->moved, end);
+    conn->moved = end;
+    if (ret == 0 && end < length)
+        return;
+    conn->moving = NULL;
+    bg_map_end(conn->source.map, &conn->move, ret == -EAGAIN ? BG_MAP_AGAIN : 1);
+    go_on(r, ret == -EAGAIN ? BG_REQUEST_BLOCKS : ret < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE);
+    if (conn->output && !conn->full)
+        nbd_flush(conn);
+}
+
 /* True: the payload is complete, and the write has begun. */
 static bool take_payload(bg_nbd_conn *conn)
 {
@@ -251,6 +288,10 @@ static bool take_payload(bg_nbd_conn *conn)
         return false;
     conn->writing = NULL;
     r->base.kind = BG_REQUEST_WRITE;
+    while (conn->moving)
+        move_part(conn);
+    if (begin_moving(r))
+        return true;
     bool overlaps = r->base.length >= OVERLAP_WRITE && conn->end > conn->start;
     go_on(r, bg_request_try(&r->base, overlaps ? OVERLAP_WRITE - 1 : conn->longest));
     return true;
@@ -341,6 +382,18 @@ static bool receive(bg_nbd_conn *conn)
     return true;
 }
 
+/* Do the long write that has begun, part by part, and receive meanwhile. */
+static void move(bg_nbd_conn *conn)
+{
+    for (int writes = 0; conn->moving;) {
+        move_part(conn);
+        writes += !conn->moving;
+        bool more = writes < LONG_TURN && !conn->closed && !conn->ending && !conn->stalled && !conn->more;
+        if (more && receive(conn))
+            parse(conn);
+    }
+}
+
 void nbd_turn(bg_nbd_conn *conn, uint32_t events)
 {
     if (conn->closed)
@@ -359,6 +412,7 @@ void nbd_turn(bg_nbd_conn *conn, uint32_t events)
         return;
     conn->stalled = conn->more = conn->busy = false;
     parse(conn);
+    move(conn);
     post_faults(conn);
     if (conn->misses == (conn->by_caller ? -MISSES : MISSES) && !conn->closed)
         nbd_move(conn, !conn->by_caller);

@@ -21,6 +21,8 @@
 
 #define INPUT (128 << 10) /* received at once where it is not known to be payload */
 
+#define BG_NBD_PIECES 16
+
 #define WANT_SHUTDOWN 1U
 #define WANT_ABORT 2U
 
@@ -85,6 +87,10 @@ struct bg_nbd_conn {
     size_t start, end;
     size_t limit;         /* of what is received into it: after a long write, the next header only */
     nbd_request *writing; /* its payload is being received */
+    nbd_request *moving;  /* a long write that is being done, within a turn */
+    bg_map_request move;  /* it, in the map */
+    bg_map_piece pieces[BG_NBD_PIECES];
+    int64_t moved;
     uint32_t have;        /* of it */
     nbd_request *refused; /* its payload is being skipped */
     uint64_t skip;

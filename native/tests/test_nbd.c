@@ -222,15 +222,20 @@ static void honest(const client *c)
             if (is_read[cookie])
                 CHECK(!memcmp(data, model[cookie], BLOCK));
         }
-        memset(big, round, BIG);
-        bool big_read = true;
-        request(c->sock, BG_NBD_WRITE, 0, 0, base + BLOCKS * BLOCK, BIG);
-        send_all(c->sock, big, BIG);
-        big_read = false;
-        reply(c->sock, &big_read, BIG, data);
-        big_read = true;
+        /* Long writes, each received while the one before it is done. */
+        static const uint32_t lengths[] = {128 << 10, 1000, 200 << 10, BIG - (328 << 10) - 1000};
+        bool big_read[4] = {false};
+        uint32_t at = 0;
+        for (uint64_t i = 0; i < 4; at += lengths[i++]) {
+            memset(big + at, (int)next_random(&random), lengths[i]);
+            request(c->sock, BG_NBD_WRITE, next_random(&random) % 9 ? 0 : BG_NBD_FUA, i, base + BLOCKS * BLOCK + at, lengths[i]);
+            send_all(c->sock, big + at, lengths[i]);
+        }
+        for (int i = 0; i < 4; i++)
+            reply(c->sock, big_read, BIG, data);
+        big_read[0] = true;
         request(c->sock, BG_NBD_READ, 0, 0, base + BLOCKS * BLOCK, BIG);
-        reply(c->sock, &big_read, BIG, data);
+        reply(c->sock, big_read, BIG, data);
         CHECK(!memcmp(data, big, BIG));
     }
 }
