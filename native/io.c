@@ -74,7 +74,9 @@ enum bg_haste bg_haste_of(int fd)
     if (flags < 0 || flags & (O_DIRECT | O_DSYNC))
         return BG_HASTE_NONE;
     struct statfs fs;
-    bool in_memory = fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+    struct stat st; /* of a device's file the file system is that of /dev, in memory as well */
+    bool in_memory = fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC) && fstat(fd, &st) == 0 &&
+                     S_ISREG(st.st_mode);
     return in_memory ? BG_HASTE_ALL : BG_HASTE_ASK;
 }
 

@@ -45,7 +45,7 @@ int bg_pwrite_zeroes(int fd, int64_t length, int64_t offset, int flags);
 enum bg_haste {
     BG_HASTE_NONE, /* O_DIRECT, O_DSYNC, or no descriptor: -EAGAIN */
     BG_HASTE_ASK,  /* the kernel, each time */
-    BG_HASTE_ALL   /* tmpfs */
+    BG_HASTE_ALL   /* a file on tmpfs */
 };
 enum bg_haste bg_haste_of(int fd);
 int64_t bg_pread_in(enum bg_haste haste, int fd, void *buf, int64_t length, int64_t offset);

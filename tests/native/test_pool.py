@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from blockgraph._native import lib
 from blockgraph.native import Pool, allocate_aligned, close_pool, get_pool
 from blockgraph.native import pool as pool_module
 
@@ -49,6 +50,15 @@ def test_pread_after_pwrite_returns_the_bytes(fd: int, length: int) -> None:
         assert buf == data
 
     asyncio.run(main())
+
+
+def test_device_may_have_to_be_waited_for_although_its_name_is_in_memory() -> None:
+    fd = os.open("/dev/full", os.O_WRONLY)
+    try:
+        assert lib.bg_pwrite_now(fd, bytes(512), 512, 0) == -errno.EAGAIN
+        assert lib.bg_pwrite(fd, bytes(512), 512, 0) == -errno.ENOSPC
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.usefixtures("small_transfers")

@@ -149,12 +149,16 @@ class Mapping:
     async def table(self, index: int) -> L2Table | None:
         """The L2 table of an L1 entry; None: its range is unallocated."""
         table = self.tables.get(index)
-        if table is not None:
-            return table
-        host = self.l1_entry(index)
-        return await self._load(index, host) if host else None
+        while table is None:
+            host = self.l1_entry(index)
+            if not host:
+                return None
+            table = await self._load(index, host)
+        return table
 
-    async def _load(self, index: int, host: int) -> L2Table:
+    async def _load(self, index: int, host: int) -> L2Table | None:
+        """None: look again."""
+
         async def read() -> L2Table:
             await self._image.file.event("l2_load")
             return L2Table(index, host, await self._image.read(host, self._image.cluster_size))
@@ -266,7 +270,10 @@ class Mapping:
                 self._link(L2Table(index, new, bytearray(self._image.cluster_size)))
 
     async def _copy_table(self, index: int, host: int) -> None:
+        """Give the entry a table of its own, unless somebody else was faster: look again."""
         old = await self._load(index, host)
+        if old is None:
+            return
         new = (await self._refcounts.allocate(1)).host
         if self._host(index) != host:
             self._refcounts.reclaim.unused(new, 1)

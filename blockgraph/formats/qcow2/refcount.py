@@ -127,17 +127,17 @@ class Refcounts:
 
     async def _block(self, index: int) -> Table | None:
         block = self.blocks.get(index)
-        if block is not None:
-            return block
-        host = self._entry(index)
-        if not host:
-            return None
+        while block is None:
+            host = self._entry(index)
+            if not host:
+                return None
 
-        async def read() -> Table:
-            await self._image.file.event("refblock_load")
-            return Table(index, host, await self._image.read(host, self._image.cluster_size))
+            async def read(host: int = host) -> Table:
+                await self._image.file.event("refblock_load")
+                return Table(index, host, await self._image.read(host, self._image.cluster_size))
 
-        return await self.blocks.load(index, read)
+            block = await self.blocks.load(index, read)
+        return block
 
     def add_block(self, index: int, host: int) -> Table:
         """A new block, all zeroes, at a host offset that the caller counts."""

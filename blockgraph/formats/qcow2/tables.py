@@ -81,24 +81,30 @@ class TableCache(Generic[T]):
             return table
         return self._dirty.get(key)
 
-    async def load(self, key: int, read: Callable[[], Awaitable[T]]) -> T:
-        """The table, from memory or by `read`; read once however many ask."""
-        while True:
-            table = self.get(key)
-            if table is not None:
-                return table
-            loading = self._loading.get(key)
-            if loading is None:
-                break
+    async def load(self, key: int, read: Callable[[], Awaitable[T]]) -> T | None:
+        """The table, from memory or by `read`; read once however many ask.
+
+        One that was added meanwhile counts, not what was read: that is old. None: it is not in memory any more, or was
+        forgotten, or somebody else could not read it; look again where it lies.
+        """
+        table = self.get(key)
+        if table is not None:
+            return table
+        loading = self._loading.get(key)
+        if loading is not None:
             await loading.wait()
+            return self.get(key)
         loading = self._loading[key] = asyncio.Event()
         try:
             table = await read()
+            if self._loading.get(key) is not loading:
+                return self.get(key)
             self._clean[key] = table
             self._shrink()
             return table
         finally:
-            del self._loading[key]
+            if self._loading.get(key) is loading:
+                del self._loading[key]
             loading.set()
 
     def add_new(self, table: T) -> None:
@@ -118,6 +124,7 @@ class TableCache(Generic[T]):
 
     def forget(self, key: int) -> None:
         """The table is no longer part of the image."""
+        self._loading.pop(key, None)
         self._clean.pop(key, None)
         self._dirty.pop(key, None)
 
