@@ -38,6 +38,7 @@ from blockgraph.create import create_file
 from blockgraph.durable import make_directory
 from blockgraph.errors import GraphError, IOFailure
 from blockgraph.filters.backup_top import MIN_CLUSTER, BackupTop
+from blockgraph.finish import finish
 from blockgraph.formats.patch import Patch, digest, empty_patch
 from blockgraph.native import Bitmap
 
@@ -197,7 +198,7 @@ class Recorder:
         try:
             await self._write(info)
         except BaseException:
-            os.unlink(image)
+            self.remove_files()
             raise
         self.target = {"driver": info.image_format, "file": {"driver": "file", "filename": image}}
         if info.image_format == "qcow2":
@@ -264,7 +265,7 @@ class Recorder:
             raise failure.error from failure
         data = await asyncio.to_thread(sumsfile.encode, copy.sums, self._covered)
         name = f"{self._stem}.sums"
-        await asyncio.to_thread(manifests.write_durably, self._path(name), data)
+        await _write_durably(self._path(name), data)
         sums = SumsInfo(file=name, length=len(data), digest=digest(data).hex())
         self.manifest = replace(self.manifest, state="complete", sums=sums)
         await self._write(self.manifest)
@@ -314,8 +315,7 @@ class Recorder:
         return os.path.join(self._directory, name)
 
     async def _write(self, manifest: Manifest) -> None:
-        path = self._path(f"{self._stem}.json")
-        await asyncio.to_thread(manifests.write_durably, path, manifests.encode(manifest))
+        await _write_durably(self._path(f"{self._stem}.json"), manifests.encode(manifest))
 
 
 def _load(directory: str) -> Chain:
@@ -327,6 +327,11 @@ def _load(directory: str) -> Chain:
     for path, problem in chain.damaged.items():
         log.warning("chain '%s': %s: %s", directory, path, problem)
     return chain
+
+
+async def _write_durably(path: str, data: bytes) -> None:
+    """Cancelled: it is written first, or it would be after the files have been removed."""
+    await finish(asyncio.to_thread(manifests.write_durably, path, data))
 
 
 def _write_new(path: str, data: bytes) -> None:
