@@ -282,10 +282,9 @@ class Recorder:
     async def _remove_bitmaps(self, *, but: str) -> None:
         node = self._graph.node(self.node)
         known = {each.manifest.id for each in self._known.backups.values()} | {self.manifest.id}
-        old = [name for name in node.bitmaps if name.removeprefix(_BITMAP) in known - {but}]
-        async with self._graph.transaction() as change:
-            for name in old:
-                if not node.bitmaps[name].holders:
+        async with self._graph.transaction() as change:  # only now: another backup may be removing some
+            for name, bitmap in node.bitmaps.items():
+                if name.removeprefix(_BITMAP) in known - {but} and not bitmap.holders:
                     change.act(RemoveBitmap(BitmapName(self.node, name)))
 
     async def discard(self) -> None:
@@ -295,10 +294,9 @@ class Recorder:
             GraphError: its bitmap could not be removed.
         """
         self.remove_files()
-        node = self._graph.node(self.node)
         name = None if self.manifest.bitmap is None else self.manifest.bitmap.name
-        if name in node.bitmaps:
-            async with self._graph.transaction() as change:
+        async with self._graph.transaction() as change:
+            if name in self._graph.node(self.node).bitmaps:  # else a later backup has removed it
                 change.act(RemoveBitmap(BitmapName(self.node, str(name))))
 
     def remove_files(self) -> None:
