@@ -23,6 +23,7 @@ from blockgraph.checkpoints.described import Taken
 from blockgraph.errors import BlockGraphError, GraphError, OptionError
 from blockgraph.exports.nbd import AddExport, NbdExport, NbdServer, RemoveExport, start_server
 from blockgraph.exports.options import DEFAULT_EXTENT_MAP, MIN_EXTENT_MAP, NbdExportOptions
+from blockgraph.graph.action import Then
 from blockgraph.graph.description import Description
 from blockgraph.graph.policy import OpenPolicy
 from blockgraph.jobs.job import Job, JobEvent
@@ -147,7 +148,7 @@ class Session:
             raise GraphError(f"there already is an export '{options.id}'")
         async with self.graph.transaction() as change:
             added = AddExport(change, self.server, options)
-        self._serve([added])
+            change.act(Then(lambda: self._serve([added])))
         return self.exports[options.id]
 
     async def remove_export(self, id: str, *, hard: bool = False) -> None:
@@ -162,7 +163,7 @@ class Session:
             raise GraphError(f"there is no export '{id}'")
         async with self.graph.transaction(forced=True) as change:
             RemoveExport(change, self.exports[id].added, hard=hard)
-        del self.exports[id]
+            change.act(Then(lambda: self.exports.pop(id)))
 
     async def wait_jobs(self) -> None:
         """Until every job has concluded."""

@@ -38,6 +38,7 @@ from blockgraph.create import create_file
 from blockgraph.durable import make_directory
 from blockgraph.errors import GraphError, IOFailure
 from blockgraph.filters.backup_top import MIN_CLUSTER, BackupTop
+from blockgraph.finish import finish
 from blockgraph.formats.patch import Patch, digest, empty_patch
 from blockgraph.native import Bitmap
 
@@ -197,7 +198,7 @@ class Recorder:
         try:
             await self._write(info)
         except BaseException:
-            os.unlink(image)
+            self.remove_files()
             raise
         self.target = {"driver": info.image_format, "file": {"driver": "file", "filename": image}}
         if info.image_format == "qcow2":
@@ -264,7 +265,7 @@ class Recorder:
             raise failure.error from failure
         data = await asyncio.to_thread(sumsfile.encode, copy.sums, self._covered)
         name = f"{self._stem}.sums"
-        await asyncio.to_thread(manifests.write_durably, self._path(name), data)
+        await _write_durably(self._path(name), data)
         sums = SumsInfo(file=name, length=len(data), digest=digest(data).hex())
         self.manifest = replace(self.manifest, state="complete", sums=sums)
         await self._write(self.manifest)
@@ -281,10 +282,9 @@ class Recorder:
     async def _remove_bitmaps(self, *, but: str) -> None:
         node = self._graph.node(self.node)
         known = {each.manifest.id for each in self._known.backups.values()} | {self.manifest.id}
-        old = [name for name in node.bitmaps if name.removeprefix(_BITMAP) in known - {but}]
-        async with self._graph.transaction() as change:
-            for name in old:
-                if not node.bitmaps[name].holders:
+        async with self._graph.transaction() as change:  # only now: another backup may be removing some
+            for name, bitmap in node.bitmaps.items():
+                if name.removeprefix(_BITMAP) in known - {but} and not bitmap.holders:
                     change.act(RemoveBitmap(BitmapName(self.node, name)))
 
     async def discard(self) -> None:
@@ -294,10 +294,9 @@ class Recorder:
             GraphError: its bitmap could not be removed.
         """
         self.remove_files()
-        node = self._graph.node(self.node)
         name = None if self.manifest.bitmap is None else self.manifest.bitmap.name
-        if name in node.bitmaps:
-            async with self._graph.transaction() as change:
+        async with self._graph.transaction() as change:
+            if name in self._graph.node(self.node).bitmaps:  # else a later backup has removed it
                 change.act(RemoveBitmap(BitmapName(self.node, str(name))))
 
     def remove_files(self) -> None:
@@ -314,8 +313,7 @@ class Recorder:
         return os.path.join(self._directory, name)
 
     async def _write(self, manifest: Manifest) -> None:
-        path = self._path(f"{self._stem}.json")
-        await asyncio.to_thread(manifests.write_durably, path, manifests.encode(manifest))
+        await _write_durably(self._path(f"{self._stem}.json"), manifests.encode(manifest))
 
 
 def _load(directory: str) -> Chain:
@@ -327,6 +325,11 @@ def _load(directory: str) -> Chain:
     for path, problem in chain.damaged.items():
         log.warning("chain '%s': %s: %s", directory, path, problem)
     return chain
+
+
+async def _write_durably(path: str, data: bytes) -> None:
+    """Cancelled: it is written first, or it would be after the files have been removed."""
+    await finish(asyncio.to_thread(manifests.write_durably, path, data))
 
 
 def _write_new(path: str, data: bytes) -> None:

@@ -34,7 +34,7 @@ from blockgraph.checkpoints.model import Checkpoint, DiskCheckpoint, OpenDisk, P
 from blockgraph.errors import GraphError, NodeInUse
 from blockgraph.exports.nbd.actions import AddExport, RemoveExport
 from blockgraph.exports.options import NbdExportOptions
-from blockgraph.graph.action import Action
+from blockgraph.graph.action import Then
 from blockgraph.jobs.group import JobGroup
 from blockgraph.jobs.options import BackupOptions
 from blockgraph.options import BitmapRef
@@ -153,7 +153,7 @@ class Checkpoints:
                 access = change.add({"driver": "snapshot-access", "file": top})
                 point.disks[disk] = OpenDisk(top, access, _changes(checkpoint, disk))
             if view:
-                change.act(_Opened(self.views, point))
+                change.act(Then(lambda: self.views.update({name: point})))
         return self._told(checkpoint)
 
     def _begin(
@@ -267,7 +267,7 @@ class Checkpoints:
                     **options,
                 )
                 added.append(AddExport(change, server, described))
-        point.exports += added
+            change.act(Then(lambda: point.exports.extend(added)))
         return added
 
     async def close_view(self, name: str, *, hard: bool = False) -> None:
@@ -283,14 +283,14 @@ class Checkpoints:
             async with self._graph.transaction(forced=True) as change:
                 for export in point.exports:
                     RemoveExport(change, export, hard=hard)
-            point.exports.clear()
+                change.act(Then(point.exports.clear))
         async with self._graph.transaction() as change:
             for disk, shown in point.disks.items():
                 change.remove(shown.access)
                 change.remove_filter(shown.top)
                 if shown.bitmap is not None:
                     change.act(RemoveBitmap(BitmapName(disk, shown.bitmap)))
-        del self.views[name]
+            change.act(Then(lambda: self.views.pop(name)))
 
     async def backup(
         self,
@@ -330,17 +330,6 @@ class Checkpoints:
                 described = BackupOptions(device=disk, target=target, **what, **options)
                 started[disk] = await jobs.add(change, described, group)
         return Backups(self._graph, self._told(checkpoint), started)
-
-
-class _Opened(Action):
-    """A view is there once the transaction has committed, whoever still waits for that."""
-
-    def __init__(self, views: dict[str, PointInTime], point: PointInTime) -> None:
-        self._views = views
-        self._point = point
-
-    def commit(self) -> None:
-        self._views[self._point.checkpoint] = self._point
 
 
 class Backups:

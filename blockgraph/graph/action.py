@@ -12,7 +12,7 @@ commit, in order: must not fail
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,6 +41,16 @@ class Action:
 
     def dropped(self) -> None:
         """The transaction has not happened, whether it came to `prepare` or not; called last. Must not fail."""
+
+
+class Then(Action):
+    """What follows once the transaction has committed, whoever still waits for that: `then` must not fail."""
+
+    def __init__(self, then: Callable[[], object]) -> None:
+        self._then = then
+
+    def commit(self) -> None:
+        self._then()
 
 
 class Abort(Action):

@@ -8,10 +8,14 @@ import asyncio
 import os
 import random
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers.backup import settle
 from helpers.chains import FORMATS, MIB, ChainedDisk, chained_disk
 from helpers.loop import in_loop
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +25,7 @@ from blockgraph.api import aopen
 from blockgraph.bitmaps.actions import BitmapName, ClearBitmap, EnableBitmap, RemoveBitmap
 from blockgraph.chains import Chain, restore, verify
 from blockgraph.chains.images import whole
+from blockgraph.chains.manifest import write_durably
 from blockgraph.errors import BlockGraphError, GraphError, JobError, OptionError
 from blockgraph.jobs.job import JobEvent
 from blockgraph.jobs.options import BackupOptions
@@ -223,6 +228,112 @@ def test_backup_that_does_not_succeed_leaves_chain_and_bitmaps(tmp_path: Path, i
             assert (sorted(os.listdir(disk.path)), list(disk.graph.node("disk").bitmaps)) == before
             await disk.backup()
             assert disk.chain().points()[-1].manifest.covered >= MIB
+            await check(disk, tmp_path)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("state", ["running", "complete"])
+def test_backup_that_is_cancelled_while_its_manifest_is_written_leaves_nothing(
+    tmp_path: Path, image_format: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes it goes on, whatever happens to the job."""
+    writing, go_on, written = threading.Event(), threading.Event(), threading.Event()
+
+    def write(path: str, data: bytes) -> None:
+        held = f'"{state}"'.encode() in data
+        if held:
+            writing.set()
+            go_on.wait()
+        write_durably(path, data)
+        if held:
+            written.set()
+
+    async def main() -> None:
+        async with chained_disk(tmp_path, image_format) as disk:
+            await disk.backup()
+            before = (sorted(os.listdir(disk.path)), list(disk.graph.node("disk").bitmaps))
+            with monkeypatch.context() as patch:
+                patch.setattr("blockgraph.chains.manifest.write_durably", write)
+                options = BackupOptions(device="disk", sync="incremental", chain=str(disk.path), job_id="b")
+                starting = asyncio.create_task(disk.jobs.backup(options))
+                await asyncio.to_thread(writing.wait)
+                if state == "running":
+                    starting.cancel()
+                else:
+                    disk.jobs.jobs["b"].cancel()
+                await settle()
+                go_on.set()
+                await asyncio.to_thread(written.wait)
+                with suppress(asyncio.CancelledError):
+                    await (await starting).wait()
+            assert (sorted(os.listdir(disk.path)), list(disk.graph.node("disk").bitmaps)) == before
+            await disk.backup()
+            await check(disk, tmp_path)
+
+    asyncio.run(main())
+
+
+def told(step: Callable[[], Coroutine[Any, Any, None]]) -> tuple[asyncio.Event, Any]:
+    """An event for when the step of a job begins, and what to put in its place."""
+    begun = asyncio.Event()
+
+    async def begin() -> None:
+        begun.set()
+        await step()
+
+    return begun, begin
+
+
+def test_two_backups_that_end_at_once_both_succeed(tmp_path: Path, image_format: str) -> None:
+    """Each removes the bitmap that neither needs any more."""
+
+    async def main() -> None:
+        async with chained_disk(tmp_path, image_format) as disk:
+            await disk.backup()
+            await disk.guest.pwrite(0, b"x" * MIB)
+            jobs = [await disk.start(job_id=name, speed=1) for name in "ab"]
+            ends = []
+            for job in jobs:
+                assert job.chain is not None
+                begun, job.chain.commit = told(job.chain.commit)  # type: ignore[method-assign]
+                ends.append(begun)
+            async with disk.graph.transaction():
+                for job, begun in zip(jobs, ends, strict=True):
+                    job.set_speed(0)
+                    await begun.wait()
+                await settle()
+            for job in jobs:
+                await job.wait()
+                assert job.error is None
+            await disk.backup()
+            await check(disk, tmp_path)
+
+    asyncio.run(main())
+
+
+def test_backup_that_is_cancelled_while_a_later_one_succeeds_has_no_error(tmp_path: Path, image_format: str) -> None:
+    """The later one has removed the bitmap of the other."""
+
+    async def main() -> None:
+        async with chained_disk(tmp_path, image_format) as disk:
+            await disk.backup()
+            await disk.guest.pwrite(0, b"x" * MIB)
+            cancelled = await disk.start(job_id="a", speed=1)
+            disk.references.pop()
+            other = await disk.start(job_id="b", speed=1)
+            assert other.chain is not None
+            begun, other.chain.commit = told(other.chain.commit)  # type: ignore[method-assign]
+            async with disk.graph.transaction():
+                other.set_speed(0)
+                await begun.wait()
+                await settle()
+                cancelled.cancel()
+                await settle()
+            for job in (cancelled, other):
+                await job.wait()
+                assert job.error is None
+            await disk.backup()
             await check(disk, tmp_path)
 
     asyncio.run(main())

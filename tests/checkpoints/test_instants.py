@@ -312,3 +312,27 @@ async def test_export_of_what_is_not_in_the_view(tmpfs: Path) -> None:
         await checkpoints.close_view("one")
         assert {node.name for node in graph.nodes()} == set(DISKS)
         await server.close()
+
+
+@in_loop
+async def test_view_whose_end_or_exports_are_cancelled_at_any_step_can_be_closed(tmpfs: Path) -> None:
+    """A change that was under way is completed, though nobody waits for it any more: what it did is known."""
+    async with running(tmpfs) as (graph, _):
+        checkpoints, server = Checkpoints(graph), await listening(tmpfs / "s")
+        outcomes = set()
+        for steps in range(60):
+            name = str(steps)
+            await checkpoints.create(name, ["a"], view=kept("a"))
+            for change in (checkpoints.export(name, server), checkpoints.close_view(name)):
+                task = asyncio.ensure_future(change)
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait({task})
+                outcomes.add((task.cancelled(), name in checkpoints.views))
+            if name in checkpoints.views:
+                await checkpoints.close_view(name)
+            assert {node.name for node in graph.nodes()} == set(DISKS)
+            await checkpoints.delete(name)
+        assert {(True, True), (True, False)} <= outcomes
+        await server.close()

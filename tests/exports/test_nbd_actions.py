@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -280,3 +281,23 @@ async def test_point_in_time_and_its_export_begin_and_end_at_one_instant(tmp_pat
         assert await run.guest.pread(0, 3) == b"new"
         with pytest.raises(OptionRefusedError):
             await run.client("then")
+
+
+@run_async
+async def test_session_knows_its_exports_when_changes_are_cancelled_at_any_step(tmp_path: Path) -> None:
+    """A change that was under way is completed, though nobody waits for it any more."""
+    async with running(tmp_path) as run:
+        outcomes = set()
+        for steps in range(60):
+            for change in (run.session.add_export(options("e", "disk", "b0")), run.session.remove_export("e")):
+                task = asyncio.ensure_future(change)
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait({task})
+                served = any(backend.name == "export-e" for backend in run.graph.backends())
+                assert ("e" in run.session.exports) is served
+                outcomes.add((task.cancelled(), served))
+            if "e" in run.session.exports:
+                await run.session.remove_export("e")
+        assert {(True, True), (True, False)} <= outcomes
