@@ -37,11 +37,12 @@ static uint64_t windows_of(const bg_levels *levels)
     return levels->nbits / WINDOW_BITS;
 }
 
-/* Old memory, in which there may be anything; NULL: there is none. */
+/* Old memory, in which there may be anything; NULL: there is none. Nobody waits for the lock: a child may be born with it. */
 static void *take_kept(size_t bytes)
 {
     void *map = NULL;
-    pthread_mutex_lock(&kept.lock);
+    if (pthread_mutex_trylock(&kept.lock) != 0)
+        return NULL;
     for (int i = 0; i < KEPT_MAPS && !map; i++)
         if (kept.maps[i].map && kept.maps[i].bytes == bytes) {
             map = kept.maps[i].map;
@@ -55,7 +56,8 @@ static void *take_kept(size_t bytes)
 static bool keep(const bg_levels *levels)
 {
     bool found = false;
-    pthread_mutex_lock(&kept.lock);
+    if (pthread_mutex_trylock(&kept.lock) != 0)
+        return false;
     for (int i = 0; i < KEPT_MAPS && !found; i++)
         if (!kept.maps[i].map && kept.windows + windows_of(levels) <= KEPT_WINDOWS) {
             kept.maps[i].map = levels->map;
@@ -112,8 +114,10 @@ void levels_free(bg_levels *levels)
 void levels_zero(bg_levels *levels)
 {
     /* Dropping the pages zeroes them, and gives the memory back. */
-    if (levels->map_bytes >= DROP_PAGES_FROM && madvise(levels->map, levels->map_bytes, MADV_DONTNEED) == 0)
+    if (levels->map_bytes >= DROP_PAGES_FROM && madvise(levels->map, levels->map_bytes, MADV_DONTNEED) == 0) {
+        levels->populated = false;
         return;
+    }
     uint64_t *words = levels->map;
     for (size_t w = 0; w < levels->map_bytes / sizeof(*words); w++)
         word_store(&words[w], 0);

@@ -1,12 +1,15 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
 #include "buffers.h"
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #define SMALLEST_BITS 12
 #define CLASSES 20
+#define HUGE_PAGE (2U << 20)
 #define KEPT (8 << 20) /* free bytes kept for each size; larger buffers are not kept */
 
 typedef struct spare {
@@ -53,6 +56,16 @@ void bg_buffers_free(bg_buffers *buffers)
     free(buffers);
 }
 
+static void *allocate(uint32_t size)
+{
+    if (size < HUGE_PAGE)
+        return aligned_alloc(1U << SMALLEST_BITS, size);
+    void *made = aligned_alloc(HUGE_PAGE, size);
+    if (made)
+        madvise(made, size, MADV_HUGEPAGE);
+    return made;
+}
+
 void *bg_buffers_take(bg_buffers *buffers, uint32_t size)
 {
     unsigned class = bits(size) - SMALLEST_BITS;
@@ -63,7 +76,7 @@ void *bg_buffers_take(bg_buffers *buffers, uint32_t size)
         buffers->classes[class].count--;
     }
     pthread_mutex_unlock(&buffers->lock);
-    return found ? (void *)found : aligned_alloc(1U << SMALLEST_BITS, size);
+    return found ? (void *)found : allocate(size);
 }
 
 void bg_buffers_give(bg_buffers *buffers, void *buf, uint32_t size)

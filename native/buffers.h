@@ -2,7 +2,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Memory for payloads: buffers of 4 KiB times a power of two, page aligned (O_DIRECT takes them as they are) and used again.
- * A fresh 256 KiB buffer costs 64 page faults, more than copying 256 KiB.
+ * A fresh 256 KiB buffer costs 64 page faults, more than copying 256 KiB. From 2 MiB on they are huge pages, if there are any:
+ * what is contiguous is one piece for a device, which may take few of them at a time.
  *
  * Units:     bytes.
  * Ownership: a buffer belongs to who took it, until it is given back or freed.

@@ -19,8 +19,8 @@
 #include <unistd.h>
 
 #define BUFFER (256 << 10)    /* fits a core's own cache: what was read is still there when it is written */
-#define DIRECT (1 << 20)      /* the same with O_DIRECT, where each transfer waits for the device */
-#define CHUNK (1 << 20)       /* bytes a task copies before it looks for waiters and cancellation */
+#define DIRECT (2 << 20)      /* the same with O_DIRECT, where each transfer waits for the device: a huge page */
+#define CHUNK (1 << 20)       /* bytes a task copies before it looks for waiters and cancellation, or a buffer */
 #define ZERO_CHUNK (64 << 20) /* the same for ranges made zero, mostly one system call */
 #define WINDOW (8 << 20)      /* bytes after which a device is told to begin writing them */
 #define BLOCK 4096 /* unit of zero detection: smaller holes save nothing on common file systems */
@@ -304,6 +304,11 @@ static void write_behind(const chunk *c)
     sync_file_range(e->target_fd, e->target_offset + start, end - start, SYNC_FILE_RANGE_WRITE);
 }
 
+static int64_t chunk_size(const bg_copy *job)
+{
+    return job->buffer_size > CHUNK ? job->buffer_size : CHUNK;
+}
+
 static bool next_chunk(bg_copy *job, chunk *c)
 {
     bool found = false;
@@ -311,7 +316,7 @@ static bool next_chunk(bg_copy *job, chunk *c)
     bool stop = job->failure.error || __atomic_load_n(&job->progress->cancel, __ATOMIC_RELAXED);
     while (!stop && !found && job->at < job->count) {
         const bg_copy_extent *e = &job->extents[job->at];
-        int64_t left = e->length - job->at_offset, most = e->flags & BG_COPY_ZERO ? ZERO_CHUNK : CHUNK;
+        int64_t left = e->length - job->at_offset, most = e->flags & BG_COPY_ZERO ? ZERO_CHUNK : chunk_size(job);
         if (left > 0) {
             *c = (chunk){job, e, job->at, job->at_offset, left < most ? left : most, c->buffer};
             job->at_offset += c->length;
