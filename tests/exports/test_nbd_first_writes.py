@@ -21,8 +21,8 @@ CLUSTERS = 8  # fewer than the least reserve
 
 @pytest.mark.parametrize(
     "length, threads_of_the_pool",
-    [(4096, False), (CLUSTER, False), (2 * CLUSTER, False), (4 * CLUSTER, True)],
-    ids=["4k", "cluster", "two-clusters", "four-clusters"],
+    [(4096, False), (CLUSTER // 2, False), (CLUSTER, True), (4 * CLUSTER, True)],
+    ids=["4k", "half-a-cluster", "cluster", "four-clusters"],
 )
 @pytest.mark.parametrize("backed", [False, True], ids=["alone", "with-backing"])
 @run_async
