@@ -548,17 +548,6 @@ static bool copy_and_release(bg_copier *c, bg_copier_run *run, bg_copier_stats *
     return run->missed;
 }
 
-int64_t bg_copier_copy_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg_copier_stats *out)
-{
-    if (!runs_ok(c, runs, count))
-        return -EINVAL;
-    int64_t missed = 0;
-    *out = (bg_copier_stats){0};
-    for (int64_t i = 0; i < count; i++)
-        missed += copy_and_release(c, &runs[i], out);
-    return missed;
-}
-
 typedef struct {
     bg_task task; /* first */
     bg_copier *copier;

@@ -110,14 +110,10 @@ int64_t bg_copier_find_runs(bg_copier *copier, int64_t offset, int64_t longest, 
 int64_t bg_copier_check_runs(bg_copier *copier, bg_copier_run *runs, int64_t count);
 
 /*
- * Copy what is still to be copied of each run, and let the guest overwrite what is copied, except where a range is frozen. What
- * others are copying is left to them. Sets `missed` and `released`, and returns how many runs have `missed`; *out as for bg_copier_copy.
- */
-int64_t bg_copier_copy_runs(bg_copier *copier, bg_copier_run *runs, int64_t count, bg_copier_stats *out);
-
-/*
- * The same for one run or more on threads of the queue's pool, where what waits passes between two of them; the result arrives
- * in the queue. Runs and *out are borrowed until then.
+ * On threads of the queue's pool, copy what is still to be copied of each run (one or more), and let the guest overwrite what is
+ * copied, except where a range is frozen. What others are copying is left to them, and what waits for a thread passes between
+ * two runs. Sets `missed` and `released`; the result, how many runs have `missed`, arrives in the queue. *out as for
+ * bg_copier_copy. Runs and *out are borrowed until then.
  */
 int bg_copier_start_runs(bg_copier *copier, bg_copier_run *runs, int64_t count, bg_copier_stats *out, bg_queue *queue,
                          int64_t ticket);

@@ -149,7 +149,7 @@ class BackupJob(Job):
             on_target_error=options.on_target_error,
             broken=lambda: top.broken,
         )
-        self.progress.update(0, top.copy.bitmap.count())
+        self.progress.update(0, top.copy.left)
 
     async def _take_view(self, change: Transaction, use: BitmapUse) -> None:
         self._bitmap_node, bitmap = find_bitmap(change, self.options.device, use)

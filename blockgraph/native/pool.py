@@ -177,15 +177,10 @@ class Pool:
         return loop.create_future()
 
     async def _submit(self, op: int, fd: int, view: object, length: int, offset: int, mode: int) -> int:
-        future = self._future()
-        self._ticket = ticket = self._ticket + 1
-        check(lib.bg_queue_submit(self._queue, ticket, op, fd, view, length, offset, mode))
-        self._pending[ticket] = (future, view)
-        try:
-            result = await future
-        except asyncio.CancelledError:
-            await self._wait_out(ticket)
-            raise
+        def start(queue: Any, ticket: int) -> int:
+            return int(lib.bg_queue_submit(queue, ticket, op, fd, view, length, offset, mode))
+
+        result = await self.run(start, view)
         return result if result >= 0 else check(result)
 
     async def _wait_out(self, ticket: int) -> None:

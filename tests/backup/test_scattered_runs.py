@@ -44,6 +44,18 @@ async def create(path: Path, name: str, driver: str = "qcow2", **options: Any) -
     await create_file(str(path / name), SIZE, driver, replace=False, **options)
 
 
+async def create_full(path: Path) -> bytes:
+    """An image "disk" without holes, and a new "target"; returns what the disk holds."""
+    held = pattern(SIZE)
+    await create(path, "disk")
+    await create(path, "target", "raw")
+    async with graph_of(image(path, "disk")) as graph:
+        guest = await graph.backend("disk", writable=True)
+        await guest.pwrite(0, held)
+        await graph.close_backend(guest)
+    return held
+
+
 async def scribble(graph: AsyncGraph, node: str, rng: random.Random, held: bytearray) -> None:
     """Data and zeroes of all lengths, at places of no alignment."""
     guest = await graph.backend(node, writable=True)
@@ -108,13 +120,7 @@ async def test_scattered_runs_of_an_image_are_copied(tmpfs: Path, cached: bool, 
 @in_loop
 async def test_lookup_reads_entries_and_no_tables(tmpfs: Path) -> None:
     """What a backup wants to know of an image does not push out what the guest uses."""
-    held = pattern(SIZE)
-    await create(tmpfs, "disk")
-    await create(tmpfs, "target", "raw")
-    async with graph_of(image(tmpfs, "disk")) as graph:
-        guest = await graph.backend("disk", writable=True)
-        await guest.pwrite(0, held)
-        await graph.close_backend(guest)
+    held = await create_full(tmpfs)
     marked = list(range(0, RUNS, 32))  # one in each table
     async with graph_of(image(tmpfs, "disk", **{"read-only": True}), raw(tmpfs, "target")) as graph:
         tables = driver_of(graph, "disk", Qcow2).mapping.tables
@@ -163,13 +169,7 @@ async def test_lookup_keeps_what_a_table_in_memory_said_when_it_goes_meanwhile(
     tmpfs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While entries of another table are being read, those of the one that was in memory need no table any more."""
-    held = pattern(SIZE)
-    await create(tmpfs, "disk")
-    await create(tmpfs, "target", "raw")
-    async with graph_of(image(tmpfs, "disk")) as graph:
-        guest = await graph.backend("disk", writable=True)
-        await guest.pwrite(0, held)
-        await graph.close_backend(guest)
+    held = await create_full(tmpfs)
     async with graph_of(image(tmpfs, "disk", **{"read-only": True}), raw(tmpfs, "target")) as graph:
         tables = driver_of(graph, "disk", Qcow2).mapping.tables
         read_at_last, gone = L2Parts.read, []
