@@ -29,7 +29,7 @@ from blockgraph.options import NodeOptions
 from blockgraph.perm import ALL, Perm, Role, cow_child, filtered_child, storage_child
 
 if TYPE_CHECKING:
-    from blockgraph.native import ExtentMap, L2Parts, L2Places
+    from blockgraph.native import ExtentMap, L2Parts, L2Places, Windows
     from blockgraph.node import Child, Node
 
 
@@ -283,6 +283,10 @@ class Driver:
 
         With cache.direct the caller aligns offsets, lengths and memory to `request_alignment`.
         """
+        return None
+
+    def windows(self) -> Windows | None:
+        """The file of `fd`, mapped, while the descriptor is open; None when it does not live in memory."""
         return None
 
     @property

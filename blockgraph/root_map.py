@@ -338,6 +338,9 @@ class RootMap:
             if fd is None or node.driver.request_alignment > 1:
                 return None
             slot = self._slots[node] = self.extents.add_slot(fd)
+            windows = node.driver.windows()
+            if windows is not None:
+                self.extents.set_windows(slot, windows)
         return slot
 
     def _allow_zeroing(self, slot: int, how: Zeroing, unit: int) -> None:

@@ -32,6 +32,7 @@ HEADERS = (
         "bitmap.h",
         "sums.h",
         "io.h",
+        "windows.h",
         "pool.h",
         "queue.h",
         "copy.h",

@@ -342,6 +342,7 @@ int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment)
         atomic_store(&s->written, false);
         atomic_store(&s->flush_error, 0);
         atomic_store(&s->zeroing, 0);
+        atomic_store(&s->windows, NULL);
         atomic_store(&s->fd, fd);
         if (atomic_load(&map->slots_used) <= slot)
             atomic_store(&map->slots_used, slot + 1);
@@ -394,6 +395,14 @@ int bg_map_set_zeroing(bg_map *map, int slot, int how, int64_t unit)
         shift = (unsigned)__builtin_ctzll((uint64_t)unit);
     }
     atomic_store(&map->slots[slot].zeroing, (unsigned)how | shift << ZEROING_UNIT);
+    return 0;
+}
+
+int bg_map_set_windows(bg_map *map, int slot, bg_windows *windows)
+{
+    if (slot < 0 || slot >= BG_MAP_SLOTS)
+        return -EINVAL;
+    atomic_store(&map->slots[slot].windows, windows);
     return 0;
 }
 

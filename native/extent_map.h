@@ -35,6 +35,7 @@
 #define BG_EXTENT_MAP_H
 
 #include "bitmap.h"
+#include "windows.h"
 
 #include <stddef.h>
 #include <stdint.h>
@@ -116,6 +117,9 @@ int bg_map_take_written(bg_map *map, int slot);
 #define BG_MAP_ZERO_RANGE 2   /* make zero what stays allocated */
 #define BG_MAP_WRITE_ZEROES 4 /* write them, for requests that cover no whole unit of the disk, whose last one may be short */
 int bg_map_set_zeroing(bg_map *map, int slot, int how, int64_t unit);
+
+/* Where the slot's bytes are in memory. They are borrowed like its descriptor. */
+int bg_map_set_windows(bg_map *map, int slot, bg_windows *windows);
 
 /*
  * Replace the dirty bitmaps whose bits a native write sets when it is over, also when it failed. Returns a ticket; until it has
@@ -277,6 +281,11 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
 int bg_map_move_now(const bg_map_request *request, void *buf);
 /* The same for bytes [start, end) of the request and of the buffer. */
 int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start, int64_t end);
+/*
+ * What a request reads, as memory that system calls may be given and nobody else (windows.h): one address for each piece, or
+ * -EAGAIN.
+ */
+int bg_map_show(bg_map *map, const bg_map_request *request, const void **addresses);
 void bg_map_end(bg_map *map, bg_map_request *request, int touched);
 /* cffi:end */
 

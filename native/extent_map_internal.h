@@ -134,6 +134,7 @@ typedef struct {
     atomic_bool written;
     atomic_uint flushing;    /* how many flushes are at it, after having taken `written` */
     atomic_int flush_error;  /* errno */
+    _Atomic(bg_windows *) windows; /* or NULL */
     atomic_uint zeroing; /* how; from ZEROING_UNIT on, log2 of the unit */
     enum slot_state state; /* UNMAPPED: removed, and no extent names it any more once `ticket` has settled */
     uint64_t ticket;

@@ -257,6 +257,18 @@ int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start
     return ret < 0 ? (int)ret : 0;
 }
 
+int bg_map_show(bg_map *map, const bg_map_request *request, const void **addresses)
+{
+    for (int i = 0; i < request->count; i++) {
+        const bg_map_piece *p = &request->pieces[i];
+        bg_windows *windows = p->haste == BG_HASTE_ALL ? atomic_load(&map->slots[p->slot].windows) : NULL;
+        addresses[i] = windows ? bg_windows_find(windows, p->storage_offset, p->length) : NULL;
+        if (!addresses[i])
+            return -EAGAIN;
+    }
+    return 0;
+}
+
 /* As bg_map_pread and writes in place, without waiting: -EAGAIN. */
 static int transfer_now(bg_map *map, int64_t offset, int64_t length, void *buf, int write)
 {

@@ -61,7 +61,8 @@ static nbd_request *new_request(bg_nbd_conn *conn, const bg_nbd_header *header)
 
 bool nbd_admissible(const bg_nbd_conn *conn, uint32_t cost)
 {
-    return !conn->requests || (conn->requests < BG_NBD_MAX_REQUESTS && conn->bytes + cost <= BG_NBD_MAX_BYTES);
+    return !conn->requests || (!conn->announced && conn->requests < BG_NBD_MAX_REQUESTS &&
+                               conn->bytes + cost <= BG_NBD_MAX_BYTES);
 }
 
 /* Whether the next request may be taken; else it waits until others are over. */
@@ -74,7 +75,7 @@ static bool admitted(bg_nbd_conn *conn, uint32_t cost)
     return !conn->stalled && !conn->closed;
 }
 
-static bool give_buffer(nbd_request *r, uint32_t cost)
+bool nbd_give_buffer(nbd_request *r, uint32_t cost)
 {
     bg_nbd_conn *conn = r->conn;
     r->buffer = r->base.buf = bg_buffers_take(conn->loop->buffers, cost);
@@ -105,12 +106,17 @@ static void post_faults(bg_nbd_conn *conn)
     conn->last_fault = &conn->faults;
 }
 
+static void hit(bg_nbd_conn *conn)
+{
+    if (conn->misses > -MISSES)
+        conn->misses--;
+}
+
 static void go_on(nbd_request *r, enum bg_request_outcome outcome)
 {
     if (outcome == BG_REQUEST_DONE) {
         r->conn->counted.hits++;
-        if (r->conn->misses > -MISSES)
-            r->conn->misses--;
+        hit(r->conn);
         nbd_answer(r);
     } else if (outcome == BG_REQUEST_BLOCKS) {
         bg_request_submit(&r->base);
@@ -139,7 +145,7 @@ static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
             nbd_forget(r);
             return false;
         }
-        if (!give_buffer(r, cost))
+        if (!nbd_give_buffer(r, cost))
             return false;
         memcpy(r->buffer, payload, header->length);
         /* It may have missed for the alignment of its memory only. */
@@ -205,6 +211,30 @@ static bool take_bare(bg_nbd_conn *conn, const bg_nbd_header *header)
     return true;
 }
 
+static bool take_read(bg_nbd_conn *conn, const bg_nbd_header *header, uint32_t cost)
+{
+    bool show = nbd_can_show(conn, header->length), announce = nbd_can_announce(conn, header->length);
+    if (show && conn->output && !conn->full)
+        nbd_flush(conn);
+    nbd_request *r = conn->closed ? NULL : new_request(conn, header);
+    if (!r)
+        return false;
+    int ret = show ? nbd_show(r, cost) : -EAGAIN;
+    if (ret == 0)
+        hit(conn);
+    else if (!nbd_give_buffer(r, cost))
+        return false;
+    if (conn->closed)
+        return false;
+    conn->start += BG_NBD_HEADER;
+    if (ret == 0)
+        return true;
+    r->base.kind = BG_REQUEST_READ;
+    r->base.announce = announce;
+    go_on(r, ret == BG_MAP_MISS ? BG_REQUEST_FAULTS : bg_request_try(&r->base, conn->longest));
+    return true;
+}
+
 /* Take the request at the head of the input; false: it stays there, or the connection is closed. */
 static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
 {
@@ -228,15 +258,17 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
         return take_bare(conn, header);
     if (here)
         return write_in_place(conn, header);
+    if (header->command == BG_NBD_READ)
+        return take_read(conn, header, cost);
     nbd_request *r = new_request(conn, header);
-    if (!r || !give_buffer(r, cost))
+    if (!r || !nbd_give_buffer(r, cost))
         return false;
     conn->start += BG_NBD_HEADER;
     if (header->command == BG_NBD_WRITE) {
         conn->writing = r;
         conn->have = 0;
     } else {
-        r->base.kind = header->command == BG_NBD_READ ? BG_REQUEST_READ : BG_REQUEST_CACHE;
+        r->base.kind = BG_REQUEST_CACHE;
         go_on(r, bg_request_try(&r->base, conn->longest));
     }
     return true;

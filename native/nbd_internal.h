@@ -1,7 +1,8 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
 /*
- * One connection (nbd_conn.c input and requests, nbd_output.c replies and the end) and the thread it belongs to (nbd_loop.c).
+ * One connection (nbd_conn.c input and requests, nbd_reads.c reads of what is in memory, nbd_output.c replies and the end) and
+ * the thread it belongs to (nbd_loop.c).
  *
  * A connection's lock guards all of it but `posted` and `wanted`. Its thread waits for the lock. Others leave their news
  * in those two, and then only try the lock: whoever has it looks for news after unlocking. So a thread of the pool, or
@@ -43,6 +44,7 @@ typedef struct nbd_thread {
     int epoll, wakeup;
     pthread_t thread;
     bg_nbd_watch watch;
+    bool waited; /* watching, for what it serves now */
     pthread_mutex_t lock;  /* of the two lists */
     bg_nbd_conn *first;    /* connections, until they are released */
     bg_nbd_conn *released; /* to be freed when no event can name them any more */
@@ -99,7 +101,8 @@ struct bg_nbd_conn {
     /* Output: requests whose replies are to be sent. */
     nbd_request *output, **last_output;
     uint64_t output_bytes;
-    size_t sent; /* of the first */
+    size_t sent;    /* of the first */
+    bool announced; /* so much was sent of the reply to the only request in flight, and it is not in the output yet */
 
     /* In flight: from being taken until the reply has been sent. */
     unsigned requests;
@@ -108,6 +111,7 @@ struct bg_nbd_conn {
     bool stalled;        /* there is one */
     bool more;           /* the turn ended before the input did */
     bool busy;           /* the turn had several requests, or a long one */
+    bool sleeps;         /* its thread has waited for this turn, and so, probably, does the client for the reply */
     bool full;           /* the socket takes no more output */
     bool ending;         /* no more input is wanted */
     bool shutdown;
@@ -129,9 +133,21 @@ void nbd_move(bg_nbd_conn *conn, bool to_caller);
 /* nbd_conn.c; with the lock */
 void nbd_turn(bg_nbd_conn *conn, uint32_t events); /* what epoll has said */
 bool nbd_admissible(const bg_nbd_conn *conn, uint32_t cost);
+bool nbd_give_buffer(nbd_request *r, uint32_t cost); /* false: it is forgotten, the connection closed */
+
+/* nbd_reads.c; with the lock. Whether a read of so many bytes may be worth it. */
+bool nbd_can_show(const bg_nbd_conn *conn, uint32_t length);
+/* Whether the reply to a read that is about to be taken may be announced. */
+bool nbd_can_announce(const bg_nbd_conn *conn, uint32_t length);
+/* 0: it was sent without a buffer, or its rest is queued, or the connection is closed. BG_MAP_MISS; -EAGAIN: to be done otherwise. */
+int nbd_show(nbd_request *r, uint32_t cost);
+/* bg_source.begun: wake the client, which takes about as long as the read. */
+void nbd_announce(bg_request *request);
 
 /* nbd_output.c; with the lock */
 void nbd_answer(nbd_request *r);                /* it was done by the map: queue the reply */
+void nbd_reply_rest(nbd_request *r, size_t sent); /* queue the only reply, of which so much was sent; the socket is full */
+void nbd_count(bg_nbd_conn *conn);              /* publish what was counted: before a reply is sent */
 void nbd_refuse(nbd_request *r);                /* queue the error that its `refusal` calls for */
 void nbd_flush(bg_nbd_conn *conn);              /* send what the socket takes */
 void nbd_close(bg_nbd_conn *conn, int64_t why); /* idempotent */

@@ -97,17 +97,19 @@ static int await(nbd_thread *thread, struct epoll_event *events)
         do {
             int n = epoll_wait(thread->epoll, events, EVENTS, 0);
             if (n != 0) {
+                thread->waited = watch->looked;
                 bg_nbd_watch_found(watch);
                 return n;
             }
             sched_yield();
         } while (bg_nbd_watch_again(watch, now()));
     }
+    thread->waited = false;
     return epoll_wait(thread->epoll, events, EVENTS, -1);
 }
 
 /* Whether a connection had more to do than to answer one short request. */
-static bool serve(bg_nbd_loop *loop, const struct epoll_event *events, int n)
+static bool serve(bg_nbd_loop *loop, const struct epoll_event *events, int n, bool waited)
 {
     bool busy = false;
     atomic_fetch_add_explicit(&loop->counters.wakeups, 1, memory_order_relaxed);
@@ -115,6 +117,7 @@ static bool serve(bg_nbd_loop *loop, const struct epoll_event *events, int n)
         bg_nbd_conn *conn = events[i].data.ptr;
         if (conn) {
             pthread_mutex_lock(&conn->lock);
+            conn->sleeps = waited && n == 1;
             nbd_turn(conn, events[i].events);
             busy |= conn->busy;
             nbd_leave(conn);
@@ -129,7 +132,7 @@ static void *run(void *arg)
     while (!atomic_load(&thread->stop)) {
         struct epoll_event events[EVENTS];
         int n = await(thread, events);
-        if (serve(thread->loop, events, n))
+        if (serve(thread->loop, events, n, thread->waited))
             bg_nbd_watch_busy(&thread->watch);
         free_released(thread);
     }
@@ -139,7 +142,7 @@ static void *run(void *arg)
 void bg_nbd_poll(bg_nbd_loop *loop)
 {
     struct epoll_event events[EVENTS];
-    serve(loop, events, epoll_wait(loop->caller_epoll, events, EVENTS, 0));
+    serve(loop, events, epoll_wait(loop->caller_epoll, events, EVENTS, 0), false);
 }
 
 int bg_nbd_loop_pollfd(const bg_nbd_loop *loop)
@@ -275,7 +278,7 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
     }
     nbd_thread *thread = &loop->threads[atomic_fetch_add(&loop->next_thread, 1) % (unsigned)loop->nthreads];
     conn->source = (bg_source){
-        .map = map, .pool = loop->pool, .faults = loop->faults, .id = id, .done = nbd_done, .step = BG_NBD_CACHE_STEP};
+        .map = map, .pool = loop->pool, .faults = loop->faults, .id = id, .done = nbd_done, .begun = nbd_announce, .step = BG_NBD_CACHE_STEP};
     conn->ended = (bg_request){.source = &conn->source, .kind = BG_REQUEST_ENDED};
     conn->loop = loop;
     conn->thread = thread;

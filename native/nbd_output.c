@@ -45,6 +45,18 @@ static void reply(nbd_request *r)
     *conn->last_output = r;
     conn->last_output = &r->next;
     conn->output_bytes += r->head_size + r->payload_size;
+    if (conn->announced)
+        conn->output_bytes -= conn->sent;
+    conn->announced = false;
+}
+
+void nbd_reply_rest(nbd_request *r, size_t sent)
+{
+    bg_nbd_conn *conn = r->conn;
+    reply(r);
+    conn->sent = sent;
+    conn->output_bytes -= sent;
+    conn->full = true;
 }
 
 void nbd_answer(nbd_request *r)
@@ -124,7 +136,7 @@ static void add(atomic_uint_fast64_t *counter, uint64_t more)
         atomic_fetch_add_explicit(counter, more, memory_order_relaxed);
 }
 
-static void count(bg_nbd_conn *conn)
+void nbd_count(bg_nbd_conn *conn)
 {
     nbd_counters *all = &conn->loop->counters;
     const bg_nbd_stats *own = &conn->counted;
@@ -144,7 +156,7 @@ void nbd_flush(bg_nbd_conn *conn)
 {
     conn->full = false;
     /* First, so that who has got a reply finds its request counted. */
-    count(conn);
+    nbd_count(conn);
     while (conn->output) {
         struct iovec iov[PIECES];
         size_t total;
@@ -236,7 +248,7 @@ void nbd_leave(bg_nbd_conn *conn)
 {
     for (;;) {
         nbd_attend(conn);
-        count(conn);
+        nbd_count(conn);
         if (!conn->closed) {
             nbd_watch(conn);
         } else if (!conn->requests && !conn->reported) {

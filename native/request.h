@@ -59,6 +59,7 @@ typedef struct bg_source {
     bg_faults *faults;
     int64_t id; /* its name in faults */
     void (*done)(bg_request *request);
+    void (*begun)(bg_request *request); /* with `announce`: it is about to be done, from memory only; may be NULL */
     uint32_t step; /* of BG_REQUEST_CACHE */
 } bg_source;
 
@@ -74,6 +75,7 @@ struct bg_request {
     uint8_t kind;
     uint8_t zero; /* of BG_REQUEST_ZERO: how, see bg_map_set_zeroing */
     bool durable; /* with a flush, before it counts as done */
+    bool announce; /* a read: the source wants to hear that it has begun */
 };
 
 enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS };

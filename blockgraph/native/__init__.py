@@ -41,6 +41,7 @@ from blockgraph.native.l2 import (
 )
 from blockgraph.native.pool import Pool, close_pool, get_pool
 from blockgraph.native.sums import SUM_BLOCK, Sums
+from blockgraph.native.windows import Windows
 from blockgraph.native.zero import ZeroRun, allocate_aligned, is_zero, zero_runs
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "Pool",
     "Runs",
     "Sums",
+    "Windows",
     "ZeroRun",
     "Zeroing",
     "allocate_aligned",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from blockgraph.native.bitmap import Bitmap
     from blockgraph.native.copier import CopierLink
     from blockgraph.native.l2 import L2Parts, L2Places
+    from blockgraph.native.windows import Windows
 
 DEFAULT_MEMORY = 64 << 20
 """Bytes that a map may use, unless told otherwise."""
@@ -388,6 +389,15 @@ class ExtentMap:
                 f"which must be powers of two up to {lib.BG_MAP_MAX_ALIGNMENT}"
             )
         return check(code)
+
+    def set_windows(self, slot: int, windows: Windows) -> None:
+        """Where the slot's bytes are in memory; borrowed like its descriptor.
+
+        Raises:
+            ValueError: the slot is out of range.
+        """
+        if _call(lib.bg_map_set_windows, self._native, slot, windows.native) < 0:
+            raise ValueError(f"there is no slot {slot}")
 
     def start_remove_slot(self, slot: int) -> int:
         """Everything that lives there is a miss from now on. Returns a ticket; after that the descriptor may go.

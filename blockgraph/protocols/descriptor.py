@@ -22,7 +22,7 @@ from typing import ClassVar, Literal, ParamSpec, TypeVar
 from blockgraph.driver import Protocol
 from blockgraph.errors import GraphError, IOFailure, OptionError
 from blockgraph.flags import Flag
-from blockgraph.native import allocate_aligned, get_pool
+from blockgraph.native import Windows, allocate_aligned, get_pool
 from blockgraph.options import NodeOptions
 from blockgraph.perm import ALL, Perm
 from blockgraph.protocols.direct import BUFFERED, DirectAlignment, address_of, direct_alignment
@@ -86,6 +86,7 @@ class DescriptorDriver(Protocol):
     _tail_fd: int = -1
     _pending_fd: int = -1
     _lock: ImageLock | None = None
+    _windows: Windows | None = None
     _alignment: DirectAlignment = BUFFERED
     _writable = False
     _flush_error: OSError | None = None
@@ -129,17 +130,21 @@ class DescriptorDriver(Protocol):
             self._writable = writable
             self._size = self._read_size()
             self._set_alignment(self._direct_alignment(self._fd, options.cache.direct))
+            self._windows = Windows.of(self._fd)
         except OSError as error:
             raise self._open_error(error, writable) from error
 
     async def close(self) -> None:
         lock, self._lock = self._lock, None
+        windows, self._windows = self._windows, None
         descriptors = [fd for fd in (self._tail_fd, self._pending_fd, self._fd) if fd >= 0]
         self._fd = self._tail_fd = self._pending_fd = -1
-        await in_thread(self._close_all, lock, descriptors)
+        await in_thread(self._close_all, windows, lock, descriptors)
 
-    def _close_all(self, lock: ImageLock | None, descriptors: list[int]) -> None:
+    def _close_all(self, windows: Windows | None, lock: ImageLock | None, descriptors: list[int]) -> None:
         failure: OSError | None = None
+        if windows is not None:
+            windows.release()
         for fd in descriptors:
             try:
                 os.close(fd)
@@ -316,6 +321,9 @@ class DescriptorDriver(Protocol):
 
     def fd(self) -> int | None:
         return self._fd if self._fd >= 0 else None
+
+    def windows(self) -> Windows | None:
+        return self._windows
 
     def stored(self, offset: int, length: int) -> None:
         if offset + length > self._size:

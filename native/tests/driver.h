@@ -32,6 +32,7 @@ void test_copy(void);
 void test_extent_map(void);
 void test_extent_map_threads(void);
 void test_nbd(void);
+void test_nbd_reads(void);
 void test_nbd_watch(void);
 void test_pool(void);
 void test_qcow2_l2(void);

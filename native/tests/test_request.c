@@ -97,7 +97,7 @@ static void *queue(void *arg)
     static __thread queued slots[DEPTH], end;
     sem_t completed;
     sem_init(&completed, 0, 0);
-    bg_source source = {map, pool, faults, number, done, 1000};
+    bg_source source = {.map = map, .pool = pool, .faults = faults, .id = number, .done = done, .step = 1000};
     memset(model, 0, sizeof(model));
     for (int round = 0; round < ROUNDS; round++) {
         for (int i = 0; i < DEPTH; i++) {

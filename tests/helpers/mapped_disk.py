@@ -7,7 +7,7 @@ from __future__ import annotations
 import mmap
 import os
 
-from blockgraph.native import MapExtent
+from blockgraph.native import MapExtent, Windows
 from blockgraph.testing.memory_backend import MemoryBackend, MemoryMap
 
 
@@ -28,6 +28,10 @@ class MappedDisk(MemoryBackend):
         self.map = MemoryMap(size)
         self.extents = self.map.extents
         self.slot = self.extents.add_slot(self._fd)
+        windows = Windows.of(self._fd)
+        assert windows is not None
+        self._windows = windows
+        self.extents.set_windows(self.slot, windows)
 
     def reveal(self, offset: int = 0, length: int | None = None, *, writable: bool = True, zero: bool = False) -> None:
         """Map a range (None: to the end)."""
@@ -38,6 +42,7 @@ class MappedDisk(MemoryBackend):
     def close(self) -> None:
         """Give the file up, when no request uses it any more."""
         self.extents.settle_blocking(self.extents.start_remove_slot(self.slot))
+        self._windows.release()
         self._view.release()
         self.data.close()  # type: ignore[attr-defined]
         os.close(self._fd)
