@@ -104,25 +104,34 @@ def test_qcow2(benchmark: BenchmarkFixture, shm: Path, shape: tuple[str, str, in
 @pytest.mark.parametrize("backed", [False, True], ids=["alone", "with-backing"])
 @pytest.mark.parametrize("block", [4 * KIB, 64 * KIB], ids=["4-KiB", "64-KiB"])
 def test_first_touch(benchmark: BenchmarkFixture, shm: Path, block: int, backed: bool) -> None:
-    """Writes that allocate, into an empty qcow2; wanted: 1.5 of qemu-nbd's."""
+    """Writes that allocate, into an empty qcow2; wanted: 1.5 of qemu-nbd's. Whole clusters also beside what has no
+    tables to keep: nbdkit with a file that is one hole."""
     need_fio()
-    need("qemu-nbd")
-    base, image = shm / "base", shm / "disk.qcow2"
+    need("qemu-nbd", "nbdkit")
+    base, image, hole = shm / "base", shm / "disk.qcow2", shm / "hole"
     backing = {"backing_file": str(base), "backing_fmt": "raw"} if backed else {}
     if backed:
         make(base, SIZE, "raw")
     options = first_touches(shm / "requests", SIZE, block)
 
     def one(server: Server) -> Figures:
+        hole.unlink(missing_ok=True)
         empty(image, SIZE, "qcow2", **backing)
         return served(server, options)
+
+    def one_raw() -> Figures:
+        image.unlink(missing_ok=True)
+        empty(hole, SIZE)
+        return served(lambda: servers.nbdkit(shm, hole), options)
 
     description = node("disk", image, "qcow2")
     if backed:
         description["backing"] = {**node("base", base), "read-only": True}
-    sides = {
+    sides: dict[str, Callable[[], Figures]] = {
         "ours": lambda: one(lambda: servers.ours(shm, [description])),
         "qemu-nbd": lambda: one(lambda: servers.qemu_nbd(shm, image, "qcow2")),
     }
+    if block == 64 * KIB:
+        sides["nbdkit, raw"] = one_raw
     what = f"empty qcow2{' with a backing file' if backed else ''}, first touch of clusters by {block // KIB} KiB"
     compare(benchmark, "3.5", f"{what}, depth 16", sides, {"qemu-nbd": 1.5})
