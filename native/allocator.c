@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "allocator.h"
 
+#include "buffers.h"
 #include "io.h"
 #include "wait.h"
 #include "zero.h"
@@ -24,8 +25,6 @@
 #define MAX_ONE (128 << 10)
 /* Most that is placed by who must not be kept for long. */
 #define MAX_NOW (128 << 10)
-#define SPARE_BUFFERS 8
-#define BUFFER_ALIGNMENT 4096
 
 /* Guest clusters that are being placed, or held. */
 typedef struct range {
@@ -51,8 +50,7 @@ struct bg_allocator {
     size_t promised; /* links that claims may add */
     atomic_bool has_links;
     atomic_bool waits; /* a write to fd without waiting was refused */
-    void *spare[SPARE_BUFFERS]; /* of MAX_ONE bytes */
-    int spares;
+    bg_buffers *buffers; /* for old bytes */
 };
 
 static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, const void *buf, int64_t length, int now);
@@ -65,8 +63,12 @@ int bg_allocator_new(int bits, bg_allocator **out)
     if (!a)
         return -ENOMEM;
     a->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (a->eventfd < 0) {
-        int ret = -errno;
+    int ret = a->eventfd < 0 ? -errno : 0;
+    if (ret == 0 && !(a->buffers = bg_buffers_new())) {
+        close(a->eventfd);
+        ret = -ENOMEM;
+    }
+    if (ret < 0) {
         free(a);
         return ret;
     }
@@ -86,8 +88,7 @@ void bg_allocator_free(bg_allocator *a)
         next = hold->next;
         free(hold);
     }
-    while (a->spares)
-        free(a->spare[--a->spares]);
+    bg_buffers_free(a->buffers);
     free(a->rooms);
     free(a->links);
     close(a->eventfd);
@@ -312,25 +313,8 @@ static int claim(bg_allocator *a, range *c, bool now)
     return ret;
 }
 
-/* Memory for old bytes; NULL when there is none. With the lock. */
-static void *take_buffer(bg_allocator *a, int64_t size)
-{
-    if (size <= MAX_ONE && a->spares)
-        return a->spare[--a->spares];
-    size = (size + BUFFER_ALIGNMENT - 1) / BUFFER_ALIGNMENT * BUFFER_ALIGNMENT;
-    return aligned_alloc(BUFFER_ALIGNMENT, (size_t)(size < MAX_ONE ? MAX_ONE : size));
-}
-
-static void give_buffer(bg_allocator *a, void *buf, int64_t size)
-{
-    if (buf && size <= MAX_ONE && a->spares < SPARE_BUFFERS)
-        a->spare[a->spares++] = buf;
-    else
-        free(buf);
-}
-
-/* The end of a claim. What of `unused` there is goes back, and the buffer of so many bytes. */
-static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused, void *buf, int64_t size)
+/* The end of a claim. What of `unused` there is goes back. */
+static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused)
 {
     pthread_mutex_lock(&a->lock);
     range **at = &a->claims;
@@ -341,7 +325,6 @@ static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused, 
     /* For want of memory it is lost: counted in the image, and used by nobody. */
     if (unused && unused->clusters)
         add_room(a, unused);
-    give_buffer(a, buf, size);
     tell_low(a);
     bg_wake_all(&a->placed);
     pthread_mutex_unlock(&a->lock);
@@ -391,9 +374,10 @@ typedef struct {
     char *old;          /* or NULL */
 } content;
 
-static int64_t old_size(const content *c)
+/* Of the buffer for the old bytes. */
+static uint32_t old_room(const content *c)
 {
-    return c->one ? c->end - c->start : c->offset - c->start + c->end - c->stop;
+    return bg_buffer_size((uint32_t)(c->one ? c->end - c->start : c->offset - c->start + c->end - c->stop));
 }
 
 static char *old_tail(const content *c)
@@ -473,15 +457,15 @@ static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, 
         c.end = claimed.end << a->bits;
         c.stop = offset + length < c.end ? offset + length : c.end;
         c.one = c.end - c.start <= MAX_ONE;
-        if (c.start < c.offset || c.stop < c.end)
-            c.old = take_buffer(a, old_size(&c));
     }
     pthread_mutex_unlock(&a->lock);
     if (room.clusters == 0) {
-        unclaim(a, &claimed, NULL, NULL, 0);
+        unclaim(a, &claimed, NULL);
         return seen == -EAGAIN ? -EAGAIN : 0;
     }
-    ret = (c.start < c.offset || c.stop < c.end) && !c.old ? -ENOMEM : 0;
+    bool keeps = c.start < c.offset || c.stop < c.end;
+    if (keeps && !(c.old = bg_buffers_take(a->buffers, old_room(&c))))
+        ret = -ENOMEM;
     if (ret == 0)
         ret = read_old(map, c.start, c.offset, size, c.old, room.fresh, now, &c.head);
     if (ret == 0)
@@ -501,6 +485,8 @@ static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, 
         bg_map_placed(map, c.start, (c.end < size ? c.end : size) - c.start, a->slot, room.host);
         room.clusters = 0;
     }
-    unclaim(a, &claimed, &room, c.old, old_size(&c));
+    if (c.old)
+        bg_buffers_give(a->buffers, c.old, old_room(&c));
+    unclaim(a, &claimed, &room);
     return ret == 0 ? c.stop - offset : ret == -EAGAIN && now ? -EAGAIN : 0;
 }

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "copier.h"
 
+#include "buffers.h"
 #include "io.h"
 #include "wait.h"
 #include "zero.h"
@@ -16,8 +17,6 @@
 
 #define STEP ((int64_t)256 << 10) /* most bytes moved at a time: what the processor's cache keeps */
 #define CLAIM ((int64_t)1 << 20) /* longest run claimed at once, if clusters are no longer: whoever writes there waits for it */
-#define SPARE_BUFFERS 16
-#define BUFFER_ALIGNMENT 4096
 #define MAX_NOW ((int64_t)128 << 10) /* most that is copied by who must not be kept for long */
 #define PAUSE 64 /* copies without waiting that are not tried after one was refused */
 #define FEW_PIECES 16
@@ -36,6 +35,8 @@ struct bg_copier {
     bg_bitmap *todo, *done;
     bg_map *source, *target;
     int64_t size, cluster, step;
+    bg_buffers *buffers;
+    uint32_t room; /* of a buffer: for a step */
     int eventfd;
     pthread_mutex_t lock;
     bg_waiters ended; /* a native claim */
@@ -46,8 +47,6 @@ struct bg_copier {
     int pause; /* so many copies without waiting are not tried */
     bg_sums *sums; /* or NULL */
     bg_copier_stats stats;
-    void *spare[SPARE_BUFFERS];
-    int spares;
 };
 
 struct bg_copier_link {
@@ -67,8 +66,12 @@ int bg_copier_new(bg_bitmap *todo, bg_bitmap *done, bg_map *source, bg_map *targ
     if (!c)
         return -ENOMEM;
     c->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (c->eventfd < 0) {
-        int ret = -errno;
+    int ret = c->eventfd < 0 ? -errno : 0;
+    if (ret == 0 && !(c->buffers = bg_buffers_new())) {
+        close(c->eventfd);
+        ret = -ENOMEM;
+    }
+    if (ret < 0) {
         free(c);
         return ret;
     }
@@ -79,6 +82,7 @@ int bg_copier_new(bg_bitmap *todo, bg_bitmap *done, bg_map *source, bg_map *targ
     c->size = size;
     c->cluster = cluster;
     c->step = cluster < STEP ? cluster : STEP;
+    c->room = bg_buffer_size((uint32_t)c->step);
     pthread_mutex_init(&c->lock, NULL);
     *out = c;
     return 0;
@@ -90,8 +94,7 @@ int bg_copier_free(bg_copier *c)
         return 0;
     if (c->first)
         return -EBUSY;
-    while (c->spares)
-        free(c->spare[--c->spares]);
+    bg_buffers_free(c->buffers);
     close(c->eventfd);
     pthread_mutex_destroy(&c->lock);
     free(c);
@@ -319,24 +322,6 @@ void bg_copier_get_stats(bg_copier *c, bg_copier_stats *out)
     pthread_mutex_unlock(&c->lock);
 }
 
-static void *get_buffer(bg_copier *c)
-{
-    pthread_mutex_lock(&c->lock);
-    void *buf = c->spares ? c->spare[--c->spares] : NULL;
-    pthread_mutex_unlock(&c->lock);
-    size_t size = (size_t)(c->step + BUFFER_ALIGNMENT - 1) / BUFFER_ALIGNMENT * BUFFER_ALIGNMENT;
-    return buf ? buf : aligned_alloc(BUFFER_ALIGNMENT, size);
-}
-
-/* With the lock held. */
-static void give_buffer(bg_copier *c, void *buf)
-{
-    if (c->spares < SPARE_BUFFERS)
-        c->spare[c->spares++] = buf;
-    else
-        free(buf);
-}
-
 /* Whether a copy has a chance; the map may change its mind later. */
 static bool is_mapped(const bg_copier *c, int64_t at)
 {
@@ -367,7 +352,7 @@ static bool reads_zero(bg_map *map, int64_t offset, int64_t length)
 /* 0 and in *moved how many bytes had to be written; or a miss, or it failed, or -EAGAIN `now`. */
 static int copy_range(bg_copier *c, int64_t start, int64_t end, bool now, bg_sums *sums, int64_t *moved)
 {
-    void *buf = is_mapped(c, start) ? get_buffer(c) : NULL;
+    void *buf = is_mapped(c, start) ? bg_buffers_take(c->buffers, c->room) : NULL;
     if (!buf)
         return BG_MAP_MISS;
     int ret = 0;
@@ -381,9 +366,7 @@ static int copy_range(bg_copier *c, int64_t start, int64_t end, bool now, bg_sum
         if (ret == 0 && sums)
             ret = bg_sums_add(sums, at, buf, n);
     }
-    pthread_mutex_lock(&c->lock);
-    give_buffer(c, buf);
-    pthread_mutex_unlock(&c->lock);
+    bg_buffers_give(c->buffers, buf, c->room);
     return ret;
 }
 

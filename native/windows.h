@@ -10,11 +10,12 @@
  * SIGBUS, while a system call fails with EFAULT, or does a part, and the rest can be read from the descriptor.
  *
  * Only what is in memory is found: a page fault in a hole would fill the hole. One made a moment later is filled, which costs
- * space and changes nothing that anybody reads.
+ * space and changes nothing that anybody reads; so does a program that locks all it has mapped (MCL_CURRENT) after the fact.
  *
  * Units:     bytes; offsets from the file's start.
- * Ownership: the descriptor is borrowed until bg_windows_free, what is found too. Page tables take a 512th of what was found.
- * Errno:     -ENOTSUP: not such a file, or the kernel would not say what of it is in memory; -ENOMEM.
+ * Ownership: what is found is borrowed until bg_windows_free. What was found once counts as resident in the process, for the kernel's
+ *            choice of whom to kill as well, though it is the file's; page tables take a 512th of it.
+ * Errno:     -ENOTSUP: not such a file; -ENOMEM.
  * Threads:   bg_windows_find from any thread, without a lock.
  */
 #ifndef BG_WINDOWS_H
@@ -26,7 +27,7 @@
 /* cffi:begin */
 typedef struct bg_windows bg_windows;
 
-/* `fd` is open for reading. */
+/* `fd` is open for reading, and needed for this call only. */
 int bg_windows_new(int fd, bg_windows **out);
 void bg_windows_free(bg_windows *windows);
 /* cffi:end */

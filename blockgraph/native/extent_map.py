@@ -153,6 +153,7 @@ class ExtentMap:
         self._bitmaps: tuple[Bitmap, ...] = ()
         self._copier: CopierLink | None = None
         self._allocator: Allocator | None = None
+        self._windows: dict[int, Windows] = {}
         # What native requests may still use, with the ticket after which they no longer do.
         self._former: list[tuple[int, object]] = []
 
@@ -398,6 +399,7 @@ class ExtentMap:
         """
         if _call(lib.bg_map_set_windows, self._native, slot, windows.native) < 0:
             raise ValueError(f"there is no slot {slot}")
+        self._windows[slot] = windows
 
     def start_remove_slot(self, slot: int) -> int:
         """Everything that lives there is a miss from now on. Returns a ticket; after that the descriptor may go.

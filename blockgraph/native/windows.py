@@ -23,12 +23,7 @@ class Windows:
 
     @classmethod
     def of(cls, fd: int) -> Windows | None:
-        """The windows of a file that is open for reading; None when it does not live in memory (tmpfs), or the kernel
-        would not tell which of its pages do.
-
-        Args:
-            fd: borrowed until this is released, as is its number: other descriptions of the same file may get it.
-        """
+        """The windows of a file that is open for reading; None when it does not live in memory (tmpfs)."""
         out = ffi.new("bg_windows **")
         code = lib.bg_windows_new(fd, out)
         if code == -errno.ENOTSUP:
@@ -37,5 +32,5 @@ class Windows:
         return cls(ffi.gc(out[0], lib.bg_windows_free))
 
     def release(self) -> None:
-        """Unmap: takes some milliseconds for each GiB that was looked at. No extent map has it any more."""
+        """Unmap: takes some milliseconds for each GiB that was looked at. No request uses it any more."""
         ffi.release(self.native)

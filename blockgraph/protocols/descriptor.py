@@ -241,6 +241,8 @@ class DescriptorDriver(Protocol):
         self._drop_pending()
         self._swap(fd)
         self._set_alignment(alignment)
+        if self._windows is None:
+            self._windows = Windows.of(self._fd)
 
     def _check_options(self, options: DescriptorOptions) -> None:
         if options.force_share and not options.read_only:

@@ -48,6 +48,13 @@ static void test_windows(void)
     CHECK(!bg_windows_find(windows, -1, 1) && !bg_windows_find(windows, 0, 0) && !bg_windows_find(windows, 0, INT64_MAX));
     CHECK(!bg_windows_find(windows, ((int64_t)1 << 30) - 1, 2) && !bg_windows_find(windows, INT64_MAX - 1, 1));
     CHECK(fstat(fd, &after) == 0 && after.st_blocks == before.st_blocks);
+    /* Who may not write the file is not told what is in memory: nothing is found then. */
+    if (geteuid() == 0) {
+        CHECK(fchmod(fd, 0600) == 0 && seteuid(65534) == 0);
+        CHECK(!bg_windows_find(windows, HOLE, 4096) && !bg_windows_find(windows, 0, 4096));
+        CHECK(seteuid(0) == 0);
+        CHECK(!bg_windows_find(windows, HOLE, 4096) && bg_windows_find(windows, 0, 4096));
+    }
     /* What the header promises of a file that is cut off. */
     const void *last = bg_windows_find(windows, SIZE - 4096, 4096);
     CHECK(last != NULL && socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0 && ftruncate(fd, SIZE - 4096) == 0);
@@ -60,6 +67,18 @@ static void test_windows(void)
     close(pair[1]);
     bg_windows_free(windows);
     bg_windows_free(NULL);
+}
+
+/* A file that was mapped may still be sealed, or its file system made read-only: nobody holds a right to write to it. */
+static void test_windows_only_read(void)
+{
+    bg_windows *windows;
+    int sealed = memfd_create("sealed", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    CHECK(pwrite(sealed, data, 4096, 0) == 4096 && bg_windows_new(sealed, &windows) == 0);
+    CHECK(bg_windows_find(windows, 0, 4096) != NULL && fcntl(sealed, F_ADD_SEALS, F_SEAL_WRITE) == 0);
+    close(sealed);
+    CHECK(bg_windows_find(windows, 0, 4096) != NULL);
+    bg_windows_free(windows);
 }
 
 static void ask(uint16_t command, uint64_t cookie, uint64_t offset, uint32_t length)
@@ -281,6 +300,7 @@ void test_nbd_reads(void)
     CHECK(pwrite(fd, data, SIZE, 0) == SIZE);
     CHECK(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, HOLE, HOLE_END - HOLE) == 0);
     test_windows();
+    test_windows_only_read();
     run(false);
     run(true);
     close(fd);

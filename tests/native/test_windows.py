@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.helpers.harness import edge, opened
 from tests.helpers.nbd import run_async
 
 MIB = 1 << 20
+_CAP_IPC_LOCK = 14
+_MCL_FUTURE = 2
 
 
 @pytest.fixture
@@ -49,6 +52,22 @@ def test_slot_out_of_range(fd: int) -> None:
     windows.release()
 
 
+@pytest.fixture(params=[False, True], ids=["", "locked"])
+def locked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run with all memory locked that will be mapped, too."""
+    if request.param:
+        capabilities = int(Path("/proc/self/status").read_text().split("CapEff:\t")[1].split()[0], 16)
+        if not capabilities >> _CAP_IPC_LOCK & 1:
+            pytest.skip("needs the right to lock memory")
+        libc = ctypes.CDLL(None)
+        assert libc.mlockall(_MCL_FUTURE) == 0
+        yield
+        assert libc.munlockall() == 0
+    else:
+        yield
+
+
+@pytest.mark.usefixtures("locked")
 @run_async
 async def test_read_over_nbd_holes_stay_and_nothing_stays_mapped(tmpfs: Path) -> None:
     path = tmpfs / "disk"
