@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import servers
 from benchmarks.fio import Figures, fio, first_touches, need_fio, pattern
-from benchmarks.images import GIB, empty, make, node
+from benchmarks.images import GIB, empty, make, node, touch_memory
 from benchmarks.peers import add_row, against, in_turn, need
 
 Server = Callable[[], AbstractContextManager[str]]
@@ -38,9 +38,11 @@ patterns = pytest.mark.parametrize("shape", PATTERNS, ids=lambda shape: shape[0]
 connected = pytest.mark.parametrize("connections", [1, 4], ids=["1-connection", "4-connections"])
 
 
-def served(server: Server, options: list[str]) -> Figures:
-    """One run against a new server."""
+def served(server: Server, options: list[str], before: Callable[[], None] | None = None) -> Figures:
+    """One run against a new server; `before` it when the server is ready."""
     with server() as uri:
+        if before is not None:
+            before()
         return fio(uri, *options)
 
 
@@ -114,15 +116,18 @@ def test_first_touch(benchmark: BenchmarkFixture, shm: Path, block: int, backed:
         make(base, SIZE, "raw")
     options = first_touches(shm / "requests", SIZE, block)
 
+    def touch() -> None:
+        touch_memory(shm, SIZE + SIZE // 4)
+
     def one(server: Server) -> Figures:
         hole.unlink(missing_ok=True)
         empty(image, SIZE, "qcow2", **backing)
-        return served(server, options)
+        return served(server, options, touch)
 
     def one_raw() -> Figures:
         image.unlink(missing_ok=True)
         empty(hole, SIZE)
-        return served(lambda: servers.nbdkit(shm, hole), options)
+        return served(lambda: servers.nbdkit(shm, hole), options, touch)
 
     description = node("disk", image, "qcow2")
     if backed:

@@ -51,6 +51,17 @@ def dense_qcow2(path: Path, size: int) -> None:
             disk.pwrite(start, block[: size - start])
 
 
+def touch_memory(directory: Path, size: int) -> None:
+    """Have the memory at hand that files in a tmpfs are about to take.
+
+    What a virtual machine has not used for some seconds may be its host's again, and costs many times as much; which
+    side meets that is chance.
+    """
+    path = directory / "touched"
+    dense(path, size)
+    path.unlink()
+
+
 def make(path: Path, size: int, driver: str) -> None:
     """A fully allocated image of random bytes."""
     (dense_qcow2 if driver == "qcow2" else dense)(path, size)
