@@ -98,10 +98,7 @@ class Backup:
     def command(self, *words: str) -> float:
         """A whole process; "SOURCE" and "TARGET" stand for the paths."""
         self.target.unlink(missing_ok=True)
-        paths = {"if=SOURCE": f"if={self.source}", "of=TARGET": f"of={self.target}"}
-        paths |= {"SOURCE": str(self.source), "TARGET": str(self.target)}
-        paths |= {"--filename=SOURCE": f"--filename={self.source}", "--filename=TARGET": f"--filename={self.target}"}
-        argv = [paths.get(word, word) for word in words]
+        argv = [word.replace("SOURCE", str(self.source)).replace("TARGET", str(self.target)) for word in words]
 
         def run() -> None:
             subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -146,6 +143,15 @@ def test_dense_qcow2_in_memory(benchmark: BenchmarkFixture, shm: Path, source_dr
     report(benchmark, ratio(backup.ours, backup.qemu), backup.ours, figure="3.6", what=what, peer=DAEMON, wanted=2.0)
 
 
+def stored(directory: Path, driver: str) -> Path:
+    """A disk of 2 GiB, all of it on the device."""
+    source = directory / "disk"
+    make(source, 2 * GIB, driver)
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    return source
+
+
 @pytest.mark.parametrize("direct", [False, True], ids=["page-cache", "direct"])
 @pytest.mark.parametrize(
     "source_driver, target_driver, peer",
@@ -157,10 +163,7 @@ def test_dense_on_a_file_system(
 ) -> None:
     """Wanted by issue 3: as fast as dd, twice qemu-storage-daemon."""
     need(peer)
-    source = disk_directory / "disk"
-    make(source, 2 * GIB, source_driver)
-    with source.open("rb") as file:
-        os.fsync(file.fileno())
+    source = stored(disk_directory, source_driver)
     backup = Backup(disk_directory, source, source_driver=source_driver, target_driver=target_driver, direct=direct)
     theirs = backup.qemu if peer == DAEMON else backup.dd_direct if direct else backup.dd
     how = "cache.direct" if direct else "page cache"
@@ -173,10 +176,7 @@ def test_dense_on_a_file_system(
 def test_dense_direct_beside_what_the_device_does(benchmark: BenchmarkFixture, disk_directory: Path, does: str) -> None:
     """What a backup with cache.direct could reach at most: half of it, done alone."""
     need("fio")
-    source = disk_directory / "disk"
-    make(source, 2 * GIB, "raw")
-    with source.open("rb") as file:
-        os.fsync(file.fileno())
+    source = stored(disk_directory, "raw")
     backup = Backup(disk_directory, source, direct=True)
     options = f"--name={does} --rw={does} --size=2g --direct=1 --ioengine=libaio --iodepth=4 --bs=2m --fallocate=none"
     name = f"--filename={'SOURCE' if does == 'read' else 'TARGET'}"

@@ -286,7 +286,7 @@ class Driver:
         return None
 
     def windows(self) -> Windows | None:
-        """The file of `fd`, mapped, while the descriptor is open; None when it does not live in memory."""
+        """The file of `fd`, to be mapped, until the driver is closed; None when it does not live in memory."""
         return None
 
     @property

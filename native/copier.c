@@ -562,8 +562,9 @@ static bool in_memory(bg_map *map, int64_t offset)
     bg_map_request request;
     if (bg_map_begin(map, offset, 1, NULL, 0, &piece, 1, &request) != 0)
         return false;
+    bool memory = bg_map_in_memory(&request);
     bg_map_end(map, &request, 0);
-    return piece.fd < 0 || piece.haste == BG_HASTE_ALL;
+    return memory;
 }
 
 int bg_copier_start_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg_copier_stats *out, bg_queue *queue,

@@ -281,6 +281,8 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
 int bg_map_move_now(const bg_map_request *request, void *buf);
 /* The same for bytes [start, end) of the request and of the buffer. */
 int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start, int64_t end);
+/* Whether all pieces are in files in memory, or zeroes. */
+int bg_map_in_memory(const bg_map_request *request);
 /*
  * What a request reads, as memory that system calls may be given and nobody else (windows.h): one address for each piece, or
  * -EAGAIN.

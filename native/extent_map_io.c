@@ -257,6 +257,14 @@ int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start
     return ret < 0 ? (int)ret : 0;
 }
 
+int bg_map_in_memory(const bg_map_request *request)
+{
+    for (int i = 0; i < request->count; i++)
+        if (request->pieces[i].fd >= 0 && request->pieces[i].haste != BG_HASTE_ALL)
+            return 0;
+    return 1;
+}
+
 int bg_map_show(bg_map *map, const bg_map_request *request, const void **addresses)
 {
     for (int i = 0; i < request->count; i++) {

@@ -61,7 +61,7 @@ static nbd_request *new_request(bg_nbd_conn *conn, const bg_nbd_header *header)
 
 bool nbd_admissible(const bg_nbd_conn *conn, uint32_t cost)
 {
-    return !conn->requests || (!conn->announced && conn->requests < BG_NBD_MAX_REQUESTS &&
+    return !conn->requests || (!nbd_announced(conn) && conn->requests < BG_NBD_MAX_REQUESTS &&
                                conn->bytes + cost <= BG_NBD_MAX_BYTES);
 }
 

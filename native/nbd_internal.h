@@ -44,7 +44,6 @@ typedef struct nbd_thread {
     int epoll, wakeup;
     pthread_t thread;
     bg_nbd_watch watch;
-    bool waited; /* watching, for what it serves now */
     pthread_mutex_t lock;  /* of the two lists */
     bg_nbd_conn *first;    /* connections, until they are released */
     bg_nbd_conn *released; /* to be freed when no event can name them any more */
@@ -101,8 +100,7 @@ struct bg_nbd_conn {
     /* Output: requests whose replies are to be sent. */
     nbd_request *output, **last_output;
     uint64_t output_bytes;
-    size_t sent;    /* of the first */
-    bool announced; /* so much was sent of the reply to the only request in flight, and it is not in the output yet */
+    size_t sent; /* of the first; without one, of the reply to the only request in flight: it was announced */
 
     /* In flight: from being taken until the reply has been sent. */
     unsigned requests;
@@ -146,6 +144,7 @@ void nbd_announce(bg_request *request);
 
 /* nbd_output.c; with the lock */
 void nbd_answer(nbd_request *r);                /* it was done by the map: queue the reply */
+void nbd_pack_read(nbd_request *r);             /* the head of a reply with data */
 void nbd_reply_rest(nbd_request *r, size_t sent); /* queue the only reply, of which so much was sent; the socket is full */
 void nbd_count(bg_nbd_conn *conn);              /* publish what was counted: before a reply is sent */
 void nbd_refuse(nbd_request *r);                /* queue the error that its `refusal` calls for */
@@ -158,6 +157,11 @@ void nbd_attend(bg_nbd_conn *conn);             /* take in the news of other thr
 void nbd_leave(bg_nbd_conn *conn);
 /* bg_source.done: any thread, without the lock */
 void nbd_done(bg_request *request);
+
+static inline bool nbd_announced(const bg_nbd_conn *conn)
+{
+    return conn->sent && !conn->output;
+}
 
 static inline nbd_request *request_of(bg_request *request)
 {

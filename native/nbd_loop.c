@@ -88,8 +88,8 @@ static int64_t now(void)
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
-/* Wait for events, as nbd_watch.h says. */
-static int await(nbd_thread *thread, struct epoll_event *events)
+/* Wait for events, as nbd_watch.h says. *watched: until they came, in vain at first. */
+static int await(nbd_thread *thread, struct epoll_event *events, bool *watched)
 {
     bg_nbd_watch *watch = &thread->watch;
     if (!bg_nbd_watch_naps(watch)) {
@@ -97,19 +97,19 @@ static int await(nbd_thread *thread, struct epoll_event *events)
         do {
             int n = epoll_wait(thread->epoll, events, EVENTS, 0);
             if (n != 0) {
-                thread->waited = watch->looked;
+                *watched = watch->looked;
                 bg_nbd_watch_found(watch);
                 return n;
             }
             sched_yield();
         } while (bg_nbd_watch_again(watch, now()));
     }
-    thread->waited = false;
+    *watched = false;
     return epoll_wait(thread->epoll, events, EVENTS, -1);
 }
 
 /* Whether a connection had more to do than to answer one short request. */
-static bool serve(bg_nbd_loop *loop, const struct epoll_event *events, int n, bool waited)
+static bool serve(bg_nbd_loop *loop, const struct epoll_event *events, int n, bool watched)
 {
     bool busy = false;
     atomic_fetch_add_explicit(&loop->counters.wakeups, 1, memory_order_relaxed);
@@ -117,7 +117,7 @@ static bool serve(bg_nbd_loop *loop, const struct epoll_event *events, int n, bo
         bg_nbd_conn *conn = events[i].data.ptr;
         if (conn) {
             pthread_mutex_lock(&conn->lock);
-            conn->sleeps = waited && n == 1;
+            conn->sleeps = watched && n == 1;
             nbd_turn(conn, events[i].events);
             busy |= conn->busy;
             nbd_leave(conn);
@@ -131,8 +131,9 @@ static void *run(void *arg)
     nbd_thread *thread = arg;
     while (!atomic_load(&thread->stop)) {
         struct epoll_event events[EVENTS];
-        int n = await(thread, events);
-        if (serve(thread->loop, events, n, thread->waited))
+        bool watched;
+        int n = await(thread, events, &watched);
+        if (serve(thread->loop, events, n, watched))
             bg_nbd_watch_busy(&thread->watch);
         free_released(thread);
     }
@@ -277,8 +278,13 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
         return -ENOMEM;
     }
     nbd_thread *thread = &loop->threads[atomic_fetch_add(&loop->next_thread, 1) % (unsigned)loop->nthreads];
-    conn->source = (bg_source){
-        .map = map, .pool = loop->pool, .faults = loop->faults, .id = id, .done = nbd_done, .begun = nbd_announce, .step = BG_NBD_CACHE_STEP};
+    conn->source = (bg_source){.map = map,
+                               .pool = loop->pool,
+                               .faults = loop->faults,
+                               .id = id,
+                               .done = nbd_done,
+                               .begun = nbd_announce,
+                               .step = BG_NBD_CACHE_STEP};
     conn->ended = (bg_request){.source = &conn->source, .kind = BG_REQUEST_ENDED};
     conn->loop = loop;
     conn->thread = thread;

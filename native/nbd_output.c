@@ -41,22 +41,27 @@ static void reply(nbd_request *r)
         nbd_forget(r);
         return;
     }
+    if (nbd_announced(conn))
+        conn->output_bytes -= conn->sent;
     r->next = NULL;
     *conn->last_output = r;
     conn->last_output = &r->next;
     conn->output_bytes += r->head_size + r->payload_size;
-    if (conn->announced)
-        conn->output_bytes -= conn->sent;
-    conn->announced = false;
 }
 
 void nbd_reply_rest(nbd_request *r, size_t sent)
 {
     bg_nbd_conn *conn = r->conn;
-    reply(r);
     conn->sent = sent;
-    conn->output_bytes -= sent;
     conn->full = true;
+    reply(r);
+}
+
+void nbd_pack_read(nbd_request *r)
+{
+    const bg_request *b = &r->base;
+    r->head_size = (uint32_t)(r->conn->settings.structured ? bg_nbd_pack_data(r->head, b->tag, b->offset, b->length)
+                                                           : bg_nbd_pack_simple(r->head, b->tag));
 }
 
 void nbd_answer(nbd_request *r)
@@ -64,13 +69,10 @@ void nbd_answer(nbd_request *r)
     const bg_request *b = &r->base;
     if (b->kind != BG_REQUEST_READ) {
         r->head_size = (uint32_t)bg_nbd_pack_simple(r->head, b->tag);
-    } else if (!r->conn->settings.structured) {
-        r->head_size = (uint32_t)bg_nbd_pack_simple(r->head, b->tag);
-        r->payload_size = b->length;
-    } else if (b->length >= HOLE_WORTH && !(b->flags & BG_NBD_DF) && bg_is_zero(b->buf, b->length)) {
+    } else if (r->conn->settings.structured && b->length >= HOLE_WORTH && !(b->flags & BG_NBD_DF) && bg_is_zero(b->buf, b->length)) {
         r->head_size = (uint32_t)bg_nbd_pack_hole(r->head, b->tag, b->offset, b->length);
     } else {
-        r->head_size = (uint32_t)bg_nbd_pack_data(r->head, b->tag, b->offset, b->length);
+        nbd_pack_read(r);
         r->payload_size = b->length;
     }
     reply(r);

@@ -25,13 +25,6 @@ bool nbd_can_show(const bg_nbd_conn *conn, uint32_t length)
     return conn->source.map && length >= SHORTEST_SHOWN && length <= LONGEST_SHOWN && length <= conn->longest;
 }
 
-static void pack(nbd_request *r)
-{
-    const bg_request *b = &r->base;
-    r->head_size = (uint32_t)(r->conn->settings.structured ? bg_nbd_pack_data(r->head, b->tag, b->offset, b->length)
-                                                           : bg_nbd_pack_simple(r->head, b->tag));
-}
-
 /* Whether it is to be answered with data; what may be nothing but zeroes is looked at as a whole elsewhere. */
 static bool is_data(const nbd_request *r, const bg_map_request *found)
 {
@@ -56,8 +49,8 @@ static int64_t send_from(nbd_request *r, const bg_map_request *found, const void
 }
 
 /*
- * The socket has taken a part: the rest is copied before the request ends, as later there may be other bytes in that place. What fails
- * now can not be told any more.
+ * The socket has taken a part: the rest is copied before the request ends, as later there may be other bytes in that place.
+ * What fails now can not be told any more.
  */
 static void keep_rest(nbd_request *r, const bg_map_request *found, size_t sent, uint32_t cost)
 {
@@ -91,7 +84,7 @@ int nbd_show(nbd_request *r, uint32_t cost)
         bg_map_end(map, &found, 0);
         return -EAGAIN;
     }
-    pack(r);
+    nbd_pack_read(r);
     conn->counted.hits++;
     nbd_count(conn);
     int64_t sent = send_from(r, &found, at);
@@ -128,10 +121,9 @@ void nbd_announce(bg_request *request)
 {
     nbd_request *r = request_of(request);
     bg_nbd_conn *conn = r->conn;
-    pack(r);
+    nbd_pack_read(r);
     ssize_t sent = send(conn->fd, r->head, ANNOUNCEMENT, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent > 0) {
-        conn->announced = true;
         conn->sent = (size_t)sent;
         conn->counted.sends++;
         conn->counted.sent += (uint64_t)sent;

@@ -3,8 +3,6 @@
 #define _GNU_SOURCE
 #include "request.h"
 
-#include "io.h"
-
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -159,14 +157,6 @@ void bg_request_submit(bg_request *request)
     bg_pool_submit(request->source->pool, &request->task);
 }
 
-static bool is_in_memory(const bg_map_request *found)
-{
-    for (int i = 0; i < found->count; i++)
-        if (found->pieces[i].fd >= 0 && found->pieces[i].haste != BG_HASTE_ALL)
-            return false;
-    return true;
-}
-
 enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
 {
     bg_map *map = request->source->map;
@@ -199,7 +189,7 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
     if (ret != 0)
         return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
     bool blocks = request->kind == BG_REQUEST_CACHE || request->length > longest;
-    if (request->announce && !blocks && is_in_memory(&found))
+    if (request->announce && !blocks && bg_map_in_memory(&found))
         request->source->begun(request);
     int done = blocks ? -EAGAIN : bg_map_move_now(&found, request->buf);
     bg_map_end(map, &found, blocks ? 0 : done == -EAGAIN ? BG_MAP_AGAIN : 1);

@@ -130,7 +130,6 @@ class DescriptorDriver(Protocol):
             self._writable = writable
             self._size = self._read_size()
             self._set_alignment(self._direct_alignment(self._fd, options.cache.direct))
-            self._windows = Windows.of(self._fd)
         except OSError as error:
             raise self._open_error(error, writable) from error
 
@@ -241,8 +240,6 @@ class DescriptorDriver(Protocol):
         self._drop_pending()
         self._swap(fd)
         self._set_alignment(alignment)
-        if self._windows is None:
-            self._windows = Windows.of(self._fd)
 
     def _check_options(self, options: DescriptorOptions) -> None:
         if options.force_share and not options.read_only:
@@ -325,6 +322,8 @@ class DescriptorDriver(Protocol):
         return self._fd if self._fd >= 0 else None
 
     def windows(self) -> Windows | None:
+        if self._windows is None and self._fd >= 0:
+            self._windows = Windows.of(self._fd)
         return self._windows
 
     def stored(self, offset: int, length: int) -> None:
