@@ -39,7 +39,7 @@ struct bg_allocator {
 
     pthread_mutex_t lock;
     bg_waiters placed; /* a claim has gone */
-    range *claims;         /* on the stacks of first writes */
+    range *claims;         /* of first writes */
     range *holds;
     bg_allocator_room *rooms;
     size_t room_count, room_space;
@@ -53,7 +53,8 @@ struct bg_allocator {
     bg_buffers *buffers; /* for old bytes */
 };
 
-static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, const void *buf, int64_t length, int now);
+static int64_t prepare(bg_map_allocator *hook, bg_map *map, int64_t offset, int64_t length, int now, bg_map_placing **out);
+static int finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *placing, const void *buf, int now);
 
 int bg_allocator_new(int bits, bg_allocator **out)
 {
@@ -72,7 +73,7 @@ int bg_allocator_new(int bits, bg_allocator **out)
         free(a);
         return ret;
     }
-    a->hook.write = place_first;
+    a->hook = (bg_map_allocator){prepare, finish};
     a->bits = bits;
     a->fd = -1;
     pthread_mutex_init(&a->lock, NULL);
@@ -435,58 +436,99 @@ static int64_t find_room(bg_allocator *a, range *claim, int64_t seen, bg_allocat
     return room->clusters;
 }
 
-/* bg_map_allocator's write; 0: a miss. */
-static int64_t place_first(bg_map_allocator *hook, bg_map *map, int64_t offset, const void *buf, int64_t length, int now)
+/* A part of a first write between prepare and finish. */
+struct bg_map_placing {
+    range claimed; /* first: what the list of claims has */
+    content c;
+    bg_allocator_room room;
+};
+
+static int64_t end_of(const bg_map_placing *p, int64_t length)
 {
-    bg_allocator *a = (bg_allocator *)hook;
-    int64_t size = bg_map_size(map), most = MAX_PART >> a->bits;
-    range claimed = {.first = offset >> a->bits, .end = ((offset + length - 1) >> a->bits) + 1};
-    if (now && (atomic_load(&a->waits) || (claimed.end - claimed.first) << a->bits > MAX_NOW))
-        return -EAGAIN;
-    if (claimed.end - claimed.first > most)
-        claimed.end = claimed.first + most;
-    int ret = claim(a, &claimed, now);
-    if (ret)
-        return ret == -EAGAIN ? ret : 0;
+    int64_t stop = p->c.offset + length;
+    return stop < p->c.end ? stop : p->c.end;
+}
+
+/* Room for the clusters of the claim, and the old bytes around what is written: 0, -EAGAIN, or another -errno or a miss. */
+static int prepare_claimed(bg_allocator *a, bg_map *map, bg_map_placing *p, int64_t length, int now)
+{
+    content *c = &p->c;
     /* Claimed: what the map shows from now on stays, unless it is taken away. */
-    content c = {.start = claimed.first << a->bits, .offset = offset};
-    int64_t end = claimed.end << a->bits, seen = unplaced(a, map, c.start, end < size ? end : size);
-    bg_allocator_room room = {0};
+    int64_t size = bg_map_size(map), end = p->claimed.end << a->bits;
+    int64_t seen = unplaced(a, map, c->start, end < size ? end : size);
     pthread_mutex_lock(&a->lock);
-    if (find_room(a, &claimed, seen, &room)) {
-        c.end = claimed.end << a->bits;
-        c.stop = offset + length < c.end ? offset + length : c.end;
-        c.one = c.end - c.start <= MAX_ONE;
+    if (find_room(a, &p->claimed, seen, &p->room)) {
+        c->end = p->claimed.end << a->bits;
+        c->stop = end_of(p, length);
+        c->one = c->end - c->start <= MAX_ONE;
     }
     pthread_mutex_unlock(&a->lock);
-    if (room.clusters == 0) {
-        unclaim(a, &claimed, NULL);
-        return seen == -EAGAIN ? -EAGAIN : 0;
-    }
-    bool keeps = c.start < c.offset || c.stop < c.end;
-    if (keeps && !(c.old = bg_buffers_take(a->buffers, old_room(&c))))
-        ret = -ENOMEM;
+    if (p->room.clusters == 0)
+        return seen == -EAGAIN ? -EAGAIN : BG_MAP_MISS;
+    bool keeps = c->start < c->offset || c->stop < c->end;
+    if (keeps && !(c->old = bg_buffers_take(a->buffers, old_room(c))))
+        return -ENOMEM;
+    int ret = read_old(map, c->start, c->offset, size, c->old, p->room.fresh, now, &c->head);
     if (ret == 0)
-        ret = read_old(map, c.start, c.offset, size, c.old, room.fresh, now, &c.head);
-    if (ret == 0)
-        ret = read_old(map, c.stop, c.end, size, c.old ? old_tail(&c) : NULL, room.fresh, now, &c.tail);
-    if (ret == 0) {
-        ret = put_content(a, &c, buf, room.host, now);
-        if (ret == -EAGAIN && now)
-            atomic_store(&a->waits, true);
-        room.fresh = 0;
+        ret = read_old(map, c->stop, c->end, size, c->old ? old_tail(c) : NULL, p->room.fresh, now, &c->tail);
+    return ret;
+}
+
+/* What of the room is not used goes back. */
+static void end_placing(bg_allocator *a, bg_map_placing *p)
+{
+    if (p->c.old)
+        bg_buffers_give(a->buffers, p->c.old, old_room(&p->c));
+    unclaim(a, &p->claimed, &p->room);
+    free(p);
+}
+
+static int64_t prepare(bg_map_allocator *hook, bg_map *map, int64_t offset, int64_t length, int now, bg_map_placing **out)
+{
+    bg_allocator *a = (bg_allocator *)hook;
+    int64_t most = MAX_PART >> a->bits;
+    range wanted = {.first = offset >> a->bits, .end = ((offset + length - 1) >> a->bits) + 1};
+    if (now && (atomic_load(&a->waits) || (wanted.end - wanted.first) << a->bits > MAX_NOW))
+        return -EAGAIN;
+    if (wanted.end - wanted.first > most)
+        wanted.end = wanted.first + most;
+    bg_map_placing *p = malloc(sizeof(*p));
+    if (!p)
+        return BG_MAP_MISS;
+    *p = (bg_map_placing){.claimed = wanted, .c = {.start = wanted.first << a->bits, .offset = offset}};
+    int ret = claim(a, &p->claimed, now);
+    if (ret != 0) {
+        free(p);
+        return ret == -EAGAIN ? ret : 0;
     }
-    if (ret == 0) {
+    ret = prepare_claimed(a, map, p, length, now);
+    if (ret != 0) {
+        end_placing(a, p);
+        return ret == -EAGAIN ? ret : 0;
+    }
+    *out = p;
+    return p->c.stop - offset;
+}
+
+static int finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *p, const void *buf, int now)
+{
+    bg_allocator *a = (bg_allocator *)hook;
+    const content *c = &p->c;
+    int ret = buf ? put_content(a, c, buf, p->room.host, now) : 0;
+    if (ret == -EAGAIN && now)
+        atomic_store(&a->waits, true);
+    if (buf)
+        p->room.fresh = 0;
+    if (buf && ret == 0) {
+        int64_t size = bg_map_size(map);
         /* In this order: who sees the link knows that there is something to flush; who fills the map from now on sees the link. */
         bg_map_wrote(map, a->slot);
         pthread_mutex_lock(&a->lock);
-        add_link(a, c.start, room.host, room.clusters);
+        add_link(a, c->start, p->room.host, p->room.clusters);
         pthread_mutex_unlock(&a->lock);
-        bg_map_placed(map, c.start, (c.end < size ? c.end : size) - c.start, a->slot, room.host);
-        room.clusters = 0;
+        bg_map_placed(map, c->start, (c->end < size ? c->end : size) - c->start, a->slot, p->room.host);
+        p->room.clusters = 0;
     }
-    if (c.old)
-        bg_buffers_give(a->buffers, c.old, old_room(&c));
-    unclaim(a, &claimed, &room);
-    return ret == 0 ? c.stop - offset : ret == -EAGAIN && now ? -EAGAIN : 0;
+    end_placing(a, p);
+    return ret;
 }

@@ -145,24 +145,31 @@ int64_t bg_map_invalidate(bg_map *map, int64_t offset, int64_t length);
 int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
 
 /*
- * What makes first writes possible without Python. Both are called by bg_map_pwrite, on the thread of the request, within
+ * What makes first writes possible without Python. All are called by bg_map_pwrite, on the thread of the request, within
  * it: a ticket given meanwhile settles afterwards. They may call bg_map_pread, find, generation, insert and copied of
  * the map, and wait for I/O, not for Python.
  *
  * copy:  once it has returned 0, [offset, offset + length) may be overwritten; it calls bg_map_copied for that, which takes
  *        COPY away wherever it still is. -EAGAIN: it was to be done `now`, and would have to wait.
- * write: finds room for the first bytes from `offset`, writes them and enters the place. Returns how many (> 0), or -EAGAIN:
- *        the extents have changed, look again; or, when it is to be done `now`, it would have to wait.
- * Anything else they return is a miss.
+ *
+ * prepare: finds room for the first bytes of a write from `offset` on, and keeps others from placing them, until finish. Returns
+ *          how many (> 0), or -EAGAIN: the extents have changed, look again; or, when it is to be done `now`, it would have to
+ *          wait. Of one request it is called from the front to the back.
+ * finish:  with `buf` writes that many bytes and enters their place: 0, -errno, or -EAGAIN, when it would have to wait. Without
+ *          nothing has happened. What was prepared is no more.
+ * Anything else that copy and prepare return is a miss.
  */
 typedef struct bg_map_copier bg_map_copier;
 struct bg_map_copier {
     int (*copy)(bg_map_copier *self, bg_map *map, int64_t offset, int64_t length, int now);
 };
 
+typedef struct bg_map_placing bg_map_placing; /* the allocator's */
+
 typedef struct bg_map_allocator bg_map_allocator;
 struct bg_map_allocator {
-    int64_t (*write)(bg_map_allocator *self, bg_map *map, int64_t offset, const void *buf, int64_t length, int now);
+    int64_t (*prepare)(bg_map_allocator *self, bg_map *map, int64_t offset, int64_t length, int now, bg_map_placing **out);
+    int (*finish)(bg_map_allocator *self, bg_map *map, bg_map_placing *placing, const void *buf, int now);
 };
 
 /* Borrowed until the ticket of their replacement has settled; NULL: none. Return a ticket. */
@@ -185,7 +192,7 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length);
 
 /*
  * Such a write to one extent at once, if copier and allocator can do all of it without waiting: 0, else call bg_map_pwrite where
- * it may wait; a part may have been done then.
+ * it may wait.
  */
 int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t length);
 
@@ -205,12 +212,13 @@ void bg_map_acknowledge(bg_map *map);
 
 /*
  * A whole request: 0 when it was done, BG_MAP_MISS when nothing was touched, or -errno (then any part of it may have been
- * done). Past the storage's end zeroes are read. -EINVAL when it is not inside the disk.
+ * done). Past the storage's end zeroes are read. -EINVAL when it is not inside the disk. A write that is done is done between
+ * two tickets: whoever makes a point in time finds all of it or nothing.
  */
 int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length);
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length);
 
-/* The same when it can be done without waiting, also by first_write_now; else -EAGAIN, or a miss: some may have been done then. */
+/* The same when it can be done without waiting, also by first_write_now; else -EAGAIN, or a miss. */
 int bg_map_pread_now(bg_map *map, int64_t offset, void *buf, int64_t length);
 int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t length);
 
@@ -273,13 +281,12 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
                  bg_map_request *request);
 
 /*
- * `touched`: 0, nothing was done; 1, done, which counts; BG_MAP_AGAIN, some may have been, and all will be done once more. After
- * a write that was not 0 the bitmaps and the slots' written marks are set.
+ * `touched`: 0, nothing was done; 1, all or, when it failed, some of it, which counts. After such a write the bitmaps and the
+ * slots' written marks are set.
  */
-#define BG_MAP_AGAIN 2
-/* All pieces between `buf` and their places, as far as nothing has to be waited for: 0, -EAGAIN, or -errno. */
+/* All pieces between `buf` and their places, if nothing has to be waited for: 0, -EAGAIN, or -errno. A write that has begun waits. */
 int bg_map_move_now(const bg_map_request *request, void *buf);
-/* The same for bytes [start, end) of the request and of the buffer. */
+/* The same for bytes [start, end) of the request and of the buffer; of a write, what is before `start` was moved already. */
 int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start, int64_t end);
 /* Whether all pieces are in files in memory, or zeroes. */
 int bg_map_in_memory(const bg_map_request *request);

@@ -258,6 +258,14 @@ uint64_t map_advance(bg_map *map);
 
 /* extent_map_io.c: the span around `offset`, cut to its region. */
 bool map_find(space *sp, int64_t offset, span *out);
+/* A request without copier and allocator. Of `into`, `from` and `how` exactly one is used. */
+int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const char *from, int write, int how);
+void map_mark(bg_map *map, int64_t offset, int64_t length);
+/* A counter of one's own reader. */
+void map_count(_Atomic int64_t *counter, int64_t more);
+
+/* extent_map_first.c: a write with their help; without `buf` it makes zeroes. */
+int map_first_write(bg_map *map, int64_t offset, const char *buf, int64_t length, int how);
 
 /* extent_map_store.c */
 enum change { CHANGE_SET, CHANGE_REMOVE, CHANGE_CLEAR };

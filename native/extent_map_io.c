@@ -13,7 +13,6 @@
 #include <unistd.h>
 
 #define FEW_PIECES 16
-#define FIRST_WRITE_TRIES 8 /* others may change the extents meanwhile */
 
 /*
  * The entry of `leaf` that holds the region's byte `at`, or -1. A region of `1 << shift` bytes is mostly made of extents of one
@@ -78,7 +77,7 @@ bool map_find(space *sp, int64_t offset, span *out)
     return true;
 }
 
-static void count(_Atomic int64_t *counter, int64_t more)
+void map_count(_Atomic int64_t *counter, int64_t more)
 {
     int64_t now = atomic_load_explicit(counter, memory_order_relaxed);
     atomic_store_explicit(counter, now + more, memory_order_relaxed);
@@ -148,7 +147,7 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
         ret = BG_MAP_MISS;
     if (ret != 0) {
         if (ret == BG_MAP_MISS)
-            count(&r->misses, 1);
+            map_count(&r->misses, 1);
         map_leave(map, r);
         return ret;
     }
@@ -156,7 +155,7 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, i
     return 0;
 }
 
-static void mark(bg_map *map, int64_t offset, int64_t length)
+void map_mark(bg_map *map, int64_t offset, int64_t length)
 {
     const bitmap_list *list = atomic_load(&map->bitmaps);
     if (list && list->count)
@@ -173,16 +172,16 @@ void bg_map_wrote(bg_map *map, int slot)
 void bg_map_end(bg_map *map, bg_map_request *request, int touched)
 {
     reader *r = request->reader;
-    if (touched == 1) {
-        count(&r->hits, 1);
+    if (touched) {
+        map_count(&r->hits, 1);
         if (request->write != BG_MAP_ERASE)
-            count(request->write ? &r->bytes_written : &r->bytes_read, request->length);
+            map_count(request->write ? &r->bytes_written : &r->bytes_read, request->length);
     }
     if (request->write && touched) {
         /* After the data, never before: whoever takes the mark flushes then, whoever clears a bit copies then. */
         for (int i = 0; i < request->count; i++)
             bg_map_wrote(map, request->pieces[i].slot);
-        mark(map, request->offset, request->length);
+        map_mark(map, request->offset, request->length);
     }
     map_leave(map, r);
 }
@@ -249,6 +248,8 @@ int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start
             continue;
         if (p->fd < 0)
             memset(at, 0, (size_t)length);
+        else if (request->write && from > 0)
+            ret = bg_pwrite(p->fd, at, length, offset);
         else if (request->write)
             ret = bg_pwrite_in(p->haste, p->fd, at, length, offset);
         else
@@ -286,7 +287,7 @@ static int transfer_now(bg_map *map, int64_t offset, int64_t length, void *buf, 
     if (ret != 0)
         return ret == -E2BIG ? -EAGAIN : ret;
     ret = bg_map_move_now(&request, buf);
-    bg_map_end(map, &request, ret == -EAGAIN ? BG_MAP_AGAIN : 1);
+    bg_map_end(map, &request, ret != -EAGAIN);
     return ret;
 }
 
@@ -340,13 +341,12 @@ static int do_zero(const bg_map_request *request, int how)
             ret = fallocate(p->fd, mode | FALLOC_FL_KEEP_SIZE, p->storage_offset, p->length);
         while (ret < 0 && errno == EINTR);
         if (ret < 0)
-            return errno == EOPNOTSUPP || errno == ENOSYS ? BG_MAP_MISS : -errno;
+            return i == 0 && (errno == EOPNOTSUPP || errno == ENOSYS) ? BG_MAP_MISS : -errno;
     }
     return 0;
 }
 
-/* Of `into`, `from` and `how` exactly one is used. */
-static int transfer(bg_map *map, int64_t offset, int64_t length, char *into, const char *from, int write, int how)
+int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const char *from, int write, int how)
 {
     bg_map_piece few[FEW_PIECES], *pieces = few, *many = NULL;
     bg_map_request request;
@@ -429,7 +429,7 @@ int bg_map_try_flush(bg_map *map, int counts)
         return 0;
     reader *r = counts ? map_enter(map) : NULL;
     if (r) {
-        count(&r->hits, 1);
+        map_count(&r->hits, 1);
         map_leave(map, r);
     }
     return 2;
@@ -472,107 +472,19 @@ int bg_map_flush(bg_map *map, int counts)
     if (ret == 0 && atomic_load(&map->dirt) != dirt)
         ret = BG_MAP_MISS; /* see bg_map_try_flush */
     if (counts)
-        count(ret == 0 ? &r->hits : &r->misses, 1);
+        map_count(ret == 0 ? &r->hits : &r->misses, 1);
     map_leave(map, r);
     return ret;
 }
 
 int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length)
 {
-    return transfer(map, offset, length, buf, NULL, false, 0);
+    return map_transfer(map, offset, length, buf, NULL, false, 0);
 }
 
 int bg_map_pread_now(bg_map *map, int64_t offset, void *buf, int64_t length)
 {
     return transfer_now(map, offset, length, buf, 0);
-}
-
-/*
- * A part of a first write, within an extent whose flags allow it and do not say COPY any more: how many bytes, -EAGAIN: others have
- * changed the extent, or `now` it would have to wait; else it is a miss.
- */
-static int64_t write_part(bg_map *map, int64_t at, const char *buf, int64_t part, int flags, int now)
-{
-    if (flags & BG_MAP_WRITABLE) {
-        int ret = now ? transfer_now(map, at, part, (void *)buf, 1) : transfer(map, at, part, NULL, buf, true, 0);
-        return ret == 0 ? part : ret == BG_MAP_MISS ? -EAGAIN : ret;
-    }
-    bg_map_allocator *allocator = atomic_load(&map->allocator);
-    int64_t written = allocator && flags & BG_MAP_ALLOCATE ? allocator->write(allocator, map, at, buf, part, now) : 0;
-    if (written > 0)
-        mark(map, at, written);
-    return written;
-}
-
-/*
- * A write that meets extents with COPY or ALLOCATE, part by part; without `buf` it makes zeroes. What fails is a miss: Python does
- * all of it once more, and deals with the error.
- */
-static int first_write(bg_map *map, int64_t offset, const char *buf, int64_t length, int how)
-{
-    bg_map_copier *copier = atomic_load(&map->copier);
-    int patience = FIRST_WRITE_TRIES;
-    for (int64_t done = 0; done < length;) {
-        bg_map_extent e;
-        if (patience-- == 0 || !bg_map_find(map, offset + done, &e))
-            return BG_MAP_MISS;
-        int64_t at = offset + done, part = e.offset + e.length - at;
-        part = part < length - done ? part : length - done;
-        if (e.flags & BG_MAP_COPY) {
-            if (!copier || copier->copy(copier, map, at, part, 0) != 0)
-                return BG_MAP_MISS;
-            continue;
-        }
-        int64_t written = 0;
-        if (buf) {
-            written = write_part(map, at, buf + done, part, e.flags, 0);
-        } else if (e.flags & BG_MAP_WRITABLE) {
-            int ret = transfer(map, at, part, NULL, NULL, BG_MAP_ERASE, how);
-            written = ret == 0 ? part : ret == BG_MAP_MISS ? -EAGAIN : ret;
-        }
-        if (written == -EAGAIN)
-            continue;
-        if (written <= 0)
-            return BG_MAP_MISS;
-        done += written;
-        patience = FIRST_WRITE_TRIES;
-    }
-    return 0;
-}
-
-int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length)
-{
-    if (!atomic_load(&map->copier) && !atomic_load(&map->allocator))
-        return 0;
-    int first = 0;
-    for (int64_t at = offset, end = offset + length; at < end;) {
-        bg_map_extent e;
-        if (!bg_map_find(map, at, &e) || !(e.flags & WRITES))
-            return 0;
-        first |= e.flags & (BG_MAP_COPY | BG_MAP_ALLOCATE);
-        at = e.offset + e.length;
-    }
-    return first;
-}
-
-int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t length)
-{
-    bg_map_extent e;
-    reader *r = map_enter(map);
-    if (!r)
-        return BG_MAP_MISS;
-    map_looked(r);
-    /* Looked at within the request: who has COPY put in from now on waits for the end of this. */
-    bool fits = bg_map_find(map, offset, &e) && e.flags & (BG_MAP_COPY | BG_MAP_ALLOCATE) &&
-                e.offset + e.length >= offset + length;
-    bg_map_copier *copier = atomic_load(&map->copier);
-    int64_t written = 0;
-    if (fits && (!(e.flags & BG_MAP_COPY) || (copier && copier->copy(copier, map, offset, length, 1) == 0)))
-        written = write_part(map, offset, buf, length, e.flags, 1);
-    if (written == length)
-        count(&r->first_writes, 1);
-    map_leave(map, r);
-    return written == length ? 0 : BG_MAP_MISS;
 }
 
 int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t length)
@@ -581,32 +493,18 @@ int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t leng
     return ret == BG_MAP_MISS ? bg_map_first_write_now(map, offset, buf, length) : ret;
 }
 
-/* Whoever takes something away, the copier or the allocator too, waits for all of it. */
-static int hold_first_write(bg_map *map, int64_t offset, const char *buf, int64_t length, int how)
-{
-    reader *r = map_enter(map);
-    if (!r)
-        return BG_MAP_MISS;
-    map_looked(r);
-    int ret = first_write(map, offset, buf, length, how);
-    if (ret == 0)
-        count(&r->first_writes, 1);
-    map_leave(map, r);
-    return ret;
-}
-
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)
 {
-    int ret = transfer(map, offset, length, NULL, buf, true, 0);
+    int ret = map_transfer(map, offset, length, NULL, buf, true, 0);
     if (ret != BG_MAP_MISS || !bg_map_has_first_write(map, offset, length))
         return ret;
-    return hold_first_write(map, offset, buf, length, 0);
+    return map_first_write(map, offset, buf, length, 0);
 }
 
 int bg_map_zero(bg_map *map, int64_t offset, int64_t length, int how)
 {
-    int ret = transfer(map, offset, length, NULL, NULL, BG_MAP_ERASE, how);
+    int ret = map_transfer(map, offset, length, NULL, NULL, BG_MAP_ERASE, how);
     if (ret != BG_MAP_MISS || !(how = zeroing_after_copy(map, offset, length, how)))
         return ret;
-    return hold_first_write(map, offset, NULL, length, how);
+    return map_first_write(map, offset, NULL, length, how);
 }

@@ -104,7 +104,11 @@ int64_t bg_pwrite_in(enum bg_haste haste, int fd, const void *buf, int64_t lengt
     if (haste != BG_HASTE_ASK)
         return haste == BG_HASTE_ALL ? bg_pwrite(fd, buf, length, offset) : -EAGAIN;
     struct iovec iov = {(void *)buf, (size_t)length};
-    return outcome(pwritev2(fd, &iov, 1, offset, RWF_NOWAIT), length);
+    ssize_t n = pwritev2(fd, &iov, 1, offset, RWF_NOWAIT);
+    if (n <= 0 || n == length)
+        return outcome(n, length);
+    int64_t rest = bg_pwrite(fd, (const char *)buf + n, length - n, offset + n);
+    return rest < 0 ? rest : length;
 }
 
 int64_t bg_pread_now(int fd, void *buf, int64_t length, int64_t offset)

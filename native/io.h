@@ -6,7 +6,7 @@
  * Units:     bytes; offsets from the file's start.
  * Ownership: buffers and descriptors are borrowed for the call.
  * Errno:     a count or 0, else -errno of the system call; -EINVAL for a negative offset or length, or a sum past INT64_MAX.
- * Threads:   no state; any thread. The _now functions do not wait for a device, all others may.
+ * Threads:   no state; any thread. The _now functions do not wait for a device but in the middle of a write, all others may.
  */
 #ifndef BG_IO_H
 #define BG_IO_H
@@ -26,7 +26,7 @@ int64_t bg_pwrite(int fd, const void *buf, int64_t length, int64_t offset);
 
 /*
  * The same when it can be done at once from or to memory, else -EAGAIN, and the call must be made where it may block. A part
- * may have been transferred then. At once: what the kernel grants under RWF_NOWAIT (cached reads on ext4, xfs, btrfs;
+ * may have been read then, but none written: a write that has begun waits. At once: what the kernel grants under RWF_NOWAIT (cached reads on ext4, xfs, btrfs;
  * writes on xfs), and anything on tmpfs, which refuses RWF_NOWAIT and never waits for a device. Never
  * on descriptors with O_DIRECT or O_DSYNC, for which NOWAIT still waits for the device.
  */

@@ -300,7 +300,7 @@ static void move_part(bg_nbd_conn *conn)
     if (ret == 0 && end < length)
         return;
     conn->moving = NULL;
-    bg_map_end(conn->source.map, &conn->move, ret == -EAGAIN ? BG_MAP_AGAIN : 1);
+    bg_map_end(conn->source.map, &conn->move, ret != -EAGAIN);
     go_on(r, ret == -EAGAIN ? BG_REQUEST_BLOCKS : ret < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE);
     if (conn->output && !conn->full)
         nbd_flush(conn);

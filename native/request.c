@@ -192,7 +192,7 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
     if (request->announce && !blocks && bg_map_in_memory(&found))
         request->source->begun(request);
     int done = blocks ? -EAGAIN : bg_map_move_now(&found, request->buf);
-    bg_map_end(map, &found, blocks ? 0 : done == -EAGAIN ? BG_MAP_AGAIN : 1);
+    bg_map_end(map, &found, done != -EAGAIN);
     if (done == -EAGAIN)
         return BG_REQUEST_BLOCKS;
     return done < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE;
