@@ -120,7 +120,7 @@ def qemu_nbd(directory: Path, path: Path, driver: str = "raw") -> Any:
 
 
 class StorageDaemon:
-    """A qemu-storage-daemon with its monitor on a unix socket; a context manager.
+    """A qemu-storage-daemon with a monitor; a context manager.
 
     Args:
         directory: for the sockets.
@@ -128,20 +128,11 @@ class StorageDaemon:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        path = directory / "qmp.sock"
-        path.unlink(missing_ok=True)
-        chardev = f"socket,id=qmp,path={path},server=on,wait=off"
-        self._process = subprocess.Popen(["qemu-storage-daemon", "--chardev", chardev, "--monitor", "chardev=qmp"])
-        deadline = time.monotonic() + 10
-        self._socket = socket.socket(socket.AF_UNIX)
-        while True:
-            try:
-                self._socket.connect(str(path))
-                break
-            except OSError:
-                if time.monotonic() > deadline or self._process.poll() is not None:
-                    raise
-                time.sleep(0.01)
+        self._socket, theirs = socket.socketpair()  # see blockgraph/bench/servers.py
+        with theirs:
+            chardev = f"socket,id=qmp,fd={theirs.fileno()},server=off"
+            argv = ["qemu-storage-daemon", "--chardev", chardev, "--monitor", "chardev=qmp"]
+            self._process = subprocess.Popen(argv, pass_fds=[theirs.fileno()])
         self._file = self._socket.makefile("rw")
         self._events: list[dict[str, Any]] = []
         json.loads(self._file.readline())

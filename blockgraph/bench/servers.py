@@ -25,12 +25,12 @@ _PATIENCE = 30.0
 Nodes = Sequence[dict[str, Any]]
 
 
-def _failed(name: str, process: subprocess.Popen[str]) -> BlockGraphError:
+def _failed(name: str, process: subprocess.Popen[str], what: str = "did not start") -> BlockGraphError:
     if process.poll() is None:
         process.kill()
         process.wait()
     said = process.stderr.read().strip().splitlines() if process.stderr is not None else []
-    return BlockGraphError(f"{name} did not start: {said[-1] if said else 'it said nothing'}", op="bench")
+    return BlockGraphError(f"{name} {what}: {said[-1] if said else 'it said nothing'}", op="bench")
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def qemu_nbd(folder: Path, path: Path, driver: str, size: int, *, writable: bool
 
 
 class StorageDaemon:
-    """A qemu-storage-daemon with its monitor on a unix socket; a context manager.
+    """A qemu-storage-daemon with a monitor; a context manager.
 
     Args:
         folder: for the sockets.
@@ -93,36 +93,35 @@ class StorageDaemon:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        path = folder / "qmp.sock"
-        path.unlink(missing_ok=True)
-        chardev = f"socket,id=qmp,path={path},server=on,wait=off"
-        argv = ["qemu-storage-daemon", "--chardev", chardev, "--monitor", "chardev=qmp"]
         self._input = b""
         self._events: list[dict[str, Any]] = []
         with ExitStack() as stack:
-            daemon = running(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            self._process = stack.enter_context(daemon)
-            self._socket = stack.enter_context(socket.socket(socket.AF_UNIX))
-            self._connect(str(path))
+            # A pair, and not a path that it listens on: when a client comes before the monitor is there, QEMU may
+            # greet it and never answer.
+            self._socket, theirs = socket.socketpair()
+            stack.enter_context(self._socket)
+            with theirs:
+                chardev = f"socket,id=qmp,fd={theirs.fileno()},server=off"
+                argv = ["qemu-storage-daemon", "--chardev", chardev, "--monitor", "chardev=qmp"]
+                daemon = running(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=[theirs.fileno()])
+                self._process = stack.enter_context(daemon)
             self._next()
             self.command("qmp_capabilities")
             self._stack = stack.pop_all()
 
-    def _connect(self, path: str) -> None:
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                return self._socket.connect(path)
-            except OSError:
-                if time.monotonic() > deadline or self._process.poll() is not None:
-                    raise _failed("qemu-storage-daemon", self._process) from None
-                time.sleep(0.005)
+    def _ended(self) -> BlockGraphError:
+        return _failed("qemu-storage-daemon", self._process, "has ended")
 
     def _next(self) -> dict[str, Any]:
         while b"\n" not in self._input:
-            part = self._socket.recv(65536) if select.select([self._socket], [], [], _PATIENCE)[0] else b""
+            if not select.select([self._socket], [], [], _PATIENCE)[0]:
+                raise _failed("qemu-storage-daemon", self._process, "does not answer")
+            try:
+                part = self._socket.recv(65536)
+            except ConnectionResetError:
+                part = b""
             if not part:
-                raise BlockGraphError("qemu-storage-daemon does not answer", op="bench")
+                raise self._ended()
             self._input += part
         line, _, self._input = self._input.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
@@ -131,7 +130,10 @@ class StorageDaemon:
     def command(self, name: str, /, **arguments: Any) -> None:
         """Run a QMP command. Member names with "_" for "-"."""
         given = {key.replace("_", "-"): value for key, value in arguments.items()}
-        self._socket.sendall(json.dumps({"execute": name, "arguments": given}).encode() + b"\n")
+        try:
+            self._socket.sendall(json.dumps({"execute": name, "arguments": given}).encode() + b"\n")
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._ended() from None
         while True:
             answer = self._next()
             if "event" in answer:
