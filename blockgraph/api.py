@@ -41,7 +41,7 @@ from blockgraph.graph.description import Description, NodeDescription
 from blockgraph.graph.graph import Graph
 from blockgraph.graph.load import Describable, load
 from blockgraph.graph.policy import OpenPolicy
-from blockgraph.native import MapStats
+from blockgraph.native import MapStats, Zeroing
 from blockgraph.native.extent_map import DEFAULT_MEMORY
 
 T = TypeVar("T")
@@ -170,11 +170,27 @@ class SyncBackend:
 
     def write_zeroes(self, offset: int, length: int, *, flags: Flag = Flag.NONE) -> None:
         """Make the range read as zeroes."""
-        self._graph.call(self._backend.write_zeroes(offset, length, flags))
+        how = Zeroing.ZERO_RANGE
+        if flags & Flag.MAY_UNMAP:
+            how |= Zeroing.PUNCH
+        if not flags & Flag.NO_FALLBACK:
+            how |= Zeroing.WRITE
+        if flags & ~(Flag.MAY_UNMAP | Flag.NO_FALLBACK) or not self._zero(offset, length, how):
+            self._graph.call(self._backend.write_zeroes(offset, length, flags))
 
     def discard(self, offset: int, length: int) -> None:
         """The range is no longer needed; advisory."""
-        self._graph.call(self._backend.discard(offset, length))
+        if not self._zero(offset, length, Zeroing.PUNCH):
+            self._graph.call(self._backend.discard(offset, length))
+
+    def _zero(self, offset: int, length: int, how: Zeroing) -> bool:
+        """Whether it was done here; if not, Python does it, and deals with its errors."""
+        if trace.enabled:
+            return False
+        try:
+            return self._extents.zero(offset, length, how)
+        except (OSError, ValueError):
+            return False
 
     def flush(self) -> None:
         """Make every completed write durable."""

@@ -207,6 +207,7 @@ class Backend:
         await self.enter()
         try:
             await self.root.pwrite_zeroes(offset, length, flags)
+            await self._learn(offset, length)
         finally:
             self.leave()
 
@@ -216,8 +217,14 @@ class Backend:
         await self.enter()
         try:
             await self.root.discard(offset, length)
+            await self._learn(offset, length)
         finally:
             self.leave()
+
+    async def _learn(self, offset: int, length: int) -> None:
+        """Where bytes that were made zero live, if native code may do that next time."""
+        if self.map is not None and self.map.learns_zeroes(offset, length):
+            await self.map.fill(offset, length)
 
     async def flush(self) -> None:
         """Make every completed write durable."""

@@ -297,7 +297,8 @@ class Driver:
     @property
     def zero_unit(self) -> int | None:
         """Bytes, a power of two, or None. Where `map` says that it may be written, `pwrite_zeroes` of a range without
-        a whole unit (the node's end is the end of one) is `pwrite` of zeroes; with NO_FALLBACK it need not be."""
+        a whole unit (the node's end is the end of one) is `pwrite` of zeroes; with NO_FALLBACK it need not be. And
+        `discard` of it does nothing."""
         return None
 
     @property

@@ -17,10 +17,10 @@ generation. A drain empties the map behind the closed gate: whatever arrives the
 Ranges without a place are entered with `allocate` where a node offers native first writes (`driver.FirstWrites`).
 
 Zeroes and discards are native where no node on the way does anything about them (`driver.passes_zeroes`), zeroes also
-where the first that does would write them (`driver.zero_unit`). Flushes are, when every node that they reach is as
-durable as Python can make it, and none wants to see them (`driver.plain_flush`): then native writes in place are all
-that is left to do. Whatever else happens at one of these nodes ends that (`Node.not_flushed`), until the next flush in
-Python.
+where the first that does would write them (`driver.zero_unit`), discards where the root's node ignores them, all or
+those of no whole unit. Flushes are, when every node that they reach is as durable as Python can make it, and none wants
+to see them (`driver.plain_flush`): then native writes in place are all that is left to do. Whatever else happens at one
+of these nodes ends that (`Node.not_flushed`), until the next flush in Python.
 
 What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes that a node's guard has to be
 asked about first, writes under a dirty bitmap of a node whose offsets differ from the root's, anything while a
@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from blockgraph.driver import Format
 from blockgraph.extent import Status
 from blockgraph.native import CopierLink, ExtentMap, MapExtent, Zeroing
+from blockgraph.native.extent_map import MAX_UNIT
 
 if TYPE_CHECKING:
     from blockgraph.driver import FirstWrites
@@ -100,6 +101,10 @@ class RootMap:
     def __init__(self, backend: MapOwner, memory: int) -> None:
         self._backend = backend
         self.extents = ExtentMap(backend.size(), memory)
+        #: nothing on the way to the storage that was found last does anything about zeroes and discards
+        self._passes_zeroes = True
+        #: of the format that does, bytes; 0: none is known
+        self._zero_unit = 0
         #: node -> what to add to its offsets to get the disk's; None: reached in several ways
         self._nodes: dict[Node, int | None] = {}
         self._slots: dict[Node, int] = {}
@@ -139,6 +144,9 @@ class RootMap:
         """
         if self.extents.size != self._backend.size():  # another node took the place of the one below
             await self.settle(self.resized())
+        if self.writes:
+            root = self._backend.node
+            self.extents.ignore_discards(MAX_UNIT if root.options.discard != "unmap" else root.driver.zero_unit or 0)
         extent = await self._fill_around(offset, max(length, _LOOK))
         if extent is not None and (self._copier is not None or (written and self._offered)):
             # A request that comes from here has had its clusters copied, or found room. What is beside them need not
@@ -146,6 +154,13 @@ class RootMap:
             for beside in (extent.offset + extent.length, extent.offset - 1):
                 if 0 <= beside < self.extents.size and self.extents.find(beside) is None:
                     await self._fill_around(beside, _LOOK)
+
+    def learns_zeroes(self, offset: int, length: int) -> bool:
+        """Whether a range that was just made zero, or discarded, is worth a `fill`: the next one may be native then."""
+        if self._passes_zeroes or not self._zero_unit:
+            return self._passes_zeroes
+        first = -(-offset // self._zero_unit) * self._zero_unit
+        return first + self._zero_unit > offset + length
 
     async def _fill_around(self, offset: int, length: int) -> MapExtent | None:
         generation = self.extents.generation()
@@ -256,6 +271,8 @@ class RootMap:
             else:
                 break
         slot = None if zero else self._slot(node)
+        self._zero_unit = unit
+        self._passes_zeroes = slot is not None and all(above.driver.passes_zeroes for above in path[:-1])
         if (slot is None and not zero) or low >= high or self._forgetting or any(node.serialising for node in path):
             return None
         if (writable or placing is not None) and not bitmaps <= self._bitmaps:
@@ -268,6 +285,8 @@ class RootMap:
         if self._forgetting or any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
             return None
         if slot is not None and writable:
+            if zeroing and not unit:  # everything may be written that can not be made zero otherwise
+                zeroing, unit = zeroing | Zeroing.WRITE, MAX_UNIT
             self._allow_zeroing(slot, zeroing & (node.driver.zeroing() | Zeroing.WRITE), unit)
         allocate = placing is not None and self._attach(placing)
         copy = copy and (writable or allocate)
@@ -415,6 +434,8 @@ class RootMap:
             node.flushed_by.remove(self)
         self._flushing = []
         self.extents.dirty()
+        self.extents.ignore_discards(0)
+        self._passes_zeroes = True
         if not self._nodes:
             return
         if self._first_writes is not None:

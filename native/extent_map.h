@@ -224,11 +224,14 @@ int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t leng
 
 /*
  * Make zero, or give up, what pwrite might overwrite in place, after asking the copier or not: by the first of BG_MAP_PUNCH,
- * BG_MAP_ZERO_RANGE and BG_MAP_WRITE_ZEROES that `how` has and all slots concerned allow. A file system that can not is a miss.
+ * BG_MAP_ZERO_RANGE and BG_MAP_WRITE_ZEROES that `how` has, all slots concerned allow, and the file system can; else it is a miss.
+ * With PUNCH alone it is a discard.
  */
 int bg_map_zero(bg_map *map, int64_t offset, int64_t length, int how);
-/* 1 when bg_map_zero would try. */
-int bg_map_can_zero(bg_map *map, int64_t offset, int64_t length, int how);
+/* The same for files in memory and no more than `longest` bytes; -EAGAIN: where it may wait bg_map_zero would try. */
+int bg_map_zero_now(bg_map *map, int64_t offset, int64_t length, int how, int64_t longest);
+/* From now on nothing is done for discards that have no whole `unit` (a power of two) of the disk; 0: they are not special. */
+int bg_map_ignore_discards(bg_map *map, int64_t unit);
 
 /*
  * Make durable all writes that were completed: 0, or a miss. It is a hit only while native writes in place are all there is to be

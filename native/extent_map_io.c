@@ -291,18 +291,21 @@ static int transfer_now(bg_map *map, int64_t offset, int64_t length, void *buf, 
     return ret;
 }
 
+/* Whether [offset, offset + length) has a whole unit of the disk, whose last one may be short. */
+static bool has_unit(bg_map *map, unsigned shift, int64_t offset, int64_t length)
+{
+    int64_t end = offset + length, rest = ((int64_t)1 << shift) - 1;
+    int64_t first = (offset >> shift) + ((offset & rest) != 0), stop = end >> shift;
+    return first < stop || (first == stop && end & rest && end == bg_map_size(map));
+}
+
 /* What the slot allows, of `how`, for a request of that range. */
 static int slot_zeroing(bg_map *map, int slot, int64_t offset, int64_t length, int how)
 {
     unsigned allowed = atomic_load_explicit(&map->slots[slot].zeroing, memory_order_relaxed);
     how &= (int)allowed;
-    if (how & BG_MAP_WRITE_ZEROES) {
-        unsigned shift = allowed >> ZEROING_UNIT;
-        int64_t end = offset + length, rest = ((int64_t)1 << shift) - 1;
-        int64_t first = (offset >> shift) + ((offset & rest) != 0), stop = end >> shift;
-        if (first < stop || (first == stop && end & rest && end == bg_map_size(map)))
-            how &= ~BG_MAP_WRITE_ZEROES;
-    }
+    if (how & BG_MAP_WRITE_ZEROES && has_unit(map, allowed >> ZEROING_UNIT, offset, length))
+        how &= ~BG_MAP_WRITE_ZEROES;
     return how;
 }
 
@@ -329,11 +332,9 @@ static int write_zeroes(const bg_map_request *request)
     return 0;
 }
 
-static int do_zero(const bg_map_request *request, int how)
+/* 0, -errno, or BG_MAP_MISS: the file system can not. */
+static int allocate_zeroes(const bg_map_request *request, int mode)
 {
-    if (!(how & (BG_MAP_PUNCH | BG_MAP_ZERO_RANGE)))
-        return write_zeroes(request);
-    int mode = how & BG_MAP_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
     for (int i = 0; i < request->count; i++) {
         const bg_map_piece *p = &request->pieces[i];
         int ret;
@@ -344,6 +345,14 @@ static int do_zero(const bg_map_request *request, int how)
             return i == 0 && (errno == EOPNOTSUPP || errno == ENOSYS) ? BG_MAP_MISS : -errno;
     }
     return 0;
+}
+
+static int do_zero(const bg_map_request *request, int how)
+{
+    int ret = how & BG_MAP_PUNCH ? allocate_zeroes(request, FALLOC_FL_PUNCH_HOLE) : BG_MAP_MISS;
+    if (ret == BG_MAP_MISS && how & BG_MAP_ZERO_RANGE)
+        ret = allocate_zeroes(request, FALLOC_FL_ZERO_RANGE);
+    return ret == BG_MAP_MISS && how & BG_MAP_WRITE_ZEROES ? write_zeroes(request) : ret;
 }
 
 int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const char *from, int write, int how)
@@ -366,7 +375,7 @@ int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const 
         ret = BG_MAP_MISS;
     } else if (ret == 0) {
         ret = write == BG_MAP_ERASE ? do_zero(&request, how) : write ? do_write(&request, from) : do_read(&request, into);
-        bg_map_end(map, &request, 1);
+        bg_map_end(map, &request, ret != BG_MAP_MISS);
     }
     free(many);
     return ret;
@@ -390,18 +399,47 @@ static int zeroing_after_copy(bg_map *map, int64_t offset, int64_t length, int h
     return copy && atomic_load(&map->copier) ? how : 0;
 }
 
-int bg_map_can_zero(bg_map *map, int64_t offset, int64_t length, int how)
+static bool is_ignored(bg_map *map, int64_t offset, int64_t length, int how)
 {
+    unsigned unit = how == BG_MAP_PUNCH ? atomic_load_explicit(&map->ignored, memory_order_relaxed) : 0;
+    return unit && range_in(bg_map_size(map), offset, length) && !has_unit(map, unit - 1, offset, length);
+}
+
+int bg_map_ignore_discards(bg_map *map, int64_t unit)
+{
+    if (unit < 0 || (unit & (unit - 1)))
+        return -EINVAL;
+    atomic_store(&map->ignored, unit ? (unsigned)__builtin_ctzll((uint64_t)unit) + 1 : 0);
+    return 0;
+}
+
+/* Nothing is done, and it counts. */
+static int ignore(bg_map *map)
+{
+    reader *r = map_enter(map);
+    if (!r)
+        return BG_MAP_MISS;
+    map_count(&r->hits, 1);
+    map_leave(map, r);
+    return 0;
+}
+
+int bg_map_zero_now(bg_map *map, int64_t offset, int64_t length, int how, int64_t longest)
+{
+    if (is_ignored(map, offset, length, how))
+        return ignore(map);
     bg_map_piece pieces[FEW_PIECES];
     bg_map_request request;
     int ret = bg_map_begin(map, offset, length, NULL, BG_MAP_ERASE, pieces, FEW_PIECES, &request);
-    if (ret == BG_MAP_MISS)
-        return zeroing_after_copy(map, offset, length, how) != 0;
+    if (ret == BG_MAP_MISS && zeroing_after_copy(map, offset, length, how))
+        return -EAGAIN;
     if (ret != 0)
-        return ret == -E2BIG;
-    how = zeroing(map, &request, how);
-    bg_map_end(map, &request, 0);
-    return how != 0;
+        return ret == -E2BIG ? -EAGAIN : ret;
+    ret = (how = zeroing(map, &request, how)) ? -EAGAIN : BG_MAP_MISS;
+    if (how && length <= longest && bg_map_in_memory(&request))
+        ret = do_zero(&request, how);
+    bg_map_end(map, &request, ret != -EAGAIN && ret != BG_MAP_MISS);
+    return ret;
 }
 
 /* What has been changed so far, or -1: native flushes are not enough for that. */
@@ -503,6 +541,8 @@ int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)
 
 int bg_map_zero(bg_map *map, int64_t offset, int64_t length, int how)
 {
+    if (is_ignored(map, offset, length, how))
+        return ignore(map);
     int ret = map_transfer(map, offset, length, NULL, NULL, BG_MAP_ERASE, how);
     if (ret != BG_MAP_MISS || !(how = zeroing_after_copy(map, offset, length, how)))
         return ret;

@@ -18,6 +18,8 @@
  */
 #define MAX_FIRST_NOW (32U << 10)
 #define MAX_COPY_NOW (16U << 10)
+/* Zeroes in memory of more bytes go to the pool, too. */
+#define MAX_ZERO_NOW (128U << 10)
 
 struct bg_faults {
     int eventfd;
@@ -170,9 +172,12 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
             return flush == 2 ? BG_REQUEST_DONE : BG_REQUEST_BLOCKS;
         longest = 0;
     }
-    if (request->kind == BG_REQUEST_ZERO)
-        return bg_map_can_zero(map, (int64_t)request->offset, request->length, request->zero) ? BG_REQUEST_BLOCKS
-                                                                                              : BG_REQUEST_FAULTS;
+    if (request->kind == BG_REQUEST_ZERO) {
+        int64_t most = longest < MAX_ZERO_NOW ? longest : MAX_ZERO_NOW;
+        int ret = request->durable ? -EAGAIN
+                                   : bg_map_zero_now(map, (int64_t)request->offset, request->length, request->zero, most);
+        return ret == 0 ? BG_REQUEST_DONE : ret == -EAGAIN ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
+    }
     bg_map_piece pieces[FEW_PIECES];
     bg_map_request found;
     int ret = bg_map_begin(map, (int64_t)request->offset, request->length, request->buf,

@@ -357,7 +357,10 @@ def test_options_that_change_what_happens_are_not_bypassed(tmp_path: Path, optio
         w.disk.flush()
         w.disk.flush()
         assert native_flush(w.disk) == ("cache" not in option)
-        assert native_discard(w.disk, AT, CLUSTER) == ("cache" in option)
+        before = w.disk.pread(AT, CLUSTER)
+        assert native_discard(w.disk, AT, CLUSTER) == ("detect-zeroes" not in option)
+        assert w.disk.pread(AT, CLUSTER) == (bytes(CLUSTER) if "cache" in option else before)
+        assert before != bytes(CLUSTER)
 
 
 def test_first_writes_to_clusters_are_flushed_by_python(tmp_path: Path) -> None:

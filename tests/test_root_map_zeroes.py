@@ -123,12 +123,19 @@ def test_image_is_the_one_that_python_alone_makes(tmp_path: Path, seed: int, ver
             assert disk.block_status(offset, 1)[:4] == other.block_status(offset, 1)[:4]
 
 
-def test_whole_clusters_and_discards_are_pythons(tmp_path: Path) -> None:
-    with disk_of(tmp_path / "disk") as (_, disk):
+@pytest.mark.parametrize("discard", ["unmap", "ignore"])
+def test_whole_clusters_are_pythons(tmp_path: Path, discard: str) -> None:
+    with disk_of(tmp_path / "disk") as (graph, disk):
+        graph.call(graph.graph.reopen("disk", {"discard": discard}))
+        disk.pwrite(0, b"x")
         for offset, length in ((CLUSTER, CLUSTER), (CLUSTER - 1, CLUSTER + 1), (12 * CLUSTER, 512), (0, SIZE)):
             assert not zero(disk, offset, length)
-        for how in (Zeroing.PUNCH, Zeroing.ZERO_RANGE, Zeroing.PUNCH | Zeroing.ZERO_RANGE):
+            assert zero(disk, offset, length, Zeroing.PUNCH) == (discard == "ignore" and length < SIZE)
+        for how in (Zeroing.ZERO_RANGE, Zeroing.PUNCH | Zeroing.ZERO_RANGE):
             assert not zero(disk, 5, 10, how)
+        assert zero(disk, 5, CLUSTER, Zeroing.PUNCH)
+        assert disk.pread(0, SIZE) == b"x" * SIZE
+        graph.call(graph.graph.reopen("disk", {"discard": "unmap"}))
         assert disk.pread(0, SIZE) == b"x" * SIZE
         disk.write_zeroes(CLUSTER, CLUSTER)
         disk.pread(CLUSTER, 1)
@@ -201,5 +208,38 @@ async def test_nbd_client_has_small_zeroes_written_and_is_refused_fast_ones(tmp_
             assert await client.pread(0, SIZE) == model
             await client.write_zeroes(CLUSTER, CLUSTER, flags=CmdFlag.FAST_ZERO)
             model[CLUSTER : 2 * CLUSTER] = bytes(CLUSTER)
+            assert await client.pread(0, SIZE) == model
+        await server.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"discard": "ignore"}], ids=["unmapped", "ignored"])
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+@run_async
+async def test_disk_that_is_only_discarded_and_zeroed_is_learnt(
+    tmp_path: Path, driver: str, options: dict[str, str]
+) -> None:
+    """No read and no write has asked where its bytes live."""
+    path = tmp_path / "disk"
+    await create_file(str(path), SIZE, driver, replace=True)
+    node = {**image(path), "driver": driver, **options}
+    async with graph_of(node) as graph:
+        other = await graph.backend("disk", writable=True)
+        await other.pwrite(0, b"x" * SIZE)
+        backend = await graph.backend("disk", writable=True)
+        server = NbdServer(threads=1)
+        await server.listen_unix(str(tmp_path / "socket"))
+        server.add_export(NbdExport("disk", backend, writable=True))
+        async with await NbdClient.connect_unix(str(tmp_path / "socket"), "disk") as client:
+            model = bytearray(b"x" * SIZE)
+            for i in range(3):
+                at = i * CLUSTER + 7
+                await client.trim(at, 500)
+                if driver == "raw" and not options:
+                    model[at : at + 500] = bytes(500)
+                at += 6 * CLUSTER
+                await client.write_zeroes(at, 500)
+                model[at : at + 500] = bytes(500)
+                assert server.stats is not None
+                assert server.stats.faults == 1
             assert await client.pread(0, SIZE) == model
         await server.close()

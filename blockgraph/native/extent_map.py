@@ -54,12 +54,18 @@ _pwrite = lib.bg_map_pwrite
 _EXTENTS = ffi.typeof("bg_map_extent[]")
 
 
+#: A unit that no disk has, bytes.
+MAX_UNIT = 1 << 62
+
+
 class Zeroing(IntFlag):
     """What native code may do to a storage.
 
     PUNCH: make holes, for what is discarded and for zeroes that need no space.
     ZERO_RANGE: make zero what stays allocated.
     WRITE: write zeroes, for requests that cover no whole unit of the disk, whose last one may be short.
+
+    With PUNCH alone it is a discard.
     """
 
     NONE = 0
@@ -440,6 +446,15 @@ class ExtentMap:
         """
         if _call(lib.bg_map_set_zeroing, self._native, slot, int(how), unit) < 0:
             raise ValueError(f"there is no slot {slot}, or {unit} is no unit for it")
+
+    def ignore_discards(self, unit: int) -> None:
+        """A `zero` that is a discard does nothing from now on where it covers no whole unit of the disk.
+
+        Args:
+            unit: bytes, a power of two; 0: none is ignored.
+        """
+        if _call(lib.bg_map_ignore_discards, self._native, unit) < 0:
+            raise ValueError(f"{unit} is no unit")
 
     # Durability.
 

@@ -136,14 +136,14 @@ static void zeroing_copies_first_where_it_is_possible(void)
     begin(BG_MAP_WRITABLE);
     bg_copier_stats stats;
     const int any = BG_MAP_PUNCH | BG_MAP_ZERO_RANGE | BG_MAP_WRITE_ZEROES;
-    CHECK(bg_map_can_zero(guest[0], 5, 10, any) == 0 && bg_map_zero(guest[0], 5, 10, any) == BG_MAP_MISS);
+    CHECK(bg_map_zero_now(guest[0], 5, 10, any, SIZE) == BG_MAP_MISS && bg_map_zero(guest[0], 5, 10, any) == BG_MAP_MISS);
     CHECK(bg_map_set_zeroing(guest[0], 0, BG_MAP_WRITE_ZEROES, 2 * CLUSTER) == 0);
     /* Not with less than all of it, nor a whole unit. */
     CHECK(bg_map_zero(guest[0], 5, 10, BG_MAP_PUNCH) == BG_MAP_MISS);
-    CHECK(bg_map_can_zero(guest[0], 0, 2 * CLUSTER, any) == 0 && bg_map_zero(guest[0], 0, 2 * CLUSTER, any) == BG_MAP_MISS);
+    CHECK(bg_map_zero_now(guest[0], 0, 2 * CLUSTER, any, SIZE) == BG_MAP_MISS && bg_map_zero(guest[0], 0, 2 * CLUSTER, any) == BG_MAP_MISS);
     bg_copier_get_stats(copier, &stats);
     CHECK(stats.copied == 0 && bg_bitmap_get(done, 0) == 0);
-    CHECK(bg_map_can_zero(guest[0], 5, 2 * CLUSTER, any) == 1 && bg_map_zero(guest[0], 5, 2 * CLUSTER, any) == 0);
+    CHECK(bg_map_zero_now(guest[0], 5, 2 * CLUSTER, any, SIZE) == -EAGAIN && bg_map_zero(guest[0], 5, 2 * CLUSTER, any) == 0);
     bg_copier_get_stats(copier, &stats);
     CHECK(stats.copied == 3 * CLUSTER && byte_at(target_fd, 5) == OLD && byte_at(target_fd, 3 * CLUSTER - 1) == OLD);
     CHECK(byte_at(source_fd, 4) == OLD && byte_at(source_fd, 5) == 0 && byte_at(source_fd, 2 * CLUSTER + 4) == 0 &&

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from blockgraph._native import ffi, lib
 from blockgraph.native import Bitmap, ExtentMap, MapExtent, Zeroing, allocate_aligned
-from blockgraph.native.extent_map import MIN_MEMORY
+from blockgraph.native.extent_map import MAX_UNIT, MIN_MEMORY
 
 MIB = 1 << 20
 TIB = 1 << 40
@@ -688,7 +688,8 @@ def test_zeroes_are_written_for_requests_that_cover_no_whole_unit(
     extents.set_zeroing(slot, Zeroing.WRITE, UNIT)
     assert not extents.zero(offset, length, Zeroing.PUNCH | Zeroing.ZERO_RANGE)
     assert list(bitmap.dirty_extents()) == []
-    assert lib.bg_map_can_zero(extents.native, offset, length, anyhow) == written
+    asked = lib.bg_map_zero_now(extents.native, offset, length, anyhow, 0)
+    assert asked == (-errno.EAGAIN if written else lib.BG_MAP_MISS)
     assert extents.zero(offset, length, anyhow) == written
     found = bytearray(LAST)
     extents.pread_into(0, found)
@@ -699,6 +700,49 @@ def test_zeroes_are_written_for_requests_that_cover_no_whole_unit(
     assert list(bitmap.dirty_extents()) == ([(offset - offset % 4096, end - offset + offset % 4096)] if written else [])
     extents.start_protect(offset, 1)
     assert not extents.zero(offset, length, anyhow)
+
+
+@pytest.mark.parametrize("offset, length", [(5, 100), (1, 2 * UNIT - 2), (MIB - UNIT // 2, 100)])
+def test_discards_of_no_whole_unit_are_ignored_if_so_wanted(
+    extents: ExtentMap, file: int, offset: int, length: int
+) -> None:
+    assert not extents.zero(offset, length, Zeroing.PUNCH)
+    extents.ignore_discards(UNIT)
+    assert extents.zero(offset, length, Zeroing.PUNCH)
+    assert not extents.zero(offset, length, Zeroing.PUNCH | Zeroing.WRITE)
+    assert not extents.zero(0, UNIT, Zeroing.PUNCH)
+    with pytest.raises(ValueError, match="not inside"):
+        extents.zero(extents.size, 1, Zeroing.PUNCH)
+    extents.ignore_discards(MAX_UNIT)
+    assert extents.zero(1, extents.size - 1, Zeroing.PUNCH)
+    extents.ignore_discards(0)
+    assert not extents.zero(offset, length, Zeroing.PUNCH)
+    for unit in (-1, 3):
+        with pytest.raises(ValueError, match="is no unit"):
+            extents.ignore_discards(unit)
+
+
+def test_zeroes_are_written_where_the_file_system_can_not_make_them() -> None:
+    """tmpfs has holes, but no FALLOC_FL_ZERO_RANGE."""
+    memory = os.memfd_create("storage")
+    try:
+        extents = ExtentMap(MIB)
+        slot = extents.add_slot(memory)
+        put(extents, MapExtent(0, MIB, slot, 0, True))
+        os.pwrite(memory, b"x" * MIB, 0)
+        extents.set_zeroing(slot, Zeroing.ZERO_RANGE)
+        assert not extents.zero(0, 4096, Zeroing.PUNCH)
+        assert not extents.zero(0, 4096, Zeroing.ZERO_RANGE)
+        assert not extents.take_written(slot)
+        extents.set_zeroing(slot, Zeroing.PUNCH | Zeroing.ZERO_RANGE | Zeroing.WRITE, MAX_UNIT)
+        assert extents.zero(4096, 8192, Zeroing.PUNCH | Zeroing.WRITE)
+        assert os.lseek(memory, 4096, os.SEEK_DATA) == 12288
+        assert extents.zero(12288, 200_000, Zeroing.ZERO_RANGE | Zeroing.WRITE)
+        assert os.lseek(memory, 4096, os.SEEK_DATA) == 12288
+        assert os.pread(memory, MIB, 0) == b"x" * 4096 + bytes(208_192) + b"x" * (MIB - 212_288)
+        assert extents.take_written(slot)
+    finally:
+        os.close(memory)
 
 
 def test_zeroes_are_not_written_without_unit_or_where_room_has_to_be_found(extents: ExtentMap, file: int) -> None:
