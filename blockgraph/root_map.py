@@ -226,6 +226,8 @@ class RootMap:
             size = node.size()
             position = offset - shift
             if position >= size:
+                if node.driver.growable and not node.read_only:
+                    return None  # who writes there makes it longer, and takes nothing back
                 low, zero = max(low, size + shift), True
                 break
             high = min(high, size + shift)

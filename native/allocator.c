@@ -54,7 +54,8 @@ struct bg_allocator {
 };
 
 static int64_t prepare(bg_map_allocator *hook, bg_map *map, int64_t offset, int64_t length, int now, bg_map_placing **out);
-static int finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *placing, const void *buf, int now);
+static int write_placing(bg_map_allocator *hook, bg_map_placing *placing, const void *buf, int now);
+static void finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *placing, int enter);
 
 int bg_allocator_new(int bits, bg_allocator **out)
 {
@@ -73,7 +74,7 @@ int bg_allocator_new(int bits, bg_allocator **out)
         free(a);
         return ret;
     }
-    a->hook = (bg_map_allocator){prepare, finish};
+    a->hook = (bg_map_allocator){prepare, write_placing, finish};
     a->bits = bits;
     a->fd = -1;
     pthread_mutex_init(&a->lock, NULL);
@@ -510,16 +511,21 @@ static int64_t prepare(bg_map_allocator *hook, bg_map *map, int64_t offset, int6
     return p->c.stop - offset;
 }
 
-static int finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *p, const void *buf, int now)
+static int write_placing(bg_map_allocator *hook, bg_map_placing *p, const void *buf, int now)
+{
+    bg_allocator *a = (bg_allocator *)hook;
+    int ret = put_content(a, &p->c, buf, p->room.host, now);
+    if (ret == -EAGAIN && now)
+        atomic_store(&a->waits, true);
+    p->room.fresh = 0;
+    return ret;
+}
+
+static void finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *p, int enter)
 {
     bg_allocator *a = (bg_allocator *)hook;
     const content *c = &p->c;
-    int ret = buf ? put_content(a, c, buf, p->room.host, now) : 0;
-    if (ret == -EAGAIN && now)
-        atomic_store(&a->waits, true);
-    if (buf)
-        p->room.fresh = 0;
-    if (buf && ret == 0) {
+    if (enter) {
         int64_t size = bg_map_size(map);
         /* In this order: who sees the link knows that there is something to flush; who fills the map from now on sees the link. */
         bg_map_wrote(map, a->slot);
@@ -530,5 +536,4 @@ static int finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *p, const 
         p->room.clusters = 0;
     }
     end_placing(a, p);
-    return ret;
 }

@@ -155,8 +155,8 @@ int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
  * prepare: finds room for the first bytes of a write from `offset` on, and keeps others from placing them, until finish. Returns
  *          how many (> 0), or -EAGAIN: the extents have changed, look again; or, when it is to be done `now`, it would have to
  *          wait. Of one request it is called from the front to the back.
- * finish:  with `buf` writes that many bytes and enters their place: 0, -errno, or -EAGAIN, when it would have to wait. Without
- *          nothing has happened. What was prepared is no more.
+ * write:   that many bytes, where nobody sees them yet: 0, -errno, or -EAGAIN, when it would have to wait.
+ * finish:  `enter`: what was written is seen from now on; else nothing has happened. What was prepared is no more.
  * Anything else that copy and prepare return is a miss.
  */
 typedef struct bg_map_copier bg_map_copier;
@@ -169,7 +169,8 @@ typedef struct bg_map_placing bg_map_placing; /* the allocator's */
 typedef struct bg_map_allocator bg_map_allocator;
 struct bg_map_allocator {
     int64_t (*prepare)(bg_map_allocator *self, bg_map *map, int64_t offset, int64_t length, int now, bg_map_placing **out);
-    int (*finish)(bg_map_allocator *self, bg_map *map, bg_map_placing *placing, const void *buf, int now);
+    int (*write)(bg_map_allocator *self, bg_map_placing *placing, const void *buf, int now);
+    void (*finish)(bg_map_allocator *self, bg_map *map, bg_map_placing *placing, int enter);
 };
 
 /* Borrowed until the ticket of their replacement has settled; NULL: none. Return a ticket. */
@@ -191,8 +192,8 @@ void bg_map_wrote(bg_map *map, int slot);
 int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length);
 
 /*
- * Such a write to one extent at once, if copier and allocator can do all of it without waiting: 0, else call bg_map_pwrite where
- * it may wait.
+ * Such a write to one extent at once, if copier and allocator can do all of it without waiting: 0, or -errno; else call
+ * bg_map_pwrite where it may wait.
  */
 int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t length);
 
@@ -212,7 +213,7 @@ void bg_map_acknowledge(bg_map *map);
 
 /*
  * A whole request: 0 when it was done, BG_MAP_MISS when nothing was touched, or -errno (then any part of it may have been
- * done). Past the storage's end zeroes are read. -EINVAL when it is not inside the disk. A write that is done is done between
+ * done). Past the storage's end zeroes are read. -EINVAL when it is not inside the disk. A write that does not fail is done between
  * two tickets: whoever makes a point in time finds all of it or nothing.
  */
 int bg_map_pread(bg_map *map, int64_t offset, void *buf, int64_t length);

@@ -2,8 +2,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * First writes: what meets extents with COPY or ALLOCATE. All of a request or nothing: first everything is copied that has to be,
- * then every part of it is given its place, and only then the first byte is written. Else a point in time could come
- * between two parts: the one that has been written, and the one that misses because of it and is done by Python later.
+ * then every part of it is given its place, then what nobody can see yet is written, then what is in place, and at last
+ * the new places are entered. Else a point in time could come between two parts: the one that has been written, and the
+ * one that misses because of it and is done by Python later.
  */
 #define _GNU_SOURCE
 #include "extent_map_internal.h"
@@ -54,6 +55,22 @@ static int ask_copier(bg_map *map, int64_t offset, int64_t length)
     return 0;
 }
 
+/* The end of what the allocator has prepared. */
+static void end_part(bg_map *map, part *p, int enter)
+{
+    if (p->allocator)
+        p->allocator->finish(p->allocator, map, p->placing, enter);
+}
+
+static bool has_copy(bg_map *map, int64_t offset, int64_t length)
+{
+    bg_map_extent e;
+    for (int64_t at = offset; at < offset + length; at = e.offset + e.length)
+        if (!bg_map_find(map, at, &e) || e.flags & BG_MAP_COPY)
+            return true;
+    return false;
+}
+
 /*
  * The first part of a range that nothing has to be copied in: 0, -EAGAIN when the extents have changed, or, `now`, it would have to
  * wait; else it is a miss.
@@ -78,29 +95,27 @@ static int plan_part(bg_map *map, int64_t offset, const char *buf, int64_t lengt
     if (!(e.flags & BG_MAP_ALLOCATE) || !allocator)
         return BG_MAP_MISS;
     out->allocator = allocator;
-    int64_t placed = allocator->prepare(allocator, map, offset, out->length, now, &out->placing);
+    /* Of all that is left: a part that ended with the extent, inside a cluster, would keep the rest of it from the next part. */
+    int64_t placed = allocator->prepare(allocator, map, offset, length, now, &out->placing);
     if (placed <= 0)
         return placed == -EAGAIN ? -EAGAIN : BG_MAP_MISS;
     out->length = placed;
-    return 0;
+    if (!has_copy(map, offset, placed))
+        return 0;
+    end_part(map, out, 0);
+    return -EAGAIN;
 }
 
-/* 0, -errno, or -EAGAIN: `now` it would have to wait, and nothing was done. Marks no bits. */
+/* 0, -errno, or -EAGAIN: `now` it would have to wait, and nothing was done. */
 static int write_part(bg_map *map, part *p, const char *buf, int now)
 {
     if (p->allocator)
-        return p->allocator->finish(p->allocator, map, p->placing, buf, now);
+        return p->allocator->write(p->allocator, p->placing, buf, now);
     int64_t n = now ? bg_pwrite_in(p->piece.haste, p->piece.fd, buf, p->length, p->piece.storage_offset)
                     : bg_pwrite(p->piece.fd, buf, p->length, p->piece.storage_offset);
     if (n != -EAGAIN)
         bg_map_wrote(map, p->piece.slot);
     return n < 0 ? (int)n : 0;
-}
-
-static void drop_part(bg_map *map, part *p)
-{
-    if (p->allocator)
-        p->allocator->finish(p->allocator, map, p->placing, NULL, 0);
 }
 
 typedef struct {
@@ -127,24 +142,37 @@ static int plan_all(bg_map *map, int64_t offset, const char *buf, int64_t length
     return 0;
 }
 
-/* As plan_all, or -errno: then any part may have been written. */
+/* All parts that are to be placed, or all that are in place. *begun: something that can be seen was written. */
+static int write_all(bg_map *map, plan *p, const char *buf, bool placed, bool *begun)
+{
+    int ret = 0;
+    for (int i = 0; ret == 0 && i < p->count; i++) {
+        part *each = &p->parts[i];
+        if (placed == (each->allocator != NULL)) {
+            *begun |= !placed;
+            ret = write_part(map, each, buf, 0);
+        }
+        buf += each->length;
+    }
+    return ret;
+}
+
+/* As plan_all, or -errno: then what is in place may have been written. */
 static int write_planned(bg_map *map, int64_t offset, const char *buf, int64_t length)
 {
     plan p = {.max = FEW_PARTS};
     p.parts = p.few;
-    int ret = plan_all(map, offset, buf, length, &p), i = 0;
     bool begun = false;
-    for (; ret == 0 && i < p.count; i++) {
-        ret = write_part(map, &p.parts[i], buf, 0);
-        begun |= ret == 0 || !p.parts[i].allocator;
-        buf += p.parts[i].length;
-    }
-    for (; i < p.count; i++)
-        drop_part(map, &p.parts[i]);
+    int ret = plan_all(map, offset, buf, length, &p);
+    if (ret == 0 && write_all(map, &p, buf, true, &begun) != 0)
+        ret = BG_MAP_MISS;
+    if (ret == 0)
+        ret = write_all(map, &p, buf, false, &begun);
+    for (int i = 0; i < p.count; i++)
+        end_part(map, &p.parts[i], ret == 0);
+    if (ret == 0 || begun)
+        map_mark(map, offset, length);
     free(p.many);
-    if (!begun)
-        return ret == -EAGAIN ? ret : BG_MAP_MISS;
-    map_mark(map, offset, length);
     return ret;
 }
 
@@ -195,12 +223,10 @@ static int write_now(bg_map *map, int64_t offset, const char *buf, int64_t lengt
     int ret = plan_part(map, offset, buf, length, 1, &p);
     if (ret != 0)
         return ret;
-    if (p.length < length) {
-        drop_part(map, &p);
-        return BG_MAP_MISS;
-    }
-    ret = write_part(map, &p, buf, 1);
-    if (ret != -EAGAIN)
+    bool all = p.length == length;
+    ret = all ? write_part(map, &p, buf, 1) : BG_MAP_MISS;
+    end_part(map, &p, ret == 0);
+    if (all && ret != -EAGAIN)
         map_mark(map, offset, length);
     return ret;
 }
@@ -221,5 +247,5 @@ int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t
     if (ret == 0)
         map_count(&r->first_writes, 1);
     map_leave(map, r);
-    return ret == 0 ? 0 : BG_MAP_MISS;
+    return ret;
 }

@@ -10,6 +10,7 @@
 #include "driver.h"
 #include "io.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -347,7 +348,7 @@ static void test_now(void)
     CHECK(slow >= 0);
     bg_allocator_bind(allocator, slow, data_slot);
     for (int i = 0; i < 2; i++)
-        CHECK(bg_map_first_write_now(map, CLUSTER + SECTOR, buf, SECTOR) == BG_MAP_MISS);
+        CHECK(bg_map_first_write_now(map, CLUSTER + SECTOR, buf, SECTOR) == -EAGAIN);
     CHECK(bg_allocator_reserve(allocator) == before && !bg_allocator_has_links(allocator));
     CHECK(bg_map_pwrite(map, CLUSTER + SECTOR, buf, SECTOR) == 0);
     bg_allocator_bind(allocator, data_fd, data_slot);

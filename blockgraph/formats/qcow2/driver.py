@@ -352,9 +352,9 @@ class Qcow2(Format):
             return None
         image = self.image
         metadata = self.refcounts.overlaps.clusters
-        return L2Places(
-            table.buf, index << self._span_bits, image.cluster_bits, image.header.version, image.file_end(), metadata
-        )
+        # Whole clusters: native writes behind the file's end would make it longer than Python knows.
+        end = self.file.node.size() >> image.cluster_bits << image.cluster_bits
+        return L2Places(table.buf, index << self._span_bits, image.cluster_bits, image.header.version, end, metadata)
 
     async def look_up(self, runs: Sequence[tuple[int, int]]) -> Lookup | None:
         return await look_up(self, runs)

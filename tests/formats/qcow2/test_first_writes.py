@@ -50,6 +50,56 @@ def backing(path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("kind", ["short", "small clusters"])
+def test_extents_that_meet_inside_a_cluster(tmpfs: Path, kind: str) -> None:
+    """The backing file ends there, or has smaller clusters: a write of both finds room for the cluster once."""
+    edge_at = 100 << 10
+    base = tmpfs / "base"
+    if kind == "short":
+        base.write_bytes(base_bytes(edge_at))
+        below = backing(base)
+    else:
+        make(base, 1 << 20, cluster_size=4096)
+        with blockgraph.open({"nodes": [described(base)]}) as graph:
+            graph.backend("disk", writable=True).pwrite(0, base_bytes(edge_at))
+        below = {**described(base), "node-name": "base", "read-only": True}
+    image = make(tmpfs / "disk", 1 << 20)
+    with blockgraph.open({"nodes": [described(image, backing=below)]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(512 << 10, b"x" * 512)  # has the reserve filled
+        disk.pread(edge_at - 512, 512)
+        disk.pread(edge_at, 512)
+        extents = [disk._extents.find(at) for at in (edge_at - 512, edge_at)]
+        assert [each.allocate for each in extents if each is not None] == [True, True]
+        assert extents[0] != extents[1]
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(disk._extents.pwrite, edge_at - 512, b"n" * 1024).result(20)
+        assert disk.pread(0, 2 * CLUSTER) == base_bytes(edge_at)[:-512] + b"n" * 1024 + bytes(
+            2 * CLUSTER - edge_at - 512
+        )
+
+
+def test_end_of_the_file_inside_a_cluster_is_not_overstepped(tmpfs: Path) -> None:
+    """Two extent maps: no native first writes. What one of them, or native code, writes there is seen by all."""
+    cluster = 4096
+    path = make(tmpfs / "disk", 8 << 20, cluster_size=cluster)
+    with blockgraph.open({"nodes": [described(path)]}) as graph:
+        disk, other = graph.backend("disk", writable=True), graph.backend("disk", writable=True)
+        disk.pwrite(0, b"a" * cluster)
+        other.pread(0, cluster)
+        for i in range(2, 200, 2):  # a table of short runs
+            disk.pwrite(i * cluster, b"a" * cluster)
+        at = 300 * cluster
+        disk.pwrite(at, b"h" * 512)  # the end of the file is in this cluster
+        for i in range(40):  # until all of the table is entered
+            disk.pread((2 + 4 * i) * cluster, 512)
+        assert other.pread(at + 512, 1024) == bytes(1024)
+        disk.pwrite(at + 512, b"T" * 1024)
+        for reader in (other, disk, graph.backend("disk")):
+            assert reader.pread(at, 2048) == b"h" * 512 + b"T" * 1024 + bytes(512)
+            assert graph.call(reader._backend.pread(at, 2048)) == b"h" * 512 + b"T" * 1024 + bytes(512)
+
+
 def qcow2_of(graph: SyncGraph, node: str = "disk") -> Qcow2:
     """The driver of a node."""
     driver = graph.graph.node(node).driver
