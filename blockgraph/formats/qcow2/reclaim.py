@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from blockgraph.errors import BlockGraphError
+from blockgraph.formats.qcow2.image import run_all
 from blockgraph.node import Node
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 #: A write-back is worth while for this many clusters' entries, or bytes, that wait for it.
 _MANY_RUNS = 4096
 _MANY_BYTES = 256 << 20
+#: Runs that the storage is told about at a time.
+_AT_ONCE = 16
 
 
 class Freed(NamedTuple):
@@ -102,26 +105,50 @@ class Reclaim:
         A failure costs the clusters, which stay allocated, and nothing else.
         """
         some = False
-        while self._ready and self._ready[0].since <= self._node.oldest_request():
-            freed = self._ready.popleft()
+        while runs := self._take_ready():
             some = True
             try:
-                # Before the refcount drops: afterwards they may hold something else.
-                if freed.discard and self.discard is not None:
-                    await self._discard(freed)
-                await self._free(freed.host, freed.clusters)
-            except BlockGraphError as error:
-                log.warning(
-                    "node '%s': %d clusters at host offset %d stay allocated: %s",
-                    self._node.name,
-                    freed.clusters,
-                    freed.host,
-                    error,
-                )
+                while runs:
+                    # Before the refcounts drop: afterwards they may hold something else.
+                    await run_all([self._discard(freed) for freed in runs[:_AT_ONCE] if freed.discard])
+                    for freed in runs[:_AT_ONCE]:
+                        del runs[0]
+                        await self._free_run(freed)
+            finally:
+                self._ready.extendleft(runs)
         return some
 
+    def _take_ready(self) -> list[Freed]:
+        """What no request can use any more, by host offset, neighbours as one."""
+        oldest = self._node.oldest_request()
+        ready = []
+        while self._ready and self._ready[0].since <= oldest:
+            ready.append(self._ready.popleft())
+        ready.sort()
+        runs: list[Freed] = []
+        for freed in ready:
+            last = runs[-1] if runs else None
+            if last and last.discard == freed.discard and last.host + last.clusters * self._cluster_size == freed.host:
+                runs[-1] = Freed(last.host, last.clusters + freed.clusters, max(last.since, freed.since), freed.discard)
+            else:
+                runs.append(freed)
+        return runs
+
+    async def _free_run(self, freed: Freed) -> None:
+        try:
+            await self._free(freed.host, freed.clusters)
+        except BlockGraphError as error:
+            log.warning(
+                "node '%s': %d clusters at host offset %d stay allocated: %s",
+                self._node.name,
+                freed.clusters,
+                freed.host,
+                error,
+            )
+
     async def _discard(self, freed: Freed) -> None:
-        assert self.discard is not None
+        if self.discard is None:
+            return
         try:
             await self.discard(freed.host, freed.clusters * self._cluster_size)
         except BlockGraphError as error:

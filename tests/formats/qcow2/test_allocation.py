@@ -293,6 +293,29 @@ async def test_freed_clusters_are_discarded_below_only_when_asked() -> None:
             assert [call.length for call in d.file.calls if call.op == "discard"] == ([4 * CLUSTER] if wanted else [])
 
 
+@pytest.mark.parametrize("failing", [False, True])
+@in_loop
+async def test_neighbours_freed_one_by_one_are_discarded_together_and_free_in_any_case(failing: bool) -> None:
+    async with disk() as d:
+        await write(d.edge, 0, b"a" * (6 * CLUSTER))
+        await d.edge.flush()
+        first = (await d.driver.map(0, 1)).child_offset
+        for cluster in (3, 0, 2, 5, 1):
+            await d.edge.discard(cluster * CLUSTER, CLUSTER)
+        d.file.fail = lambda call: failing and call.op == "discard" and call.offset == first
+        await d.edge.flush()
+        discards = [call for call in d.file.calls if call.op == "discard"]
+        assert discards == [("discard", first, 4 * CLUSTER), ("discard", first + 5 * CLUSTER, CLUSTER)]
+        for cluster in range(10, 15):
+            await write(d.edge, cluster * CLUSTER, b"b" * CLUSTER)
+        hosts = set()
+        for cluster in range(10, 15):
+            extent = await d.driver.map(cluster * CLUSTER, 1)
+            hosts.add(extent.child_offset + cluster * CLUSTER - extent.offset)
+        assert hosts == {first + n * CLUSTER for n in (0, 1, 2, 3, 5)}
+        assert await read(d.edge, 4 * CLUSTER, CLUSTER) == b"a" * CLUSTER
+
+
 @in_loop
 async def test_failed_write_back_is_repeated_by_the_next_flush() -> None:
     file = await memory_image(1 << 20, driver=HeldMemory)
