@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -309,6 +310,9 @@ def scatter(path: Path, size: int) -> None:
         disk = graph.backend("disk", writable=True)
         for cluster in clusters:
             disk.pwrite(cluster * CLUSTER, cluster.to_bytes(8, "big") * 64)
+    # A cluster inside which the file ends would have faults of its own.
+    end = (path / "disk").stat().st_size
+    os.truncate(path / "disk", end + -end % CLUSTER)
 
 
 @pytest.mark.parametrize("shift", [0, 3 * CLUSTER])
