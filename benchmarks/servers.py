@@ -112,11 +112,10 @@ def nbdkit(directory: Path, path: Path) -> Any:
     return _daemon(directory, "nbdkit", "-f", "-P", "PIDFILE", "-U", "SOCKET", "file", str(path))
 
 
-def qemu_nbd(directory: Path, path: Path, driver: str = "raw") -> Any:
-    """qemu-nbd as people call it: write-back cache, its own pool of threads."""
-    return _daemon(
-        directory, "qemu-nbd", "-t", "-e", "16", "--pid-file", "PIDFILE", "-k", "SOCKET", "-f", driver, str(path)
-    )
+def qemu_nbd(directory: Path, path: Path, driver: str = "raw", *more: str) -> Any:
+    """qemu-nbd as people call it: write-back cache, its own pool of threads. `more` options."""
+    options = ["-t", "-e", "16", "--pid-file", "PIDFILE", "-k", "SOCKET", "-f", driver, *more]
+    return _daemon(directory, "qemu-nbd", *options, str(path))
 
 
 class StorageDaemon:
