@@ -332,26 +332,31 @@ static int write_zeroes(const bg_map_request *request)
     return 0;
 }
 
-/* 0, -errno, or BG_MAP_MISS: the file system can not. */
-static int allocate_zeroes(const bg_map_request *request, int mode)
+/* 0, -errno, or BG_MAP_MISS: the file system can not, and is not asked again. `how`: PUNCH or ZERO_RANGE. */
+static int allocate_zeroes(bg_map *map, const bg_map_request *request, int how)
 {
+    int mode = how == BG_MAP_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
     for (int i = 0; i < request->count; i++) {
         const bg_map_piece *p = &request->pieces[i];
         int ret;
         do
             ret = fallocate(p->fd, mode | FALLOC_FL_KEEP_SIZE, p->storage_offset, p->length);
         while (ret < 0 && errno == EINTR);
-        if (ret < 0)
-            return i == 0 && (errno == EOPNOTSUPP || errno == ENOSYS) ? BG_MAP_MISS : -errno;
+        if (ret < 0 && errno != EOPNOTSUPP && errno != ENOSYS)
+            return -errno;
+        if (ret < 0) {
+            atomic_fetch_and(&map->slots[p->slot].zeroing, ~(unsigned)how);
+            return i == 0 ? BG_MAP_MISS : -EOPNOTSUPP;
+        }
     }
     return 0;
 }
 
-static int do_zero(const bg_map_request *request, int how)
+static int do_zero(bg_map *map, const bg_map_request *request, int how)
 {
-    int ret = how & BG_MAP_PUNCH ? allocate_zeroes(request, FALLOC_FL_PUNCH_HOLE) : BG_MAP_MISS;
+    int ret = how & BG_MAP_PUNCH ? allocate_zeroes(map, request, BG_MAP_PUNCH) : BG_MAP_MISS;
     if (ret == BG_MAP_MISS && how & BG_MAP_ZERO_RANGE)
-        ret = allocate_zeroes(request, FALLOC_FL_ZERO_RANGE);
+        ret = allocate_zeroes(map, request, BG_MAP_ZERO_RANGE);
     return ret == BG_MAP_MISS && how & BG_MAP_WRITE_ZEROES ? write_zeroes(request) : ret;
 }
 
@@ -374,7 +379,7 @@ int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const 
         bg_map_end(map, &request, 0);
         ret = BG_MAP_MISS;
     } else if (ret == 0) {
-        ret = write == BG_MAP_ERASE ? do_zero(&request, how) : write ? do_write(&request, from) : do_read(&request, into);
+        ret = write == BG_MAP_ERASE ? do_zero(map, &request, how) : write ? do_write(&request, from) : do_read(&request, into);
         bg_map_end(map, &request, ret != BG_MAP_MISS);
     }
     free(many);
@@ -437,7 +442,7 @@ int bg_map_zero_now(bg_map *map, int64_t offset, int64_t length, int how, int64_
         return ret == -E2BIG ? -EAGAIN : ret;
     ret = (how = zeroing(map, &request, how)) ? -EAGAIN : BG_MAP_MISS;
     if (how && length <= longest && bg_map_in_memory(&request))
-        ret = do_zero(&request, how);
+        ret = do_zero(map, &request, how);
     bg_map_end(map, &request, ret != -EAGAIN && ret != BG_MAP_MISS);
     return ret;
 }

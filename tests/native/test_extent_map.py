@@ -732,7 +732,8 @@ def test_zeroes_are_written_where_the_file_system_can_not_make_them() -> None:
         os.pwrite(memory, b"x" * MIB, 0)
         extents.set_zeroing(slot, Zeroing.ZERO_RANGE)
         assert not extents.zero(0, 4096, Zeroing.PUNCH)
-        assert not extents.zero(0, 4096, Zeroing.ZERO_RANGE)
+        for _ in range(2):  # the second time nobody is asked
+            assert not extents.zero(0, 4096, Zeroing.ZERO_RANGE)
         assert not extents.take_written(slot)
         extents.set_zeroing(slot, Zeroing.PUNCH | Zeroing.ZERO_RANGE | Zeroing.WRITE, MAX_UNIT)
         assert extents.zero(4096, 8192, Zeroing.PUNCH | Zeroing.WRITE)
