@@ -217,13 +217,13 @@ class Backend:
         await self.enter()
         try:
             await self.root.discard(offset, length)
-            await self._learn(offset, length)
+            await self._learn(offset, length, discard=True)
         finally:
             self.leave()
 
-    async def _learn(self, offset: int, length: int) -> None:
+    async def _learn(self, offset: int, length: int, *, discard: bool = False) -> None:
         """Where bytes that were made zero live, if native code may do that next time."""
-        if self.map is not None and self.map.learns_zeroes(offset, length):
+        if self.map is not None and self.map.learns_zeroes(offset, length, discard=discard):
             await self.map.fill(offset, length)
 
     async def flush(self) -> None:

@@ -102,7 +102,7 @@ class RootMap:
         self._backend = backend
         self.extents = ExtentMap(backend.size(), memory)
         #: nothing on the way to the storage that was found last does anything about zeroes and discards
-        self._passes_zeroes = True
+        self._passes_zeroes = self._punches = True
         #: of the format that does, bytes; 0: none is known
         self._zero_unit = 0
         #: node -> what to add to its offsets to get the disk's; None: reached in several ways
@@ -155,10 +155,10 @@ class RootMap:
                 if 0 <= beside < self.extents.size and self.extents.find(beside) is None:
                     await self._fill_around(beside, _LOOK)
 
-    def learns_zeroes(self, offset: int, length: int) -> bool:
+    def learns_zeroes(self, offset: int, length: int, *, discard: bool = False) -> bool:
         """Whether a range that was just made zero, or discarded, is worth a `fill`: the next one may be native then."""
         if self._passes_zeroes or not self._zero_unit:
-            return self._passes_zeroes
+            return self._punches if discard else self._passes_zeroes
         first = -(-offset // self._zero_unit) * self._zero_unit
         return first + self._zero_unit > offset + length
 
@@ -274,7 +274,8 @@ class RootMap:
                 break
         slot = None if zero else self._slot(node)
         self._zero_unit = unit
-        self._passes_zeroes = slot is not None and all(above.driver.passes_zeroes for above in path[:-1])
+        passes = writable and slot is not None and all(above.driver.passes_zeroes for above in path[:-1])
+        self._passes_zeroes, self._punches = passes, passes and bool(zeroing & Zeroing.PUNCH)
         if (slot is None and not zero) or low >= high or self._forgetting or any(node.serialising for node in path):
             return None
         if (writable or placing is not None) and not bitmaps <= self._bitmaps:
@@ -437,7 +438,7 @@ class RootMap:
         self._flushing = []
         self.extents.dirty()
         self.extents.ignore_discards(0)
-        self._passes_zeroes = True
+        self._passes_zeroes = self._punches = True
         if not self._nodes:
             return
         if self._first_writes is not None:

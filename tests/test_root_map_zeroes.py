@@ -212,6 +212,25 @@ async def test_nbd_client_has_small_zeroes_written_and_is_refused_fast_ones(tmp_
         await server.close()
 
 
+@pytest.mark.parametrize(
+    "node, discards, zeroes",
+    [({}, True, True), ({"discard": "ignore"}, False, True), ({"detect-zeroes": "on"}, False, False)],
+    ids=["unmap", "ignored-below", "detected"],
+)
+def test_nothing_is_asked_where_nothing_can_be_learnt(
+    tmp_path: Path, node: dict[str, str], discards: bool, zeroes: bool
+) -> None:
+    """Each time the first one asks where the bytes live: of a fill, if a later one might be native."""
+    (tmp_path / "disk").write_bytes(b"x" * SIZE)
+    file = {"driver": "file", "node-name": "file", "filename": str(tmp_path / "disk"), **node}
+    with blockgraph.open({"nodes": [file, {"driver": "raw", "node-name": "disk", "file": "file"}]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        root_map = disk._backend.use_map()
+        disk.pread(0, 1)
+        assert root_map.learns_zeroes(0, CLUSTER, discard=True) == discards
+        assert root_map.learns_zeroes(0, CLUSTER) == zeroes
+
+
 @pytest.mark.parametrize("options", [{}, {"discard": "ignore"}], ids=["unmapped", "ignored"])
 @pytest.mark.parametrize("driver", ["raw", "qcow2"])
 @run_async

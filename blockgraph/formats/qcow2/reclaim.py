@@ -12,6 +12,7 @@ data; before the second a request may still read or write where it found the clu
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -64,6 +65,8 @@ class Reclaim:
         self._unlinked: list[Freed] = []
         self._unlinked_clusters = 0
         self._ready: deque[Freed] = deque()
+        #: of each `release` that is at it
+        self._releasing: set[asyncio.Event] = set()
 
     def unlink(self, host: int, clusters: int, *, discard: bool = False) -> None:
         """An entry that is still on disk was the last to refer to these clusters."""
@@ -107,6 +110,7 @@ class Reclaim:
         some = False
         while runs := self._take_ready():
             some = True
+            self._releasing.add(over := asyncio.Event())
             try:
                 while runs:
                     # Before the refcounts drop: afterwards they may hold something else.
@@ -116,7 +120,16 @@ class Reclaim:
                         await self._free_run(freed)
             finally:
                 self._ready.extendleft(runs)
+                self._releasing.discard(over)
+                over.set()
         return some
+
+    async def released(self) -> bool:
+        """Wait until what others are about to free is free, or ready again; returns whether there was something."""
+        under_way = list(self._releasing)
+        for over in under_way:
+            await over.wait()
+        return bool(under_way)
 
     def _take_ready(self) -> list[Freed]:
         """What no request can use any more, by host offset, neighbours as one."""

@@ -157,7 +157,27 @@ class Refcounts:
             NoSpace: the file can not grow, or the refcount table is at its largest.
             CorruptImage: a cluster counted as free holds metadata.
         """
+        return await self._reclaiming(self._allocate, want)
+
+    async def allocate_any(self, want: int) -> Room:
+        """Take the first free clusters there are, up to `want` in a row, however few that are.
+
+        Raises: as `allocate`.
+        """
+        return await self._reclaiming(self._allocate_any, want)
+
+    async def _reclaiming(self, allocate: Callable[[int], Awaitable[Room]], want: int) -> Room:
+        """Free what is ready before; wait for what others are about to free only when there is no room without."""
         await self.reclaim.release()
+        try:
+            return await allocate(want)
+        except NoSpace:
+            if not await self.reclaim.released():
+                raise
+        await self.reclaim.release()
+        return await allocate(want)
+
+    async def _allocate(self, want: int) -> Room:
         async with self._lock:
             if want == 1:
                 first, count = await self._find(self._hint_one, 1)
@@ -167,12 +187,7 @@ class Refcounts:
                 self._hint_many = first + count
             return await self._claim(first, count)
 
-    async def allocate_any(self, want: int) -> Room:
-        """Take the first free clusters there are, up to `want` in a row, however few that are.
-
-        Raises: as `allocate`.
-        """
-        await self.reclaim.release()
+    async def _allocate_any(self, want: int) -> Room:
         async with self._lock:
             first, count = await self._find(self._hint_one, want, 1)
             self._hint_one = first + count

@@ -20,7 +20,7 @@ from blockgraph.extent import Status
 from blockgraph.flags import Flag
 from blockgraph.formats.qcow2 import Qcow2, create_image
 from blockgraph.formats.qcow2.header import AUTOCLEAR
-from blockgraph.node import Child
+from blockgraph.node import Child, Node
 
 CLUSTER = 65536
 
@@ -397,18 +397,51 @@ async def test_flush_that_began_before_a_write_does_not_count_for_it() -> None:
         assert steps.count("counts") == 1
 
 
-@in_loop
-async def test_storage_full_fails_the_write_and_keeps_the_image_whole() -> None:
-    class Fixed(HeldMemory):
-        growable = False
+class Fixed(HeldMemory):
+    """Storage that can not grow."""
 
-        async def truncate(self, size: int) -> None:
-            raise self.unsupported("truncate")
+    growable = False
 
+    async def truncate(self, size: int) -> None:
+        raise self.unsupported("truncate")
+
+
+async def fixed_image() -> Node:
+    """A new image in room for its metadata and one cluster."""
     file = make_node(Fixed, "fixed", size=6 * CLUSTER)
     await file.driver.open()
     await hold(file, EVERYTHING)
     await create_image(edge(file), 1 << 20)
+    return file
+
+
+@in_loop
+async def test_full_storage_waits_for_room_that_is_about_to_be_free() -> None:
+    file = await fixed_image()
+    memory = file.driver
+    assert isinstance(memory, HeldMemory)
+    async with over(file) as driver:
+        disk_edge = edge(driver.node)
+        await write(disk_edge, 0, b"a" * 100)
+        await disk_edge.discard(0, CLUSTER)
+        with memory.hold(lambda call: call.op == "discard") as held:
+            flushing = asyncio.create_task(disk_edge.flush())
+            await held.arrived.wait()
+            writing = asyncio.create_task(write(disk_edge, CLUSTER, b"b" * 100))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not writing.done()
+            held.release()
+            await writing
+            await flushing
+        assert await read(disk_edge, 0, CLUSTER + 100) == bytes(CLUSTER) + b"b" * 100
+        with pytest.raises(NoSpace, match="can not grow"):
+            await write(disk_edge, 2 * CLUSTER, b"c" * 100)
+
+
+@in_loop
+async def test_storage_full_fails_the_write_and_keeps_the_image_whole() -> None:
+    file = await fixed_image()
     async with over(file) as driver:
         disk_edge = edge(driver.node)
         await write(disk_edge, 0, b"a" * 100)
