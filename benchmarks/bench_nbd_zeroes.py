@@ -29,6 +29,7 @@ WORK = [
     ("64 KiB discard", "trim", 64 * KIB),
     ("1 MiB discard", "trim", MIB),
     ("64 KiB write zeroes", "zero", 64 * KIB),
+    ("64 KiB write zeroes, no hole", "allocate", 64 * KIB),
     ("4 KiB write zeroes", "zero", 4 * KIB),
     ("4 KiB write zeroes, no hole", "allocate", 4 * KIB),
 ]
