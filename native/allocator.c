@@ -444,12 +444,6 @@ struct bg_map_placing {
     bg_allocator_room room;
 };
 
-static int64_t end_of(const bg_map_placing *p, int64_t length)
-{
-    int64_t stop = p->c.offset + length;
-    return stop < p->c.end ? stop : p->c.end;
-}
-
 /* Room for the clusters of the claim, and the old bytes around what is written: 0, -EAGAIN, or another -errno or a miss. */
 static int prepare_claimed(bg_allocator *a, bg_map *map, bg_map_placing *p, int64_t length, int now)
 {
@@ -460,7 +454,7 @@ static int prepare_claimed(bg_allocator *a, bg_map *map, bg_map_placing *p, int6
     pthread_mutex_lock(&a->lock);
     if (find_room(a, &p->claimed, seen, &p->room)) {
         c->end = p->claimed.end << a->bits;
-        c->stop = end_of(p, length);
+        c->stop = c->offset + length < c->end ? c->offset + length : c->end;
         c->one = c->end - c->start <= MAX_ONE;
     }
     pthread_mutex_unlock(&a->lock);
@@ -495,20 +489,18 @@ static int64_t prepare(bg_map_allocator *hook, bg_map *map, int64_t offset, int6
         wanted.end = wanted.first + most;
     bg_map_placing *p = malloc(sizeof(*p));
     if (!p)
-        return BG_MAP_MISS;
+        return 0;
     *p = (bg_map_placing){.claimed = wanted, .c = {.start = wanted.first << a->bits, .offset = offset}};
     int ret = claim(a, &p->claimed, now);
     if (ret != 0) {
         free(p);
-        return ret == -EAGAIN ? ret : 0;
-    }
-    ret = prepare_claimed(a, map, p, length, now);
-    if (ret != 0) {
+    } else if ((ret = prepare_claimed(a, map, p, length, now)) != 0) {
         end_placing(a, p);
-        return ret == -EAGAIN ? ret : 0;
+    } else {
+        *out = p;
+        return p->c.stop - offset;
     }
-    *out = p;
-    return p->c.stop - offset;
+    return ret == -EAGAIN ? ret : 0; /* BG_MAP_MISS would be a count */
 }
 
 static int write_placing(bg_map_allocator *hook, bg_map_placing *p, const void *buf, int now)

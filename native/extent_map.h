@@ -157,7 +157,7 @@ int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
  *          wait. Of one request it is called from the front to the back.
  * write:   that many bytes, where nobody sees them yet: 0, -errno, or -EAGAIN, when it would have to wait.
  * finish:  `enter`: what was written is seen from now on; else nothing has happened. What was prepared is no more.
- * Anything else that copy and prepare return is a miss.
+ * Anything else that copy returns is a miss, and of prepare what is not a count.
  */
 typedef struct bg_map_copier bg_map_copier;
 struct bg_map_copier {
