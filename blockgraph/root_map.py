@@ -249,7 +249,9 @@ class RootMap:
             if placing is None:
                 bitmaps |= enabled
             if extent.allocate and writable and self._nodes[node] == 0:
-                placing = node
+                whole = self._whole_units(node)
+                if position < whole:
+                    placing, high = node, min(high, whole)
             writable = writable and (extent.writable or asked)
             if extent.child is not None and not unit and not node.driver.passes_zeroes:
                 # What is below only gets written. Units have to be the disk's, or cut by its end.
@@ -325,6 +327,12 @@ class RootMap:
             ticket = self.extents.start_set_copier(self._copier)
             self._linked = None if others is None else ticket
         return True
+
+    def _whole_units(self, node: Node) -> int:
+        """Up to where the disk shows all of each unit that the node's first writes place."""
+        size, unit = self.extents.size, node.driver.zero_unit
+        assert unit is not None
+        return size if size == node.size() else size // unit * unit
 
     def _attach(self, node: Node) -> bool:
         """Native first writes are the node's, if they still can be."""

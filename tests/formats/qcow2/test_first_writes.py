@@ -197,6 +197,23 @@ def test_later_native_write_behind_the_end_of_the_file_is_seen_by_python(tmpfs: 
         assert graph.backend("disk").pread(at, 3010) == expected
 
 
+def test_disk_that_ends_inside_a_cluster_leaves_the_rest_of_it_alone(tmpfs: Path) -> None:
+    """The image is larger than what a node above shows of it: its cluster has more than the disk."""
+    (tmpfs / "base").write_bytes(base_bytes(8 * CLUSTER))
+    names = {"backing_file": str(tmpfs / "base"), "backing_fmt": "raw"}
+    image = described(make(tmpfs / "disk", 8 * CLUSTER, **names), backing=backing(tmpfs / "base"))
+    top = {"driver": "raw", "node-name": "top", "size": 3 * CLUSTER + 512, "file": "disk"}
+    model = bytearray(base_bytes(8 * CLUSTER))
+    with blockgraph.open({"nodes": [image, top]}) as graph:
+        disk = graph.backend("top", writable=True)
+        for offset in (0, CLUSTER, 3 * CLUSTER, 2 * CLUSTER):
+            disk.pread(offset, 512)
+            disk.pwrite(offset, b"n" * 100)
+            model[offset : offset + 100] = b"n" * 100
+        assert disk.stats().first_writes >= 1
+        assert graph.backend("disk").pread(0, 8 * CLUSTER) == model
+
+
 def test_discard_takes_a_first_write_back(tmpfs: Path) -> None:
     with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 4 << 20), discard="unmap")]}) as graph:
         disk = graph.backend("disk", writable=True)
