@@ -207,7 +207,7 @@ class Backend:
         await self.enter()
         try:
             await self.root.pwrite_zeroes(offset, length, flags)
-            await self._learn(offset, length)
+            await self._learn(offset, length, kept=not flags & Flag.MAY_UNMAP)
         finally:
             self.leave()
 
@@ -221,10 +221,10 @@ class Backend:
         finally:
             self.leave()
 
-    async def _learn(self, offset: int, length: int, *, discard: bool = False) -> None:
+    async def _learn(self, offset: int, length: int, *, discard: bool = False, kept: bool = False) -> None:
         """Where bytes that were made zero live, if native code may do that next time."""
-        if self.map is not None and self.map.learns_zeroes(offset, length, discard=discard):
-            await self.map.fill(offset, length)
+        if self.map is not None and self.map.learns_zeroes(offset, length, discard=discard, kept=kept):
+            await self.map.fill(offset, length, written=kept)
 
     async def flush(self) -> None:
         """Make every completed write durable."""

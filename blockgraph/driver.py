@@ -88,7 +88,8 @@ class Allocation(TypingProtocol):
 
 
 class FirstWrites(TypingProtocol):
-    """First writes to ranges without a place of their own, made natively (blockgraph/native/allocator.h).
+    """First writes to ranges without a place of their own, and zeroes that are only noted, made natively
+    (native/allocator.h).
 
     Used by one extent map at a time. What was placed is in the node's tables before anybody looks at them.
 
@@ -102,9 +103,10 @@ class FirstWrites(TypingProtocol):
     def offered(self) -> bool:
         """The node still stands by the extents that it marked `allocate`."""
 
-    def attach(self, extents: ExtentMap, slot: int) -> None:
+    def attach(self, extents: ExtentMap, slot: int, *, writes: bool) -> None:
         """First writes into extents with `allocate` of that map are the node's, at offset 0; the storage is at `slot`.
-        Offered just now."""
+        Without `writes` none of those is known yet, only what may be made zero. Offered just now. May be called
+        again."""
 
     async def withdraw(self) -> None:
         """No map does them any more, and what maps know of the node is gone."""

@@ -105,6 +105,8 @@ class RootMap:
         self._passes_zeroes = self._punches = True
         #: of the format that does, bytes; 0: none is known
         self._zero_unit = 0
+        #: that format, if it may let native code do whole units that keep their place
+        self._units: Node | None = None
         #: node -> what to add to its offsets to get the disk's; None: reached in several ways
         self._nodes: dict[Node, int | None] = {}
         self._slots: dict[Node, int] = {}
@@ -140,7 +142,8 @@ class RootMap:
         """Enter what is known around `offset`. The caller is inside the backend's gate.
 
         Args:
-            written: the range was just written: what lies beside it is entered too, for first writes there.
+            written: the range was just written, or made zero: what lies beside it is entered too, for the first
+                writes, or zeroes, there.
         """
         if self.extents.size != self._backend.size():  # another node took the place of the one below
             await self.settle(self.resized())
@@ -155,12 +158,18 @@ class RootMap:
                 if 0 <= beside < self.extents.size and self.extents.find(beside) is None:
                     await self._fill_around(beside, _LOOK)
 
-    def learns_zeroes(self, offset: int, length: int, *, discard: bool = False) -> bool:
-        """Whether a range that was just made zero, or discarded, is worth a `fill`: the next one may be native then."""
+    def learns_zeroes(self, offset: int, length: int, *, discard: bool = False, kept: bool = False) -> bool:
+        """Whether a range that was just made zero, or discarded, is worth a `fill`: the next one may be native then.
+
+        Args:
+            kept: it was to keep its place.
+        """
         if self._passes_zeroes or not self._zero_unit:
             return self._punches if discard else self._passes_zeroes
         first = -(-offset // self._zero_unit) * self._zero_unit
-        return first + self._zero_unit > offset + length
+        if first + self._zero_unit > offset + length:
+            return True
+        return kept and self._units is not None and self._units.driver.first_writes is not None
 
     async def _fill_around(self, offset: int, length: int) -> MapExtent | None:
         generation = self.extents.generation()
@@ -216,6 +225,7 @@ class RootMap:
         placing: Node | None = None
         zero = False
         zeroing, unit = Zeroing.PUNCH | Zeroing.ZERO_RANGE, 0
+        units: Node | None = None
         while True:
             path.append(node)
             new = self._register(node, shift)
@@ -256,6 +266,7 @@ class RootMap:
             if extent.child is not None and not unit and not node.driver.passes_zeroes:
                 # What is below only gets written. Units have to be the disk's, or cut by its end.
                 unit = (node.driver.zero_unit or 0) if zeroing and shift == 0 else 0
+                units = node if unit and self._nodes[node] == 0 else None
                 zeroing = Zeroing.WRITE if unit else Zeroing.NONE
             if node.options.discard != "unmap":
                 zeroing &= ~Zeroing.PUNCH
@@ -276,6 +287,7 @@ class RootMap:
                 break
         slot = None if zero else self._slot(node)
         self._zero_unit = unit
+        self._units = units
         passes = writable and slot is not None and all(above.driver.passes_zeroes for above in path[:-1])
         self._passes_zeroes, self._punches = passes, passes and bool(zeroing & Zeroing.PUNCH)
         if (slot is None and not zero) or low >= high or self._forgetting or any(node.serialising for node in path):
@@ -293,7 +305,9 @@ class RootMap:
             if zeroing and not unit:  # everything may be written that can not be made zero otherwise
                 zeroing, unit = zeroing | Zeroing.WRITE, MAX_UNIT
             self._allow_zeroing(slot, zeroing & (node.driver.zeroing() | Zeroing.WRITE), unit)
-        allocate = placing is not None and self._attach(placing)
+            if units is not None and placing is None:
+                self._attach(units, writes=False)  # zeroes of whole units are its, too
+        allocate = placing is not None and self._attach(placing, writes=True)
         copy = copy and (writable or allocate)
         if slot is None:
             return MapExtent(low, high - low, copy=copy, allocate=allocate)
@@ -334,8 +348,8 @@ class RootMap:
         assert unit is not None
         return size if size == node.size() else size // unit * unit
 
-    def _attach(self, node: Node) -> bool:
-        """Native first writes are the node's, if they still can be."""
+    def _attach(self, node: Node, *, writes: bool) -> bool:
+        """Native first writes, or only zeroes, are the node's, if they still can be."""
         first_writes = node.driver.first_writes
         if first_writes is None or self._first_writes not in (None, first_writes) or not first_writes.offered():
             return False
@@ -344,7 +358,7 @@ class RootMap:
         slot = self._slot(storage)
         if slot is None or storage.serialising:
             return False
-        first_writes.attach(self.extents, slot)
+        first_writes.attach(self.extents, slot, writes=writes)
         self._first_writes = first_writes
         return True
 

@@ -19,12 +19,18 @@
 
 #define MIN_BITS 9
 #define MAX_BITS 21
+#define MAX_TABLE_BITS 30
 /* Longer writes are done in parts: a part's room is claimed in one piece, and must be found so. */
 #define MAX_PART (4 << 20)
 /* Old bytes and new ones up to this are brought together, to be written at once. */
 #define MAX_ONE (128 << 10)
 /* Most that is placed by who must not be kept for long. */
 #define MAX_NOW (128 << 10)
+/* Clusters that a request makes zero, and links that wait: with the first so many they are to be taken, with more none is made zero. */
+#define MAX_ZEROES 4096
+#define MANY_LINKS 512
+#define MAX_LINKS 65536
+#define FEW_RUNS 16
 
 /* Guest clusters that are being placed, or held. */
 typedef struct range {
@@ -34,7 +40,7 @@ typedef struct range {
 
 struct bg_allocator {
     bg_map_allocator hook; /* first */
-    int bits, fd, slot, eventfd;
+    int bits, table_bits, fd, slot, eventfd;
     enum bg_haste haste; /* of fd */
 
     pthread_mutex_t lock;
@@ -44,7 +50,7 @@ struct bg_allocator {
     bg_allocator_room *rooms;
     size_t room_count, room_space;
     int64_t reserve, low;
-    bool signalled;
+    bool signalled, told; /* that there is little room, many links */
     bg_allocator_link *links;
     size_t link_count, link_space;
     size_t promised; /* links that claims may add */
@@ -56,10 +62,11 @@ struct bg_allocator {
 static int64_t prepare(bg_map_allocator *hook, bg_map *map, int64_t offset, int64_t length, int now, bg_map_placing **out);
 static int write_placing(bg_map_allocator *hook, bg_map_placing *placing, const void *buf, int now);
 static void finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *placing, int enter);
+static int zero(bg_map_allocator *hook, bg_map *map, int64_t offset, int64_t length);
 
-int bg_allocator_new(int bits, bg_allocator **out)
+int bg_allocator_new(int bits, int table_bits, int zeroes, bg_allocator **out)
 {
-    if (bits < MIN_BITS || bits > MAX_BITS)
+    if (bits < MIN_BITS || bits > MAX_BITS || table_bits < 0 || table_bits > MAX_TABLE_BITS)
         return -EINVAL;
     bg_allocator *a = calloc(1, sizeof(*a));
     if (!a)
@@ -74,8 +81,9 @@ int bg_allocator_new(int bits, bg_allocator **out)
         free(a);
         return ret;
     }
-    a->hook = (bg_map_allocator){prepare, write_placing, finish};
+    a->hook = (bg_map_allocator){prepare, write_placing, finish, zeroes ? zero : NULL};
     a->bits = bits;
+    a->table_bits = table_bits;
     a->fd = -1;
     pthread_mutex_init(&a->lock, NULL);
     *out = a;
@@ -168,12 +176,14 @@ static bool take_room(bg_allocator *a, int64_t want, bg_allocator_room *out)
     return true;
 }
 
-static void tell_low(bg_allocator *a)
+/* That there is something to do. */
+static void tell(bg_allocator *a)
 {
-    if (a->reserve < a->low && !a->signalled) {
-        a->signalled = true;
+    bool low = a->reserve < a->low && !a->signalled, many = a->link_count >= MANY_LINKS && !a->told;
+    a->signalled |= low;
+    a->told |= many;
+    if (low || many)
         eventfd_write(a->eventfd, 1);
-    }
 }
 
 int bg_allocator_give(bg_allocator *a, const bg_allocator_room *rooms, int64_t count, int64_t low)
@@ -193,7 +203,7 @@ int bg_allocator_give(bg_allocator *a, const bg_allocator_room *rooms, int64_t c
     if (a->signalled) {
         eventfd_t ignored;
         eventfd_read(a->eventfd, &ignored);
-        a->signalled = false;
+        a->signalled = a->told = false;
     }
     pthread_mutex_unlock(&a->lock);
     return ret;
@@ -221,18 +231,69 @@ int64_t bg_allocator_reserve(bg_allocator *a)
 
 /* Links. */
 
-int64_t bg_allocator_take_links(bg_allocator *a, bg_allocator_link *out, int64_t max)
+static int64_t table_of(const bg_allocator *a, const bg_allocator_link *link)
 {
-    pthread_mutex_lock(&a->lock);
-    size_t n = max < 0 ? 0 : (size_t)max < a->link_count ? (size_t)max : a->link_count;
-    if (n) {
-        memcpy(out, a->links, n * sizeof(*out));
-        a->link_count -= n;
-        memmove(a->links, a->links + n, a->link_count * sizeof(*out));
+    return link->guest >> a->bits >> a->table_bits;
+}
+
+/* The part of the link in its first table. What is left of the link: false, nothing. */
+static bool cut_link(const bg_allocator *a, bg_allocator_link *link, bg_allocator_link *part)
+{
+    int64_t first = link->guest >> a->bits, inside = ((table_of(a, link) + 1) << a->table_bits) - first;
+    *part = *link;
+    if (link->clusters <= inside)
+        return false;
+    part->clusters = inside;
+    link->clusters -= inside;
+    link->guest += inside << a->bits;
+    link->host += inside << a->bits;
+    return true;
+}
+
+/* Put the link behind those of its table, and of tables before it. There is room for it behind the last. */
+static void sort_in(const bg_allocator *a, bg_allocator_link *sorted, size_t count, bg_allocator_link link)
+{
+    size_t low = 0, high = count;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (table_of(a, &sorted[middle]) <= table_of(a, &link))
+            low = middle + 1;
+        else
+            high = middle;
     }
+    memmove(sorted + low + 1, sorted + low, (count - low) * sizeof(*sorted));
+    sorted[low] = link;
+}
+
+int64_t bg_allocator_take_links(bg_allocator *a, bg_allocator_link *out, int64_t max, int64_t *end)
+{
+    int64_t n = 0;
+    size_t taken = 0;
+    *end = 0;
+    pthread_mutex_lock(&a->lock);
+    while (taken < a->link_count && n < max) {
+        bg_allocator_link part;
+        taken += !cut_link(a, &a->links[taken], &part);
+        int64_t stop = part.host + (part.clusters << a->bits);
+        *end = stop > *end ? stop : *end;
+        out[n++] = part;
+    }
+    a->link_count -= taken;
+    memmove(a->links, a->links + taken, a->link_count * sizeof(*a->links));
+    a->told &= a->link_count > 0;
     atomic_store(&a->has_links, a->link_count > 0);
     pthread_mutex_unlock(&a->lock);
-    return (int64_t)n;
+    for (int64_t i = 1; i < n; i++)
+        sort_in(a, out, (size_t)i, out[i]);
+    return n;
+}
+
+int64_t bg_allocator_same_table(bg_allocator *a, const bg_allocator_link *links, int64_t count)
+{
+    int64_t n = 0;
+    while (n < count && table_of(a, &links[n]) == table_of(a, links))
+        n++;
+    return n;
 }
 
 int bg_allocator_has_links(bg_allocator *a)
@@ -240,15 +301,25 @@ int bg_allocator_has_links(bg_allocator *a)
     return atomic_load(&a->has_links);
 }
 
-static void add_link(bg_allocator *a, int64_t guest, int64_t host, int64_t clusters)
+/* There is space for it. */
+static void add_link(bg_allocator *a, const bg_allocator_link *link)
 {
     bg_allocator_link *last = a->link_count ? &a->links[a->link_count - 1] : NULL;
     int64_t bytes = last ? last->clusters << a->bits : 0;
-    if (last && last->guest + bytes == guest && last->host + bytes == host)
-        last->clusters += clusters;
+    if (last && last->guest + bytes == link->guest && last->host + bytes == link->host && last->zero == link->zero)
+        last->clusters += link->clusters;
     else
-        a->links[a->link_count++] = (bg_allocator_link){guest, host, clusters};
+        a->links[a->link_count++] = *link;
     atomic_store(&a->has_links, true);
+}
+
+/* Space for so many links more. */
+static bool promise(bg_allocator *a, size_t links)
+{
+    if (!make_space((void **)&a->links, &a->link_space, a->link_count + a->promised + links, sizeof(*a->links)))
+        return false;
+    a->promised += links;
+    return true;
 }
 
 /* Claims and holds. */
@@ -302,32 +373,31 @@ static int claim(bg_allocator *a, range *c, bool now)
         while (!now && overlapping(a->claims, c->first, c->first + 1))
             bg_wait(&a->placed, &a->lock);
         ret = -EAGAIN;
-    } else if (!make_space((void **)&a->links, &a->link_space, a->link_count + a->promised + 1, sizeof(*a->links))) {
+    } else if (!promise(a, 1)) {
         ret = BG_MAP_MISS;
     } else {
         for (range *r; (r = overlapping(a->holds, c->first, c->end)) || (r = overlapping(a->claims, c->first, c->end));)
             c->end = r->first;
         c->next = a->claims;
         a->claims = c;
-        a->promised++;
     }
     pthread_mutex_unlock(&a->lock);
     return ret;
 }
 
-/* The end of a claim. What of `unused` there is goes back. */
-static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused)
+/* The end of a claim, and of so many promises. What of `unused` there is goes back. */
+static void unclaim(bg_allocator *a, range *c, const bg_allocator_room *unused, size_t promised)
 {
     pthread_mutex_lock(&a->lock);
     range **at = &a->claims;
     while (*at != c)
         at = &(*at)->next;
     *at = c->next;
-    a->promised--;
+    a->promised -= promised;
     /* For want of memory it is lost: counted in the image, and used by nobody. */
     if (unused && unused->clusters)
         add_room(a, unused);
-    tell_low(a);
+    tell(a);
     bg_wake_all(&a->placed);
     pthread_mutex_unlock(&a->lock);
 }
@@ -474,7 +544,7 @@ static void end_placing(bg_allocator *a, bg_map_placing *p)
 {
     if (p->c.old)
         bg_buffers_give(a->buffers, p->c.old, old_room(&p->c));
-    unclaim(a, &p->claimed, &p->room);
+    unclaim(a, &p->claimed, &p->room, 1);
     free(p);
 }
 
@@ -522,10 +592,62 @@ static void finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *p, int e
         /* In this order: who sees the link knows that there is something to flush; who fills the map from now on sees the link. */
         bg_map_wrote(map, a->slot);
         pthread_mutex_lock(&a->lock);
-        add_link(a, c->start, p->room.host, p->room.clusters);
+        add_link(a, &(bg_allocator_link){c->start, p->room.host, p->room.clusters, 0});
         pthread_mutex_unlock(&a->lock);
         bg_map_placed(map, c->start, (c->end < size ? c->end : size) - c->start, a->slot, p->room.host);
         p->room.clusters = 0;
     }
     end_placing(a, p);
+}
+
+/* Zeroes. */
+
+/* All of [at, end) as links; how many, or none when some of it has no place here, or the wrong one. */
+static int64_t placed_runs(const bg_allocator *a, bg_map *map, int64_t at, int64_t end, bg_allocator_link *out, int64_t max)
+{
+    const int64_t inside = ((int64_t)1 << a->bits) - 1;
+    int64_t n = 0;
+    for (bg_map_extent e; at < end; at = e.offset + e.length) {
+        const int wrong = BG_MAP_ZERO | BG_MAP_COPY | BG_MAP_ALLOCATE;
+        if (n == max || !bg_map_find(map, at, &e) || (e.flags & wrong) || !(e.flags & BG_MAP_WRITABLE) || e.slot != a->slot)
+            return 0;
+        int64_t stop = e.offset + e.length < end ? e.offset + e.length : end, host = e.storage_offset + at - e.offset;
+        if ((at | host | stop) & inside)
+            return 0;
+        out[n++] = (bg_allocator_link){at, host, (stop - at) >> a->bits, 1};
+    }
+    return n;
+}
+
+static int zero_claimed(bg_allocator *a, bg_map *map, int64_t offset, int64_t length, size_t *promised)
+{
+    bg_allocator_link few[FEW_RUNS], *runs = few, *many = NULL;
+    int64_t n = placed_runs(a, map, offset, offset + length, few, FEW_RUNS);
+    if (n == 0 && (runs = many = malloc(MAX_ZEROES * sizeof(*many))))
+        n = placed_runs(a, map, offset, offset + length, many, MAX_ZEROES);
+    pthread_mutex_lock(&a->lock);
+    bool noted = n > 0 && a->link_count + (size_t)n <= MAX_LINKS && promise(a, (size_t)n);
+    if (noted)
+        *promised += (size_t)n;
+    for (int64_t i = 0; noted && i < n; i++)
+        add_link(a, &runs[i]);
+    pthread_mutex_unlock(&a->lock);
+    free(many);
+    if (noted)
+        bg_map_zeroed(map, offset, length); /* after the links, as in finish */
+    return noted ? 0 : BG_MAP_MISS;
+}
+
+static int zero(bg_map_allocator *hook, bg_map *map, int64_t offset, int64_t length)
+{
+    bg_allocator *a = (bg_allocator *)hook;
+    const int64_t inside = ((int64_t)1 << a->bits) - 1, last = (offset + length) >> a->bits;
+    range claimed = {.first = offset >> a->bits, .end = last};
+    /* Where the disk ends inside a cluster, that may not be all that the image has of it. */
+    if ((offset | length) & inside || length <= 0 || last - claimed.first > MAX_ZEROES || claim(a, &claimed, true) != 0)
+        return BG_MAP_MISS;
+    size_t promised = 1;
+    int ret = claimed.end == last ? zero_claimed(a, map, offset, length, &promised) : BG_MAP_MISS;
+    unclaim(a, &claimed, NULL, promised);
+    return ret;
 }

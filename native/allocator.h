@@ -9,8 +9,11 @@
  *     room     |old  |data   |   data  |old|      whole clusters of the reserve, in a row
  *                                                 then the link (guest, host, clusters) is noted, and the map tells the new place
  *
+ * Whole clusters that have a place are made zero so, too, where it stays theirs: nothing is written, a link with `zero` is noted, and
+ * the map tells zeroes, which native code does not write to.
+ *
  * Whoever keeps the image's tables collects the links before it looks at an entry. Whoever changes entries holds the
- * guest clusters: while they are held no first write touches them.
+ * guest clusters: while they are held no first write touches them, and none is made zero.
  *
  * Units:     bytes; `first` and `end` of guest clusters.
  * Ownership: bg_allocator_new hands out an allocator that bg_allocator_free ends, when no map uses it any more. Descriptors are
@@ -40,10 +43,11 @@ typedef struct {
     int64_t guest;
     int64_t host;
     int64_t clusters;
+    int64_t zero; /* 0: the clusters live at `host` now. 1: they did, and read as zeroes now; `host` stays theirs */
 } bg_allocator_link;
 
-/* Clusters of 1 << bits bytes, 9 to 21. */
-int bg_allocator_new(int bits, bg_allocator **out);
+/* Clusters of 1 << bits bytes, 9 to 21; tables of 1 << table_bits entries, 0 to 30. `zeroes`: entries can say zero. */
+int bg_allocator_new(int bits, int table_bits, int zeroes, bg_allocator **out);
 void bg_allocator_free(bg_allocator *allocator);
 
 /* For bg_map_set_allocator. */
@@ -53,8 +57,8 @@ bg_map_allocator *bg_allocator_hook(bg_allocator *allocator);
 void bg_allocator_bind(bg_allocator *allocator, int fd, int slot);
 
 /*
- * More room for the reserve. When less than `low` clusters are left in it, the eventfd becomes readable, once; the next
- * call makes it unreadable.
+ * More room for the reserve. When less than `low` clusters are left in it, or many links wait to be taken, the eventfd becomes
+ * readable, once until the next call, or until all links were taken; the next call makes it unreadable.
  */
 int bg_allocator_give(bg_allocator *allocator, const bg_allocator_room *rooms, int64_t count, int64_t low);
 
@@ -64,8 +68,14 @@ int64_t bg_allocator_take_rooms(bg_allocator *allocator, bg_allocator_room *out,
 /* Clusters in the reserve. */
 int64_t bg_allocator_reserve(bg_allocator *allocator);
 
-/* Take up to `max` links, oldest first; returns how many. */
-int64_t bg_allocator_take_links(bg_allocator *allocator, bg_allocator_link *out, int64_t max);
+/*
+ * Take the oldest links, cut where tables end, up to `max` of the pieces; returns how many. Those of one table are in order,
+ * and behind each other; *end: the highest end of a place.
+ */
+int64_t bg_allocator_take_links(bg_allocator *allocator, bg_allocator_link *out, int64_t max, int64_t *end);
+
+/* Of the links, how many from the first on are of the same table. */
+int64_t bg_allocator_same_table(bg_allocator *allocator, const bg_allocator_link *links, int64_t count);
 
 /* 1 when there are links to take. Whoever has been told of a write's end sees its links. */
 int bg_allocator_has_links(bg_allocator *allocator);

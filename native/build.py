@@ -36,11 +36,12 @@ HEADERS = (
         "pool.h",
         "queue.h",
         "copy.h",
-        "qcow2_l2.h",
         "extent_map.h",
+        "allocator.h",
+        "qcow2_l2.h",
         "l2_places.h",
     ),
-    *("copier.h", "allocator.h", "buffers.h", "request.h", "nbd_wire.h", "nbd_loop.h"),
+    *("copier.h", "buffers.h", "request.h", "nbd_wire.h", "nbd_loop.h"),
 )
 SOURCES = tuple(sorted(path.name for path in NATIVE.glob("*.c")))
 

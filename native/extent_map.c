@@ -210,6 +210,27 @@ int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t
     return ret;
 }
 
+int bg_map_zeroed(bg_map *map, int64_t offset, int64_t length)
+{
+    int ret = -EINVAL;
+    pthread_mutex_lock(&map->lock);
+    space *sp = atomic_load(&map->space);
+    int64_t end = offset + length;
+    if (length > 0 && range_in(sp->size, offset, length)) {
+        span s = {0};
+        bool placed = true;
+        for (int64_t at = offset; placed && at < end; at = s.end)
+            placed = map_find(sp, at, &s) && (s.flags & (WRITES | BG_MAP_ZERO)) == BG_MAP_WRITABLE;
+        map_change(map, offset, end, placed ? CHANGE_SET : CHANGE_REMOVE, &(span){offset, end, 0, 0, BG_MAP_ZERO});
+        map_finish(map);
+        stamp(map, offset, length, map->placed);
+        bg_map_dirty(map);
+        ret = 0;
+    }
+    pthread_mutex_unlock(&map->lock);
+    return ret;
+}
+
 int64_t bg_map_set_copier(bg_map *map, bg_map_copier *copier)
 {
     pthread_mutex_lock(&map->lock);

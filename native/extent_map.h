@@ -157,7 +157,11 @@ int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
  *          wait. Of one request it is called from the front to the back.
  * write:   that many bytes, where nobody sees them yet: 0, -errno, or -EAGAIN, when it would have to wait.
  * finish:  `enter`: what was written is seen from now on; else nothing has happened. What was prepared is no more.
- * Anything else that copy returns is a miss, and of prepare what is not a count.
+ *
+ * zero:    makes zeroes, within a request of BG_MAP_ERASE, of a range that all may be overwritten in place, and keeps its place,
+ *          without waiting; it calls bg_map_zeroed for that. NULL: it can not.
+ *
+ * Anything else that copy and zero return is a miss, and of prepare what is not a count.
  */
 typedef struct bg_map_copier bg_map_copier;
 struct bg_map_copier {
@@ -171,6 +175,7 @@ struct bg_map_allocator {
     int64_t (*prepare)(bg_map_allocator *self, bg_map *map, int64_t offset, int64_t length, int now, bg_map_placing **out);
     int (*write)(bg_map_allocator *self, bg_map_placing *placing, const void *buf, int now);
     void (*finish)(bg_map_allocator *self, bg_map *map, bg_map_placing *placing, int enter);
+    int (*zero)(bg_map_allocator *self, bg_map *map, int64_t offset, int64_t length);
 };
 
 /* Borrowed until the ticket of their replacement has settled; NULL: none. Return a ticket. */
@@ -184,6 +189,9 @@ int bg_map_copied(bg_map *map, int64_t offset, int64_t length);
  * began before are refused.
  */
 int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t storage_offset);
+
+/* For allocators: what could all be overwritten in place reads as zeroes now, and is not written to; else all of it is removed. */
+int bg_map_zeroed(bg_map *map, int64_t offset, int64_t length);
 
 /* A native write to the slot was completed. */
 void bg_map_wrote(bg_map *map, int slot);
@@ -225,8 +233,8 @@ int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t leng
 
 /*
  * Make zero, or give up, what pwrite might overwrite in place, after asking the copier or not: by the first of BG_MAP_PUNCH,
- * BG_MAP_ZERO_RANGE and BG_MAP_WRITE_ZEROES that `how` has, all slots concerned allow, and the file system can; else it is a miss.
- * With PUNCH alone it is a discard.
+ * BG_MAP_ZERO_RANGE and BG_MAP_WRITE_ZEROES that `how` has, all slots concerned allow, and the file system can; else, without
+ * PUNCH, by the allocator; else it is a miss. With PUNCH alone it is a discard.
  */
 int bg_map_zero(bg_map *map, int64_t offset, int64_t length, int how);
 /* The same for files in memory and no more than `longest` bytes; -EAGAIN: where it may wait bg_map_zero would try. */

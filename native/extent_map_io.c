@@ -317,6 +317,20 @@ static int zeroing(bg_map *map, const bg_map_request *request, int how)
     return how;
 }
 
+/* Where it would have to be written, but for units: those are the allocator's. 0 or a miss. */
+static int zero_units(bg_map *map, const bg_map_request *request, int how)
+{
+    bg_map_allocator *allocator = atomic_load(&map->allocator);
+    if (how & BG_MAP_PUNCH || !allocator || !allocator->zero)
+        return BG_MAP_MISS;
+    for (int i = 0; i < request->count; i++) {
+        const storage *s = &map->slots[request->pieces[i].slot];
+        if (!(atomic_load_explicit(&s->zeroing, memory_order_relaxed) & BG_MAP_WRITE_ZEROES))
+            return BG_MAP_MISS;
+    }
+    return allocator->zero(allocator, map, request->offset, request->length) == 0 ? 0 : BG_MAP_MISS;
+}
+
 static int write_zeroes(const bg_map_request *request)
 {
     static _Alignas(ZEROES_ALIGNMENT) char zeroes[BG_MAP_MAX_ALIGNMENT]; /* a multiple of what a slot may want */
@@ -360,6 +374,13 @@ static int do_zero(bg_map *map, const bg_map_request *request, int how)
     return ret == BG_MAP_MISS && how & BG_MAP_WRITE_ZEROES ? write_zeroes(request) : ret;
 }
 
+/* By what all slots allow. */
+static int erase(bg_map *map, const bg_map_request *request, int how)
+{
+    int allowed = zeroing(map, request, how);
+    return allowed ? do_zero(map, request, allowed) : zero_units(map, request, how);
+}
+
 int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const char *from, int write, int how)
 {
     bg_map_piece few[FEW_PIECES], *pieces = few, *many = NULL;
@@ -375,11 +396,8 @@ int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const 
         }
         pieces = many;
     }
-    if (ret == 0 && write == BG_MAP_ERASE && !(how = zeroing(map, &request, how))) {
-        bg_map_end(map, &request, 0);
-        ret = BG_MAP_MISS;
-    } else if (ret == 0) {
-        ret = write == BG_MAP_ERASE ? do_zero(map, &request, how) : write ? do_write(&request, from) : do_read(&request, into);
+    if (ret == 0) {
+        ret = write == BG_MAP_ERASE ? erase(map, &request, how) : write ? do_write(&request, from) : do_read(&request, into);
         bg_map_end(map, &request, ret != BG_MAP_MISS);
     }
     free(many);
@@ -440,9 +458,10 @@ int bg_map_zero_now(bg_map *map, int64_t offset, int64_t length, int how, int64_
         return -EAGAIN;
     if (ret != 0)
         return ret == -E2BIG ? -EAGAIN : ret;
-    ret = (how = zeroing(map, &request, how)) ? -EAGAIN : BG_MAP_MISS;
-    if (how && length <= longest && bg_map_in_memory(&request))
-        ret = do_zero(map, &request, how);
+    int allowed = zeroing(map, &request, how);
+    ret = allowed ? -EAGAIN : zero_units(map, &request, how);
+    if (allowed && length <= longest && bg_map_in_memory(&request))
+        ret = do_zero(map, &request, allowed);
     bg_map_end(map, &request, ret != -EAGAIN && ret != BG_MAP_MISS);
     return ret;
 }

@@ -96,6 +96,35 @@ int64_t bg_l2_decode(const void *table, int64_t start, int64_t end, int cluster_
     return runs;
 }
 
+static void store_be64(void *table, int64_t index, uint64_t value)
+{
+    value = htobe64(value);
+    memcpy((char *)table + index * 8, &value, sizeof(value));
+}
+
+int bg_l2_link(void *table, int table_bits, int cluster_bits, const bg_allocator_link *links, int64_t count, int64_t *low,
+               int64_t *high)
+{
+    const int64_t entries = (int64_t)1 << table_bits;
+    *low = entries;
+    *high = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const bg_allocator_link *link = &links[i];
+        int64_t first = link->guest >> cluster_bits & (entries - 1);
+        if (link->clusters > entries - first)
+            return -EINVAL;
+        *low = first < *low ? first : *low;
+        *high = first + link->clusters > *high ? first + link->clusters : *high;
+        for (int64_t j = 0; j < link->clusters; j++) {
+            uint64_t place = (uint64_t)(link->host + (j << cluster_bits)) | COPIED, before = load_be64(table, first + j);
+            if (link->zero ? before != place : before & ~(uint64_t)ZERO)
+                return -EINVAL;
+            store_be64(table, first + j, link->zero ? place | ZERO : place);
+        }
+    }
+    return 0;
+}
+
 int64_t bg_next_nonzero_u64(const void *table, int64_t start, int64_t count)
 {
     if (start < 0 || start > count)

@@ -1,7 +1,7 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
 /*
- * Reading qcow2's tables in bulk, straight from their big-endian bytes. Source: qcow2 specification (QEMU,
+ * qcow2's tables in bulk, straight from and to their big-endian bytes. Source: qcow2 specification (QEMU,
  * docs/interop/qcow2), "Cluster mapping" and "Host cluster management". Images are untrusted: every entry is judged, none sizes
  * anything.
  *
@@ -14,6 +14,8 @@
  */
 #ifndef BG_QCOW2_L2_H
 #define BG_QCOW2_L2_H
+
+#include "allocator.h"
 
 #include <endian.h>
 #include <stdint.h>
@@ -49,6 +51,14 @@ typedef struct {
  */
 int64_t bg_l2_decode(const void *table, int64_t start, int64_t end, int cluster_bits, int version, int options,
                      bg_l2_run *out, int64_t max);
+
+/*
+ * Put links of an allocator into the standard L2 table of 1 << table_bits entries that they are of, in order. *low and *high: the
+ * entries that have changed are in [low, high). -EINVAL: a link does not fit what is there, which only a mistake can bring about; those
+ * before it are in.
+ */
+int bg_l2_link(void *table, int table_bits, int cluster_bits, const bg_allocator_link *links, int64_t count, int64_t *low,
+               int64_t *high);
 
 /* Index of the first 8-byte entry in [start, count) that is not zero, or `count`. For L1 and refcount tables. */
 int64_t bg_next_nonzero_u64(const void *table, int64_t start, int64_t count);

@@ -221,7 +221,7 @@ EVENTS: list[tuple[Callable[[Warm], None], str, int, int]] = [
     (discard, "raw", 0, 0),
     (discard, "qcow2", 1, 1),
     (write_zeroes, "raw", 0, 0),
-    (write_zeroes, "qcow2", 1, 1),
+    (write_zeroes, "qcow2", 0, 1),
     (writer_comes_and_goes, "raw", 1, 0),
     (writer_comes_and_goes, "qcow2", 1, 0),
 ]

@@ -7,7 +7,7 @@ Everything here runs without the GIL and knows nothing about nodes or graphs. Of
 out of range raise ValueError; failed system calls raise OSError with `errno`.
 """
 
-from blockgraph.native.allocator import Allocator, Link
+from blockgraph.native.allocator import Allocator, Link, count_links, unpack_links
 from blockgraph.native.bitmap import Bitmap
 from blockgraph.native.copier import (
     ClaimedRun,
@@ -37,6 +37,7 @@ from blockgraph.native.l2 import (
     L2Run,
     decode_l2,
     free_run_refcount16,
+    link_l2,
     next_nonzero_u64,
 )
 from blockgraph.native.pool import Pool, close_pool, get_pool
@@ -78,11 +79,14 @@ __all__ = [
     "Zeroing",
     "allocate_aligned",
     "close_pool",
+    "count_links",
     "decode_l2",
     "free_run_refcount16",
     "get_pool",
     "is_zero",
+    "link_l2",
     "next_nonzero_u64",
     "offload",
+    "unpack_links",
     "zero_runs",
 ]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
 
-_LINK = struct.Struct("=qqq")
+_LINK = struct.Struct("=qqqq")
 #: Links, or rooms, taken by one call.
 _TAKE = 1024
 
@@ -34,11 +34,24 @@ class Reserved(NamedTuple):
 
 
 class Link(NamedTuple):
-    """Guest clusters from offset `guest` on now live at host offset `host` on."""
+    """Guest clusters from offset `guest` on live at host offset `host` on now; `zero`: they did, and read as zeroes
+    now."""
 
     guest: int
     host: int
     clusters: int
+    zero: bool
+
+
+def unpack_links(links: bytes | bytearray) -> Iterator[Link]:
+    """What `Allocator.take_links` has given out."""
+    for guest, host, clusters, zero in _LINK.iter_unpack(links):
+        yield Link(guest, host, clusters, bool(zero))
+
+
+def count_links(links: bytes | bytearray) -> int:
+    """How many they are."""
+    return len(links) // _LINK.size
 
 
 class Allocator:
@@ -46,17 +59,20 @@ class Allocator:
 
     Args:
         cluster_bits: 9 to 21.
+        table_bits: a table has 2**table_bits clusters, 0 to 30.
+        zeroes: tables can say that a cluster which keeps its place reads as zeroes.
     Raises:
-        ValueError: cluster_bits is out of range.
+        ValueError: a number is out of range.
     """
 
-    def __init__(self, cluster_bits: int) -> None:
+    def __init__(self, cluster_bits: int, table_bits: int, *, zeroes: bool) -> None:
         out = ffi.new("bg_allocator **")
-        code = lib.bg_allocator_new(cluster_bits, out)
+        code = lib.bg_allocator_new(cluster_bits, table_bits, zeroes, out)
         if code == -errno.EINVAL:
-            raise ValueError(f"clusters of 2**{cluster_bits} bytes")
+            raise ValueError(f"clusters of 2**{cluster_bits} bytes, tables of 2**{table_bits} of them")
         check(code)
         self._native = ffi.gc(out[0], lib.bg_allocator_free)
+        self._span_bits = cluster_bits + table_bits
         assert ffi.sizeof("bg_allocator_link") == _LINK.size
 
     @property
@@ -73,7 +89,7 @@ class Allocator:
 
         Args:
             rooms: (host offset, clusters, fresh).
-            low: with less than so many clusters left, `fileno` becomes readable once.
+            low: with less than so many clusters left, `fileno` becomes readable once; so it does when many links wait.
         Raises:
             ValueError: a room has no clusters or lies before 0.
             MemoryError: no memory; nothing was given.
@@ -102,12 +118,23 @@ class Allocator:
         """There is something to take. Whoever has been told of the end of a write sees its links."""
         return bool(lib.bg_allocator_has_links(self._native))
 
-    def take_links(self) -> Iterator[Link]:
-        """Take the links of all first writes that are over, oldest first."""
-        out = ffi.new("bg_allocator_link[]", _TAKE)
-        while count := lib.bg_allocator_take_links(self._native, out, _TAKE):
-            for item in _LINK.iter_unpack(ffi.buffer(out, count * _LINK.size)):
-                yield Link(*item)
+    def take_links(self) -> tuple[list[tuple[int, bytes]], int]:
+        """Take all links.
+
+        Returns:
+            Pairs of a table's number and links of it, packed, in order (a table may come more than once); the highest
+            end of a place, host offset, or 0.
+        """
+        taken: list[tuple[int, bytes]] = []
+        out, stop, end = ffi.new("bg_allocator_link[]", _TAKE), ffi.new("int64_t *"), 0
+        while count := lib.bg_allocator_take_links(self._native, out, _TAKE, stop):
+            end = max(end, stop[0])
+            at = 0
+            while at < count:
+                some = lib.bg_allocator_same_table(self._native, out + at, count - at)
+                taken.append((out[at].guest >> self._span_bits, bytes(ffi.buffer(out + at, some * _LINK.size))))
+                at += some
+        return taken, end
 
     def hold(self, first: int, end: int) -> bool:
         """Keep first writes from guest clusters [first, end): they miss. Pair with `release`.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""qcow2 tables read in bulk (native/qcow2_l2.h)."""
+"""qcow2 tables read, and linked, in bulk (native/qcow2_l2.h)."""
 
 from __future__ import annotations
 
@@ -200,6 +200,24 @@ def decode_l2(
         ]
         start = runs[-1].first + runs[-1].clusters
     return runs
+
+
+def link_l2(table: bytearray, cluster_bits: int, links: bytes | bytearray) -> tuple[int, int]:
+    """Put an allocator's links (`Allocator.take_links`) into the standard L2 table that they are of.
+
+    Args:
+        table: a power of two of entries.
+    Returns:
+        First and end of the entries that have changed.
+    Raises:
+        ValueError: a link does not fit what is there; those before it are in.
+    """
+    low, high = ffi.new("int64_t *"), ffi.new("int64_t *")
+    view, items = ffi.from_buffer(table), ffi.from_buffer("bg_allocator_link[]", links)
+    bits = (len(table) // 8).bit_length() - 1
+    if lib.bg_l2_link(view, bits, cluster_bits, items, len(items), low, high) < 0:
+        raise ValueError("a cluster that was placed has a place")
+    return low[0], high[0]
 
 
 def next_nonzero_u64(table: Buffer, start: int = 0) -> int | None:

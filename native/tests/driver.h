@@ -26,6 +26,7 @@ static inline uint64_t next_random(uint64_t *state)
 }
 
 void test_allocator(void);
+void test_allocator_zeroes(void);
 void test_bitmap(void);
 void test_copier(void);
 void test_copy(void);

@@ -50,8 +50,8 @@ static int64_t cluster_end(int64_t cluster)
 static void collect(void)
 {
     bg_allocator_link links[4];
-    int64_t n;
-    while ((n = bg_allocator_take_links(allocator, links, 4)) > 0)
+    int64_t n, end;
+    while ((n = bg_allocator_take_links(allocator, links, 4, &end)) > 0)
         for (int64_t i = 0; i < n; i++)
             for (int64_t k = 0; k < links[i].clusters; k++) {
                 int64_t cluster = (links[i].guest >> BITS) + k;
@@ -297,7 +297,8 @@ static void check_tables(void)
 static void test_refusals(void)
 {
     bg_allocator *bad;
-    CHECK(bg_allocator_new(8, &bad) < 0 && bg_allocator_new(22, &bad) < 0);
+    CHECK(bg_allocator_new(8, 3, 0, &bad) < 0 && bg_allocator_new(22, 3, 0, &bad) < 0);
+    CHECK(bg_allocator_new(9, -1, 0, &bad) < 0 && bg_allocator_new(9, 31, 0, &bad) < 0);
     bg_allocator_room none = {0, 0, 0};
     CHECK(bg_allocator_give(allocator, &none, 1, 0) < 0);
     CHECK(bg_allocator_hold(allocator, 3, 3) < 0 && bg_allocator_release(allocator, 3, 4) < 0);
@@ -395,7 +396,7 @@ void test_allocator(void)
     CHECK(bg_map_set_bitmaps(map, &bitmap, 1) > 0);
     data_slot = bg_map_add_slot(map, data_fd, 1, 1);
     backing_slot = bg_map_add_slot(map, backing_fd, 1, 1);
-    CHECK(bg_allocator_new(BITS, &allocator) == 0);
+    CHECK(bg_allocator_new(BITS, 3, 1, &allocator) == 0);
     bg_allocator_bind(allocator, data_fd, data_slot);
     refill();
     bg_map_set_allocator(map, bg_allocator_hook(allocator));

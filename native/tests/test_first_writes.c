@@ -84,7 +84,7 @@ static void finish(bg_map_allocator *self, bg_map *asks, bg_map_placing *placing
 }
 
 static bg_map_copier copier = {copy};
-static bg_map_allocator allocator = {prepare, write_placing, finish};
+static bg_map_allocator allocator = {prepare, write_placing, finish, NULL};
 
 /* Units in turn: to be placed, in place, to be copied before, both. */
 static void fill(void)

@@ -19,6 +19,7 @@ from blockgraph.native import (
     MapExtent,
     decode_l2,
     free_run_refcount16,
+    link_l2,
     next_nonzero_u64,
 )
 
@@ -189,3 +190,30 @@ def test_decode_stops_once_there_are_more_runs_than_asked_for(entries: list[int]
     found = decode_l2(table, 16, 3, most=most)
     assert found[:most] == runs[:most]
     assert (len(found) > most) == (len(runs) > most)
+
+
+def test_links_are_put_into_their_table_in_order() -> None:
+    table = bytearray(8 * 64)
+    link = struct.Struct("=qqqq").pack
+    links = link(3 << 16, 5 << 16, 2, 0) + link((64 + 63) << 16, 9 << 16, 1, 0) + link(4 << 16, 6 << 16, 1, 1)
+    assert link_l2(table, 16, links) == (3, 64)
+    runs = decode_l2(table, 16, 3)
+    assert [(run.first, run.clusters, run.kind, run.host_offset) for run in runs if run.kind != L2Kind.UNALLOCATED] == [
+        (3, 1, L2Kind.DATA, 5 << 16),
+        (4, 1, L2Kind.ZERO_ALLOCATED, 6 << 16),
+        (63, 1, L2Kind.DATA, 9 << 16),
+    ]
+
+
+@pytest.mark.parametrize(
+    "link",
+    [(3 << 16, 7 << 16, 1, 0), (3 << 16, 7 << 16, 1, 1), (0, 7 << 16, 1, 1), (63 << 16, 7 << 16, 2, 0)],
+    ids=["placed twice", "zero elsewhere", "zero of nothing", "past the table"],
+)
+def test_link_that_does_not_fit_is_refused(link: tuple[int, int, int, int]) -> None:
+    table = bytearray(8 * 64)
+    link_l2(table, 16, struct.pack("=qqqq", 3 << 16, 5 << 16, 1, 0))
+    before = bytes(table)
+    with pytest.raises(ValueError, match="place"):
+        link_l2(table, 16, struct.pack("=qqqq", *link))
+    assert table == before

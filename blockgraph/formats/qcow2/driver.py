@@ -284,6 +284,7 @@ class Qcow2(Format):
             if self.first_writes is None:
                 self.first_writes = self.mapping.first_writes = FirstWrites(self)
             self._writing = True
+            self.node.revoke(0, self._size)  # maps were told that nothing may be written
 
     def stop_writing(self) -> None:
         """The next write, of which none is in flight, begins anew."""

@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""FirstWrites: writes to clusters without a place, made by native code; Python follows with the tables.
+"""FirstWrites: writes to clusters without a place, and zeroes of whole ones, made by native code; Python follows with
+the tables.
 
 ```
     refcounts ──refill──► reserve ──native write──► links ──collect──► L2 tables (memory) ──writeback──► disk
@@ -10,6 +11,8 @@
 The order on disk is that of every other change: the refcounts of the reserve are raised before it is given away and
 written back before any entry; an entry comes into memory after its data was written, so the flush that a write-back
 makes before it writes entries has the data. What a crash leaves of reserve and links is clusters counted and not used.
+
+Zeroes are only entries: a cluster that has a place keeps it, and its data (`Allocator`).
 
 Nobody looks at an entry before the links of its table are in it (`Mapping.run`), and who changes entries holds the
 guest clusters (`BusyClusters`), which keeps native writes away.
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from blockgraph import debug
 from blockgraph.errors import BlockGraphError
-from blockgraph.native import Allocator, Link
+from blockgraph.native import Allocator
 
 if TYPE_CHECKING:
     from blockgraph.formats.qcow2.driver import Qcow2
@@ -40,6 +43,9 @@ _LEAST = 16
 _MOST = 1024
 _MOST_BYTES = 64 << 20
 
+#: Bytes of links that may wait for their tables to be looked at.
+_MOST_LINKS = 4 << 20
+
 
 class FirstWrites:
     """See the module's text, and driver.FirstWrites."""
@@ -48,14 +54,16 @@ class FirstWrites:
         self._driver = driver
         bits = driver.image.cluster_bits
         self._bits = bits
-        self._l2_bits = driver.image.l2_bits
         self._most = max(_LEAST, min(_MOST, _MOST_BYTES >> bits))
         self._want = _LEAST
-        self._native = Allocator(bits)
+        self._native = Allocator(bits, driver.image.l2_bits, zeroes=driver.image.header.version >= 3)
         self._extents: ExtentMap | None = None
         self._refilling: asyncio.Task[None] | None = None
-        #: links by L2 index, in order, that are not in the table yet
-        self._links: dict[int, list[Link]] = {}
+        #: it is to have a reserve
+        self._writes = False
+        #: links by L2 index, packed, in order, that are not in the table yet
+        self._links: dict[int, bytearray] = {}
+        self._link_bytes = 0
         driver.busy.share(self._native, self.settle)
 
     @property
@@ -84,18 +92,20 @@ class FirstWrites:
             and not below.bitmaps  # nor disabled ones: native writes make the file longer without a word
         )
 
-    def attach(self, extents: ExtentMap, slot: int) -> None:
-        if self._extents is extents:
-            return
-        assert self._extents is None
-        fd = self.storage.driver.fd()
-        assert fd is not None
-        self._extents = extents
-        self._want = _LEAST // 2
-        self._native.bind(fd, slot)
-        extents.start_set_allocator(self._native)
-        asyncio.get_running_loop().add_reader(self._native.fileno(), self._low)
-        self._refill_soon()
+    def attach(self, extents: ExtentMap, slot: int, *, writes: bool) -> None:
+        if self._extents is None:
+            fd = self.storage.driver.fd()
+            assert fd is not None
+            self._extents = extents
+            self._want = _LEAST // 2
+            self._writes = False
+            self._native.bind(fd, slot)
+            extents.start_set_allocator(self._native)
+            asyncio.get_running_loop().add_reader(self._native.fileno(), self._told)
+        assert self._extents is extents
+        if writes and not self._writes:
+            self._writes = True
+            self._refill_soon()
 
     async def withdraw(self) -> None:
         extents = self._extents
@@ -121,7 +131,7 @@ class FirstWrites:
 
     # The reserve.
 
-    def _low(self) -> None:
+    def _told(self) -> None:
         self._native.acknowledge()
         self._refill_soon()
 
@@ -132,17 +142,21 @@ class FirstWrites:
             self._refilling = asyncio.ensure_future(self._refill())
 
     async def _refill(self) -> None:
-        self._want = min(self._most, 2 * self._want)
         try:
             await self._driver.writeback.relieve()
             self._collect()
-            while self._extents is not None and (missing := self._want - self._native.reserve) > 0:
+            if self._link_bytes > _MOST_LINKS:
+                await self.complete()
+            if self._writes and 2 * self._native.reserve < self._want:
+                self._want = min(self._most, 2 * self._want)
+            while self._extents is not None and self._writes and (missing := self._want - self._native.reserve) > 0:
                 room = await self._driver.refcounts.allocate_any(missing)
                 self._native.give([room], self._want // 2)
         except BlockGraphError as error:
             # A write will meet it again, and say so. Until the next attach Python does the first writes.
             log.debug("node '%s': no reserve for first writes: %s", self._driver.node.name, error)
             self._native.give([], 0)
+            self._want = 0
         finally:
             self._refilling = None
             if self._extents is None:
@@ -151,11 +165,14 @@ class FirstWrites:
 
     # The tables.
 
-    def apply(self, index: int) -> list[Link] | None:
-        """Links for the table of an L1 index, which the caller puts in."""
+    def apply(self, index: int) -> bytearray | None:
+        """Links for the table of an L1 index, packed, which the caller puts in."""
         if self._native.has_links:
             self._collect()
-        return self._links.pop(index, None) if self._links else None
+        links = self._links.pop(index, None) if self._links else None
+        if links is not None:
+            self._link_bytes -= len(links)
+        return links
 
     def waiting(self, index: int) -> bool:
         """There are links for the table of an L1 index."""
@@ -164,18 +181,12 @@ class FirstWrites:
         return index in self._links
 
     def _collect(self) -> None:
-        end = 0
-        for link in self._native.take_links():
-            end = max(end, link.host + (link.clusters << self._bits))
-            while True:
-                index = link.guest >> self._bits + self._l2_bits
-                inside = ((index + 1) << self._l2_bits) - (link.guest >> self._bits)
-                links = self._links.setdefault(index, [])
-                links.append(link._replace(clusters=min(link.clusters, inside)))
-                if link.clusters <= inside:
-                    break
-                more = inside << self._bits
-                link = Link(link.guest + more, link.host + more, link.clusters - inside)
+        taken, end = self._native.take_links()
+        for index, links in taken:
+            self._links.setdefault(index, bytearray()).extend(links)
+            self._link_bytes += len(links)
+        if self._link_bytes > _MOST_LINKS and self._extents is not None:
+            self._refill_soon()
         if end:
             # The file may end inside the last of them, and the map lets native writes to all of it through.
             self.storage.driver.reaches(end)

@@ -25,7 +25,16 @@ from blockgraph.formats.qcow2.image import Image
 from blockgraph.formats.qcow2.refcount import Refcounts
 from blockgraph.formats.qcow2.runs import RunList, cut
 from blockgraph.formats.qcow2.tables import WRITE_BLOCK, Table, TableCache
-from blockgraph.native import L2Kind, L2Parts, L2Run, decode_l2, next_nonzero_u64
+from blockgraph.native import (
+    L2Kind,
+    L2Parts,
+    L2Run,
+    count_links,
+    decode_l2,
+    link_l2,
+    next_nonzero_u64,
+    unpack_links,
+)
 
 if TYPE_CHECKING:
     from blockgraph.formats.qcow2.first_writes import FirstWrites
@@ -310,21 +319,18 @@ class Mapping:
             self._bound_runs(table)
 
     def catch_up(self, table: L2Table) -> None:
-        """Put in what native writes have placed. The maps know already."""
+        """Put in what native code has placed, or made zero. The maps know already."""
         links = None if self.first_writes is None else self.first_writes.apply(table.key)
         if not links:
             return
-        low, high, step = self._image.l2_entries, 0, self._image.cluster_size
-        for guest, host, clusters in links:
-            first = (guest >> self._bits) & (self._image.l2_entries - 1)
-            entries = range(host | COPIED, (host | COPIED) + clusters * step, step)
-            assert _ENTRY.unpack_from(table.buf, first * 8)[0] & OFFSET_MASK == 0
-            struct.pack_into(f">{clusters}Q", table.buf, first * 8, *entries)
-            low, high = min(low, first), max(high, first + clusters)
-            if table.runs is not None and len(links) <= _FEW_LINKS:
-                table.runs.replace(L2Run(first, clusters, L2Kind.DATA, host, True, 0))
-        if len(links) > _FEW_LINKS:
+        low, high = link_l2(table.buf, self._bits, links)
+        if count_links(links) > _FEW_LINKS:
             table.runs = None
+        elif table.runs is not None:
+            for guest, host, clusters, zero in unpack_links(links):
+                first = (guest >> self._bits) & (self._image.l2_entries - 1)
+                kind = L2Kind.ZERO_ALLOCATED if zero else L2Kind.DATA
+                table.runs.replace(L2Run(first, clusters, kind, host, True, 0))
         self.tables.touch(table, low * 8, high * 8)
         self._bound_runs(table)
 

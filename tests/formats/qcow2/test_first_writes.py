@@ -27,7 +27,8 @@ from blockgraph.api import SyncBackend, SyncGraph
 from blockgraph.backend import Backend
 from blockgraph.create import create_file
 from blockgraph.flags import Flag
-from blockgraph.formats.qcow2 import Qcow2
+from blockgraph.formats.qcow2 import Qcow2, first_writes
+from blockgraph.native import Zeroing
 from blockgraph.protocols.file import File
 
 CLUSTER = 64 << 10
@@ -212,6 +213,112 @@ def test_disk_that_ends_inside_a_cluster_leaves_the_rest_of_it_alone(tmpfs: Path
             model[offset : offset + 100] = b"n" * 100
         assert disk.stats().first_writes >= 1
         assert graph.backend("disk").pread(0, 8 * CLUSTER) == model
+        extents = disk._extents
+        assert not extents.zero(3 * CLUSTER, 512, Zeroing.ZERO_RANGE | Zeroing.WRITE)
+        disk.write_zeroes(3 * CLUSTER, 512)
+        model[3 * CLUSTER : 3 * CLUSTER + 512] = bytes(512)
+        assert graph.backend("disk").pread(0, 8 * CLUSTER) == model
+
+
+KEPT = Zeroing.ZERO_RANGE | Zeroing.WRITE
+
+
+@QEMU
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+def test_zeroes_of_whole_clusters_are_native_and_keep_their_place(tmpfs: Path, cluster_size: int) -> None:
+    clusters = 300  # of 512 bytes: five tables
+    size = clusters * cluster_size
+    image = make(tmpfs / "disk", size, cluster_size=cluster_size)
+    model = bytearray(base_bytes(size))
+    with blockgraph.open({"nodes": [described(image)]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, bytes(model))
+        disk.pread(0, 1)
+        extents, before = disk._extents, disk.stats()
+        places = [disk.block_status(at * cluster_size, 1).host_offset for at in range(clusters)]
+        bitmap = graph.call(graph.graph.add_bitmap("disk", "b0", granularity=4096)).recorder
+        disk.pwrite(0, bytes(model[:1]))
+        bitmap.clear()
+        length = image.stat().st_size
+        zeroed = set()
+        for first, count in ((3, 1), (7, 1), (62, 5), (200, 64), (299, 1)):
+            for cluster in range(first, first + count):
+                disk.pread(cluster * cluster_size, 1)
+            start, end = first * cluster_size, (first + count) * cluster_size
+            assert extents.zero(start, end - start, KEPT)
+            model[start:end] = bytes(end - start)
+            zeroed.update(range(first, first + count))
+            assert bitmap.count() >= end - start
+        assert disk.stats().hits > before.hits
+        assert not extents.zero(3 * cluster_size, cluster_size, KEPT)  # they are zeroes
+        assert not extents.zero(10 * cluster_size, cluster_size, KEPT | Zeroing.PUNCH)  # to be given up
+        assert b"".join(disk.pread(at, cluster_size) for at in range(0, size, cluster_size)) == model
+        for cluster in range(clusters):
+            status = disk.block_status(cluster * cluster_size, 1)
+            assert (status.zero, status.host_offset) == (cluster in zeroed, places[cluster])
+        assert image.stat().st_size == length
+        disk.pwrite(62 * cluster_size + 100, b"new")
+        model[62 * cluster_size + 100 : 62 * cluster_size + 103] = b"new"
+        assert disk.block_status(62 * cluster_size, 1).host_offset == places[62]
+        disk.discard(63 * cluster_size, cluster_size)
+        disk.pwrite(64 * cluster_size, b"new" * (cluster_size // 3))
+        model[64 * cluster_size : 64 * cluster_size + cluster_size // 3 * 3] = b"new" * (cluster_size // 3)
+        assert disk.pread(0, size) == model
+    check(image)
+    (tmpfs / "raw").write_bytes(model)
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", image, tmpfs / "raw")
+
+
+@pytest.mark.parametrize("options", [{}, {"compat": "0.10"}], ids=["two roots", "version 2"])
+def test_zeroes_of_whole_clusters_are_pythons(tmpfs: Path, options: dict[str, str]) -> None:
+    """Where the image has no such entries, or another root would not learn of them."""
+    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 1 << 20, **options))]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"x" * (1 << 20))
+        disk.pread(0, 1)
+        if not options:
+            assert disk._extents.zero(0, CLUSTER, KEPT)
+            other = graph.backend("disk", writable=True)
+            assert other.pread(0, 2 * CLUSTER) == bytes(CLUSTER) + b"x" * CLUSTER
+        disk.pread(CLUSTER, 1)
+        assert not disk._extents.zero(CLUSTER, CLUSTER, KEPT)
+
+
+def test_what_was_read_before_the_first_write_is_written_natively(tmpfs: Path) -> None:
+    image = make(tmpfs / "disk", 1 << 20)
+    with blockgraph.open({"nodes": [described(image)]}) as graph:
+        graph.backend("disk", writable=True).pwrite(0, b"x" * (1 << 20))
+    with blockgraph.open({"nodes": [described(image)]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pread(0, 1 << 20)
+        disk.write_zeroes(3 * CLUSTER, CLUSTER)
+        for cluster in (0, 15):
+            misses = disk.stats().misses
+            disk.pwrite(cluster * CLUSTER, b"y")
+            assert disk.stats().misses == misses
+
+
+def test_links_do_not_pile_up(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeroes take no room from the reserve: tables are brought up to date when there are many."""
+    monkeypatch.setattr(first_writes, "_MOST_LINKS", 4096)
+    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 1 << 20, cluster_size=512))]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"x" * (1 << 20))
+        places = qcow2_of(graph).first_writes
+        assert places is not None
+        for at in range(0, 1 << 20, 1024):
+            disk.pread(at, 1)
+            assert disk._extents.zero(at, 512, KEPT)
+
+        async def waiting() -> int:
+            for _ in range(100):
+                await asyncio.sleep(0.01)
+                if places._link_bytes <= 4096:
+                    break
+            return places._link_bytes
+
+        assert graph.call(waiting()) <= 4096
+        assert disk.pread(0, 1 << 20) == (bytes(512) + b"x" * 512) * 1024
 
 
 def test_discard_takes_a_first_write_back(tmpfs: Path) -> None:
@@ -295,15 +402,23 @@ async def test_crash_between_first_writes_leaves_leaks_and_what_was_flushed(tmpf
         extents = backend.use_map().extents
         model = bytearray(size)
         history = [(0, bytes(model), True)]
-        for number in range(1, 60):
+        zeroed = 0
+        for number in range(1, 90):
             sector = rng.randrange(size // 512)
             offset, length = sector * 512, min(rng.choice([512, 512, 2048]), size - sector * 512)
             if rng.random() < 0.2:
                 await backend.flush()
                 history.append((len(logged.entries), bytes(model), True))
                 continue
-            if rng.random() < 0.1:
-                await backend.write_zeroes(offset, length)
+            if rng.random() < 0.2:
+                cluster = driver.image.cluster_size
+                if rng.random() < 0.7:
+                    offset, length = offset // cluster * cluster, min(cluster, size - offset // cluster * cluster)
+                if extents.zero(offset, length, KEPT):
+                    zeroed += 1
+                else:
+                    await backend.write_zeroes(offset, length)
+                logged.note_native()
                 model[offset : offset + length] = bytes(length)
             else:
                 data = bytes([number]) * length
@@ -315,6 +430,7 @@ async def test_crash_between_first_writes_leaves_leaks_and_what_was_flushed(tmpf
             await asyncio.sleep(0)
         assert extents.stats().first_writes > 5
         assert logged.native > 5
+        assert zeroed
         assert backend.map is not None
         await backend.map.clear()
         await driver.node.wait_idle()
@@ -416,6 +532,22 @@ class Disk(RuleBasedStateMachine):
         self._write(offset, bytes(length))
         for done in work:
             done.result()
+
+    @rule(offset=offsets, count=st.integers(1, 4), beside=st.booleans())
+    def zero_clusters(self, offset: int, count: int, beside: bool) -> None:
+        """Whole ones, and writes to those beside them at once."""
+        size = self.graphs[0].call(self.cluster_size())
+        offset, length = self.clip(offset % self.size // size * size, count * size)
+        work = [self.threads.submit(self.disk.write_zeroes, offset, length)]
+        self._write(offset, bytes(length))
+        if beside and offset + length + 5 < self.size:
+            work.append(self.threads.submit(self.disk.pwrite, offset + length, b"xyzzy"))
+            self._write(offset + length, b"xyzzy")
+        for done in work:
+            done.result()
+
+    async def cluster_size(self) -> int:
+        return qcow2_of(self.graphs[0]).image.cluster_size
 
     @rule(offset=offsets, length=st.integers(1, 200_000))
     def discard(self, offset: int, length: int) -> None:
