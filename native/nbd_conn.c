@@ -26,6 +26,8 @@
 #define PART (64 << 10)
 /* Long writes done in one turn. */
 #define LONG_TURN 16
+/* Requests that go to the pool together. */
+#define GATHERED 3
 
 /* So many more faults than hits, and Python's thread serves the connection itself; so many more hits, and it does not. */
 #define MISSES 32
@@ -119,7 +121,10 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
         hit(r->conn);
         nbd_answer(r);
     } else if (outcome == BG_REQUEST_BLOCKS) {
-        bg_request_submit(&r->base);
+        r->base.next = NULL;
+        *r->conn->last_blocked = &r->base;
+        r->conn->last_blocked = &r->base.next;
+        r->conn->gathered++;
     } else {
         fault(r);
     }
@@ -414,16 +419,35 @@ static bool receive(bg_nbd_conn *conn)
     return true;
 }
 
+/* Within a turn. */
+static bool receive_more(bg_nbd_conn *conn)
+{
+    return !conn->closed && !conn->ending && !conn->stalled && !conn->more && receive(conn);
+}
+
 /* Do the long write that has begun, part by part, and receive meanwhile. */
 static void move(bg_nbd_conn *conn)
 {
     for (int writes = 0; conn->moving;) {
         move_part(conn);
         writes += !conn->moving;
-        bool more = writes < LONG_TURN && !conn->closed && !conn->ending && !conn->stalled && !conn->more;
-        if (more && receive(conn))
+        if (writes < LONG_TURN && receive_more(conn))
             parse(conn);
     }
+}
+
+/* What goes to the pool goes there together with what is there to be received at once: waking its threads costs more than that. */
+static void submit_blocked(bg_nbd_conn *conn)
+{
+    for (int i = 0; i < GATHERED && conn->gathered && conn->gathered < GATHERED && receive_more(conn); i++) {
+        parse(conn);
+        move(conn);
+    }
+    if (conn->gathered)
+        bg_request_submit(conn->blocked);
+    conn->blocked = NULL;
+    conn->last_blocked = &conn->blocked;
+    conn->gathered = 0;
 }
 
 void nbd_turn(bg_nbd_conn *conn, uint32_t events)
@@ -445,6 +469,7 @@ void nbd_turn(bg_nbd_conn *conn, uint32_t events)
     conn->stalled = conn->more = conn->busy = false;
     parse(conn);
     move(conn);
+    submit_blocked(conn);
     post_faults(conn);
     if (conn->misses == (conn->by_caller ? -MISSES : MISSES) && !conn->closed)
         nbd_move(conn, !conn->by_caller);

@@ -96,6 +96,8 @@ struct bg_nbd_conn {
     nbd_request *refused; /* its payload is being skipped */
     uint64_t skip;
     bg_request *faults, **last_fault; /* to be posted at the end of the turn */
+    bg_request *blocked, **last_blocked; /* to go to the pool then */
+    int gathered;                        /* how many these are */
 
     /* Output: requests whose replies are to be sent. */
     nbd_request *output, **last_output;

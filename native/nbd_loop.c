@@ -292,6 +292,7 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
     conn->fd = fd;
     conn->limit = INPUT;
     conn->last_fault = &conn->faults;
+    conn->last_blocked = &conn->blocked;
     conn->last_output = &conn->output;
     conn->interest = EPOLLIN;
     pthread_mutex_init(&conn->lock, NULL);

@@ -149,12 +149,22 @@ int bg_pool_threads(const bg_pool *pool)
 
 void bg_pool_submit(bg_pool *pool, bg_task *task)
 {
+    task->next = NULL;
+    bg_pool_submit_all(pool, task);
+}
+
+void bg_pool_submit_all(bg_pool *pool, bg_task *first)
+{
+    int count = 0;
     pthread_mutex_lock(&pool->lock);
-    put(&pool->ready, task);
+    for (bg_task *task = first, *next; task; task = next, count++) {
+        next = task->next;
+        put(&pool->ready, task);
+    }
     bool wake = bg_changed(&pool->work);
     pthread_mutex_unlock(&pool->lock);
     if (wake)
-        bg_wake(&pool->work, 1);
+        bg_wake(&pool->work, count);
 }
 
 bool bg_pool_waiting(bg_pool *pool)

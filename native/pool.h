@@ -42,6 +42,9 @@ typedef struct bg_task {
 /* Never fails and never blocks for longer than the queue's mutex. */
 void bg_pool_submit(bg_pool *pool, bg_task *task);
 
+/* Several, linked by next: cheaper than one by one. */
+void bg_pool_submit_all(bg_pool *pool, bg_task *first);
+
 /* For what tasks read into and write from. */
 bg_buffers *bg_pool_buffers(bg_pool *pool);
 

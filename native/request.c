@@ -153,10 +153,11 @@ static void run_on_pool(bg_task *task)
     }
 }
 
-void bg_request_submit(bg_request *request)
+void bg_request_submit(bg_request *first)
 {
-    request->task = (bg_task){.run = run_on_pool};
-    bg_pool_submit(request->source->pool, &request->task);
+    for (bg_request *r = first; r; r = r->next)
+        r->task = (bg_task){.next = r->next ? &r->next->task : NULL, .run = run_on_pool};
+    bg_pool_submit_all(first->source->pool, &first->task);
 }
 
 enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)

@@ -66,7 +66,7 @@ typedef struct bg_source {
 struct bg_request {
     bg_task task;
     bg_source *source;
-    bg_request *next; /* among faults */
+    bg_request *next; /* among faults, or those to be submitted */
     void *buf;
     uint64_t tag, offset;
     uint32_t length;
@@ -83,8 +83,8 @@ enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS 
 /* Do it now, if that needs no waiting and it has no more than `longest` bytes. The range is one of the disk. */
 enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest);
 
-/* Do it on the pool; what turns out to be a fault there is posted. */
-void bg_request_submit(bg_request *request);
+/* Do the requests from `first` on, linked by next, of one source, on the pool; what turns out to be a fault there is posted. */
+void bg_request_submit(bg_request *first);
 
 int bg_faults_new(bg_faults **out);
 void bg_faults_free(bg_faults *faults);
