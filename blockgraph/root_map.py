@@ -112,6 +112,8 @@ class RootMap:
         self._slots: dict[Node, int] = {}
         #: what every way to a slot allows
         self._zeroing: dict[int, tuple[Zeroing, int]] = {}
+        #: the map's dirt that the nodes on the way have been told of
+        self._synced = self.extents.dirt()
         #: through which flushes go
         self._flushing: list[Node] = []
         self._bitmaps: set[Bitmap] = set()
@@ -434,9 +436,13 @@ class RootMap:
     def revoke(self, node: Node, offset: int, length: int) -> int:
         """Where [offset, offset + length) of `node` lives has changed. Returns a ticket to settle."""
         shift = self._nodes[node]
-        size = self.extents.size
-        start, end = (0, size) if shift is None else (max(0, offset + shift), min(size, offset + length + shift))
-        return self.extents.start_invalidate(start, max(0, end - start))
+        start, end = (0, self.extents.size) if shift is None else self._shown(offset, length, shift)
+        return self.extents.start_invalidate(start, end - start)
+
+    def _shown(self, offset: int, length: int, shift: int) -> tuple[int, int]:
+        """What the disk has of a node's [offset, offset + length): start and end, the same when nothing."""
+        start, end = (min(max(0, at + shift), self.extents.size) for at in (offset, offset + length))
+        return start, end
 
     def resized(self) -> int:
         """The disk may have another size now. Returns a ticket to settle."""
@@ -445,9 +451,8 @@ class RootMap:
     def copied(self, copier: Copier, offset: int, length: int) -> None:
         """[offset, offset + length) of the copier's disk may be written without asking it. Others have to be asked."""
         if self._copier is not None and self._copier.copier is copier and self._copier.others is None:
-            shift, size = self._copier.shift, self.extents.size
-            start, end = max(0, offset + shift), min(size, offset + length + shift)
-            self.extents.copied(start, max(0, end - start))
+            start, end = self._shown(offset, length, self._copier.shift)
+            self.extents.copied(start, end - start)
 
     async def settle(self, ticket: int) -> None:
         """Until no native request uses what was revoked."""
@@ -499,11 +504,15 @@ class RootMap:
             self._forgetting -= 1
 
     def sync_written(self) -> None:
-        """What native requests have written counts as written by every node on the way: a flush goes down to it."""
+        """What native requests have written counts as written by every node on the way: a flush goes down to it.
+
+        So does what they have only noted, which a flush that began in the middle of one may have missed (`dirt`).
+        """
         written = [node for node, slot in self._slots.items() if self.extents.take_written(slot)]
-        if written:
+        if written or self.extents.dirt() != self._synced:
             for node in self._nodes:
                 node.not_flushed()
+            self._synced = self.extents.dirt()
         for node in written:
             if code := self.extents.take_flush_error(self._slots[node]):
                 node.driver.flush_failed(code)

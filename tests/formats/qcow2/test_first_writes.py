@@ -298,6 +298,52 @@ def test_what_was_read_before_the_first_write_is_written_natively(tmpfs: Path) -
             assert disk.stats().misses == misses
 
 
+@pytest.mark.parametrize("zeroes", [False, True])
+def test_flush_beside_another_one_has_what_was_noted(tmpfs: Path, zeroes: bool) -> None:
+    """The other one took the mark of what was written before there was a link, and found nothing else to do."""
+    image = make(tmpfs / "disk", 1 << 20)
+    with blockgraph.open({"nodes": [described(image)]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"x" * 4 * CLUSTER)
+        disk.flush()
+        before = disk.stats().first_writes
+        if zeroes:
+            disk.pread(CLUSTER, 1)
+            assert disk._extents.zero(CLUSTER, CLUSTER, KEPT)
+        else:
+            disk.pwrite(8 * CLUSTER, b"n" * CLUSTER)
+            assert disk.stats().first_writes == before + 1
+        storage = graph.graph.node("disk").children["file"].node
+        root_map = disk._backend.use_map()
+        assert disk._extents.take_written(root_map._slots[storage])
+        disk.flush()
+        (tmpfs / "copy").write_bytes(image.read_bytes())
+    with blockgraph.open({"nodes": [described(tmpfs / "copy")]}) as graph:
+        copy = graph.backend("disk")
+        assert copy.pread(CLUSTER, 4) == (bytes(4) if zeroes else b"xxxx")
+        assert copy.pread(8 * CLUSTER, 4) == (bytes(4) if zeroes else b"nnnn")
+
+
+def test_two_parts_of_an_image_are_written(tmpfs: Path) -> None:
+    """A change in one part is none of the other's disk."""
+    image = make(tmpfs / "disk", 64 * CLUSTER)
+    parts = [
+        {"driver": "raw", "node-name": "p1", "size": 8 * CLUSTER, "file": "disk"},
+        {"driver": "raw", "node-name": "p2", "size": 32 * CLUSTER, "offset": 16 * CLUSTER, "file": "disk"},
+    ]
+    with blockgraph.open({"nodes": [described(image), *parts]}) as graph:
+        first, second = (graph.backend(name, writable=True) for name in ("p1", "p2"))
+        first.pwrite(0, b"a" * CLUSTER)
+        second.pwrite(0, b"b" * CLUSTER)
+        second.write_zeroes(5 * CLUSTER, CLUSTER)
+        first.pwrite(2 * CLUSTER, b"c" * CLUSTER)
+        second.discard(0, CLUSTER)
+        second.pwrite(31 * CLUSTER, b"d" * CLUSTER)
+        assert first.pread(0, 3 * CLUSTER) == b"a" * CLUSTER + bytes(CLUSTER) + b"c" * CLUSTER
+        assert second.pread(30 * CLUSTER, 2 * CLUSTER) == bytes(CLUSTER) + b"d" * CLUSTER
+    check(image)
+
+
 def test_links_do_not_pile_up(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeroes take no room from the reserve: tables are brought up to date when there are many."""
     monkeypatch.setattr(first_writes, "_MOST_LINKS", 4096)
