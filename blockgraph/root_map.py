@@ -206,6 +206,8 @@ class RootMap:
         # From here to the insert nothing is awaited.
         if found is None or found.storage.serialising or any(node.serialising for node in path):
             return
+        if high > self.extents.size:
+            return
         self._register(found.storage, None)
         slot = self._slot(found.storage)
         if slot is not None:
@@ -302,6 +304,8 @@ class RootMap:
             await self.settle(self._linked)
         # From here to the insert nothing is awaited.
         if self._forgetting or any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
+            return None
+        if high > self.extents.size:  # the disk has become shorter
             return None
         if slot is not None and writable:
             if zeroing and not unit:  # everything may be written that can not be made zero otherwise

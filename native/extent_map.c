@@ -203,10 +203,10 @@ int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t
         }
         map_finish(map);
         stamp(map, offset, length, map->placed);
-        bg_map_dirty(map);
         ret = 0;
     }
     pthread_mutex_unlock(&map->lock);
+    bg_map_dirty(map); /* whatever has become of the range: the allocator has noted something */
     return ret;
 }
 
@@ -224,10 +224,10 @@ int bg_map_zeroed(bg_map *map, int64_t offset, int64_t length)
         map_change(map, offset, end, placed ? CHANGE_SET : CHANGE_REMOVE, &(span){offset, end, 0, 0, BG_MAP_ZERO});
         map_finish(map);
         stamp(map, offset, length, map->placed);
-        bg_map_dirty(map);
         ret = 0;
     }
     pthread_mutex_unlock(&map->lock);
+    bg_map_dirty(map); /* whatever has become of the range: the allocator has noted something */
     return ret;
 }
 

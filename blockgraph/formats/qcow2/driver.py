@@ -338,7 +338,8 @@ class Qcow2(Format):
         start, length = base + (run.first << bits), run.clusters << bits
         kind = run.kind
         if kind == L2Kind.DATA:
-            writable = self._writing and run.copied and self._may_write(run.host_offset, length)
+            own = run.copied and self.mapping.is_own(index)  # else a table that a snapshot has would be changed
+            writable = self._writing and own and self._may_write(run.host_offset, length)
             return Extent(start, length, Status.DATA, self.file, run.host_offset, writable)
         if kind == L2Kind.ZERO_ALLOCATED:
             return Extent(start, length, Status.ZERO, self.file, run.host_offset)

@@ -324,6 +324,58 @@ def test_flush_beside_another_one_has_what_was_noted(tmpfs: Path, zeroes: bool) 
         assert copy.pread(8 * CLUSTER, 4) == (bytes(4) if zeroes else b"nnnn")
 
 
+def test_table_that_is_not_only_ours_is_not_changed_in_place(tmpfs: Path) -> None:
+    """Its L1 entry lacks COPIED, as a snapshot leaves it, though entries in it have the flag."""
+    image = make(tmpfs / "disk", 8 << 20, cluster_size=4096)
+    with blockgraph.open({"nodes": [described(image)]}) as graph:
+        graph.backend("disk", writable=True).pwrite(0, b"a" * (1 << 20))
+        l1 = qcow2_of(graph).image.header.l1_offset
+    with image.open("r+b") as file:
+        file.seek(l1)
+        table = int.from_bytes(file.read(8), "big") & ~(1 << 63)
+        file.seek(l1)
+        file.write(table.to_bytes(8, "big"))
+        file.seek(table)
+        before = file.read(4096)
+    with blockgraph.open({"nodes": [described(image)]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(4 << 20, b"b" * 512)  # writing has begun, by another table
+        disk.pread(4096, 512)
+        assert not disk._extents.zero(4096, 4096, KEPT)
+        disk.write_zeroes(4096, 4096)
+        assert disk.pread(0, 12288) == b"a" * 4096 + bytes(4096) + b"a" * 4096
+    assert image.read_bytes()[table : table + 4096] == before
+
+
+@in_loop
+async def test_disk_that_becomes_shorter_while_a_place_is_looked_up(tmpfs: Path) -> None:
+    await create(tmpfs / "disk", 4 << 20)
+    async with await blockgraph.aopen({"nodes": [described(tmpfs / "disk")]}) as graph:
+        other = await graph.backend("disk", writable=True, resize=True)
+        await other.pwrite(0, b"o" * CLUSTER)
+        guest = await graph.backend("disk")
+        root_map = guest.use_map()
+        driver = graph.node("disk").driver
+        looked, gate = asyncio.Event(), asyncio.Event()
+        real = driver.map
+
+        async def slow(offset: int, length: int) -> Any:
+            extent = await real(offset, length)
+            looked.set()
+            await gate.wait()
+            return extent
+
+        driver.map = slow  # type: ignore[method-assign]
+        filling = asyncio.ensure_future(root_map.fill(2 << 20, 512))
+        await looked.wait()
+        driver.map = real  # type: ignore[method-assign]
+        await other.truncate(1 << 20)
+        gate.set()
+        await filling
+        assert root_map.extents.size == 1 << 20
+        assert await guest.pread(0, 4) == b"oooo"
+
+
 def test_two_parts_of_an_image_are_written(tmpfs: Path) -> None:
     """A change in one part is none of the other's disk."""
     image = make(tmpfs / "disk", 64 * CLUSTER)
