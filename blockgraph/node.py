@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Longest run of explicit zeroes written by one driver call where write-zeroes is not supported, bytes.
 _ZERO_CHUNK = 1 << 20
+#: Behind the end of every node.
+_NO_END = 1 << 63
 
 
 class Request:
@@ -268,6 +270,10 @@ class Node:
             trace.emit("block_status", self.name, offset, length)
         request = await self.begin(offset, length)
         try:
+            inside = min(length, self.size() - offset)  # a request before this one may have made the node shorter
+            if inside <= 0:
+                return BlockStatus(offset, length, False, True, 0, self)
+            length = inside
             align = self.driver.request_alignment
             if align == 1 or not (offset | length) % align:
                 return await self.driver.block_status(offset, length)
@@ -283,21 +289,18 @@ class Node:
 
     async def pread(self, offset: int, buf: memoryview) -> None:
         """Fill `buf`; what lies past the end reads as zeroes."""
-        length = len(buf)
         if trace.enabled:
-            trace.emit("pread", self.name, offset, length)
-        driver = self.driver
-        size = driver.size()
-        if offset + length > size:
-            inside = max(0, size - offset)
-            fill_zero(buf[inside:])
-            buf = buf[:inside]
-            length = inside
-        if not length:
+            trace.emit("pread", self.name, offset, len(buf))
+        buf = self._cut_off(offset, buf)
+        if not len(buf):
             return
-        request = await self.begin(offset, length)
+        request = await self.begin(offset, len(buf))
         try:
-            align = driver.request_alignment
+            buf = self._cut_off(offset, buf)  # a request before this one may have made the node shorter
+            length = len(buf)
+            if not length:
+                return
+            align = self.driver.request_alignment
             if align > 1 and (offset | length) % align:
                 start = offset - offset % align
                 bounce = allocate_aligned(_round_up(offset + length, align) - start, align)
@@ -308,6 +311,15 @@ class Node:
         finally:
             self.end(request)
 
+    def _cut_off(self, offset: int, buf: memoryview) -> memoryview:
+        """The part of `buf` that lies inside the node; the rest is made zero."""
+        inside = self.driver.size() - offset
+        if inside >= len(buf):
+            return buf
+        inside = max(0, inside)
+        fill_zero(buf[inside:])
+        return buf[:inside]
+
     async def _pread_cut(self, offset: int, buf: memoryview) -> None:
         step = self.driver.max_transfer
         if step is None or len(buf) <= step:
@@ -316,8 +328,12 @@ class Node:
         for start in range(0, len(buf), step):
             await self.driver.pread(offset + start, buf[start : start + step])
 
-    async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
-        """Write `buf`. The caller (Child) has checked permission and bounds."""
+    async def pwrite(self, offset: int, buf: memoryview, flags: Flag, edge: Child) -> None:
+        """Write `buf`.
+
+        Args:
+            edge: the way it came; has checked permission and bounds, the latter again when nobody is before it.
+        """
         length = len(buf)
         if trace.enabled:
             trace.emit("pwrite", self.name, offset, length)
@@ -326,14 +342,15 @@ class Node:
         detect = self.options.detect_zeroes
         if detect != "off" and not flags & Flag.WRITE_UNCHANGED and is_zero(buf):
             unmap = Flag.MAY_UNMAP if detect == "unmap" and self.options.discard == "unmap" else Flag.NONE
-            await self._pwrite_zeroes(offset, length, flags | unmap)
+            await self._pwrite_zeroes(offset, length, flags | unmap, edge)
             return
-        await self._reach(offset + length)
+        await self._reach(offset, length, edge, "pwrite")
         align = self.driver.request_alignment
         unaligned = align > 1 and (offset | length) % align != 0
         start, end = self._tracked_range(offset, length, flags, align if unaligned else 1)
         request = await self.begin(start, end - start, serialising=unaligned or bool(flags & Flag.SERIALISING))
         try:
+            edge.check_end("pwrite", offset, length)
             if self.guard is not None:
                 await self.guard.before(offset, length)
             if unaligned:
@@ -389,18 +406,18 @@ class Node:
         if debug.enabled:
             await self.driver.debug_event(f"pwritev_rmw_after_{part}")
 
-    async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
-        """Make the range read as zeroes; falls back to writing them unless NO_FALLBACK is given."""
+    async def pwrite_zeroes(self, offset: int, length: int, flags: Flag, edge: Child) -> None:
+        """Make the range read as zeroes; falls back to writing them unless NO_FALLBACK is given. `edge`: see pwrite."""
         if trace.enabled:
             trace.emit("write_zeroes", self.name, offset, length)
         if not length:
             return
         if self.options.discard != "unmap":
             flags &= ~Flag.MAY_UNMAP
-        await self._pwrite_zeroes(offset, length, flags)
+        await self._pwrite_zeroes(offset, length, flags, edge)
 
-    async def _pwrite_zeroes(self, offset: int, length: int, flags: Flag) -> None:
-        await self._reach(offset + length)
+    async def _pwrite_zeroes(self, offset: int, length: int, flags: Flag, edge: Child) -> None:
+        await self._reach(offset, length, edge, "pwrite_zeroes")
         align = self.driver.request_alignment
         start = _round_up(offset, align)
         end = (offset + length) - (offset + length) % align
@@ -410,6 +427,7 @@ class Node:
         low, high = self._tracked_range(offset, length, flags, align)
         request = await self.begin(low, high - low, serialising=unaligned or bool(flags & Flag.SERIALISING))
         try:
+            edge.check_end("pwrite_zeroes", offset, length)
             if self.guard is not None:
                 await self.guard.before(offset, length)
             if start < end:
@@ -437,8 +455,11 @@ class Node:
             for start in range(0, length, len(zeroes)):
                 await self._pwrite_cut(offset + start, zeroes[: length - start], flags)
 
-    async def discard(self, offset: int, length: int) -> None:
-        """Advisory; parts of blocks at the ends are kept, a node with discard "ignore" does nothing."""
+    async def discard(self, offset: int, length: int, edge: Child) -> None:
+        """Advisory; parts of blocks at the ends are kept, a node with discard "ignore" does nothing.
+
+        `edge`: see pwrite.
+        """
         if trace.enabled:
             trace.emit("discard", self.name, offset, length)
         align = self.driver.request_alignment
@@ -446,9 +467,10 @@ class Node:
         end = (offset + length) - (offset + length) % align
         if self.options.discard != "unmap" or start >= end:
             return
-        await self._reach(min(end, self.size()))
+        await self._reach(start, end - start, edge, "discard", grows=False)
         request = await self.begin(start, end - start)
         try:
+            edge.check_end("discard", start, end - start)
             if self.guard is not None:
                 await self.guard.before(start, end - start)
             await self.driver.discard(start, end - start)
@@ -479,19 +501,32 @@ class Node:
         had something else there."""
         if trace.enabled:
             trace.emit("truncate", self.name, size)
-        low, high = sorted((self.size(), size))
-        request = await self.begin(low, high - low, serialising=True)
-        await self._resize(request, size)
+        await self._resize(await self._begin_resize(size), size)
 
-    async def _reach(self, end: int) -> None:
-        """Before a request that ends at `end`: bitmaps reach as far, and a node that grows by it has grown.
+    async def _begin_resize(self, size: int) -> Request:
+        """`begin`, with nobody beside it behind where the node ends, now and then; resizes are done in turn."""
+        before = [request.offset for request in self.in_flight.values() if request.end == _NO_END]
+        low = min(self.size(), size, *before)
+        return await self.begin(low, _NO_END - low, serialising=True)
+
+    async def _reach(self, offset: int, length: int, edge: Child, op: str, *, grows: bool = True) -> None:
+        """Before a request: bitmaps reach as far as it, and a node that grows by it (not unless `grows`) has grown.
 
         Without bitmaps drivers grow by themselves, while they write.
         """
-        if self._reaches(end):
+        end = offset + length
+        if self._reaches(end if grows else min(end, self.size())):
             return
-        request = await self.begin(min(self.size(), end), end, serialising=True)
-        if self._reaches(end):  # by one that was faster
+        request = await self._begin_resize(end)
+        try:
+            edge.check_end(op, offset, length)
+            if not grows:
+                end = min(end, self.size())
+            done = self._reaches(end)  # by one that was faster
+        except BaseException:
+            self.end(request)
+            raise
+        if done:
             self.end(request)
         else:
             await self._resize(request, max(end, self.size()))
@@ -608,17 +643,17 @@ class Child:
             OutOfRange: past the end, and the edge may not resize.
         """
         self.check_write("pwrite", offset, len(buf), flags)
-        await self.node.pwrite(offset, buf, flags)
+        await self.node.pwrite(offset, buf, flags, self)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
         """See Node.pwrite_zeroes."""
         self.check_write("pwrite_zeroes", offset, length, flags)
-        await self.node.pwrite_zeroes(offset, length, flags)
+        await self.node.pwrite_zeroes(offset, length, flags, self)
 
     async def discard(self, offset: int, length: int) -> None:
         """See Node.discard."""
         self.check_write("discard", offset, length, Flag.NONE)
-        await self.node.discard(offset, length)
+        await self.node.discard(offset, length, self)
 
     async def flush(self) -> None:
         """See Node.flush."""
@@ -645,7 +680,11 @@ class Child:
         node = self.node
         if not self.need & wanted or node.read_only:
             raise ReadOnly("is read-only here", node=node.name, op=op, offset=offset, length=length)
-        size = node.size()
+        self.check_end(op, offset, length)
+
+    def check_end(self, op: str, offset: int, length: int) -> None:
+        """Refuse what the node's size forbids."""
+        node, size = self.node, self.node.size()
         if offset + length > size and not (self.need & Perm.RESIZE and node.driver.growable):
             raise OutOfRange(f"past the end ({size} bytes)", node=node.name, op=op, offset=offset, length=length)
 

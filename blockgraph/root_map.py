@@ -112,8 +112,6 @@ class RootMap:
         self._slots: dict[Node, int] = {}
         #: what every way to a slot allows
         self._zeroing: dict[int, tuple[Zeroing, int]] = {}
-        #: the map's dirt that the nodes on the way have been told of
-        self._synced = self.extents.dirt()
         #: through which flushes go
         self._flushing: list[Node] = []
         self._bitmaps: set[Bitmap] = set()
@@ -230,6 +228,7 @@ class RootMap:
         zero = False
         zeroing, unit = Zeroing.PUNCH | Zeroing.ZERO_RANGE, 0
         units: Node | None = None
+        laid_out = False
         while True:
             path.append(node)
             new = self._register(node, shift)
@@ -262,7 +261,8 @@ class RootMap:
                 writable = False
             if placing is None:
                 bitmaps |= enabled
-            if extent.allocate and writable and self._nodes[node] == 0:
+            # Not below another format: first writes and zeroes are noted by the disk's offsets, whatever the extent.
+            if extent.allocate and writable and self._nodes[node] == 0 and not laid_out:
                 whole = self._whole_units(node)
                 if position < whole:
                     placing, high = node, min(high, whole)
@@ -272,6 +272,7 @@ class RootMap:
                 unit = (node.driver.zero_unit or 0) if zeroing and shift == 0 else 0
                 units = node if unit and self._nodes[node] == 0 else None
                 zeroing = Zeroing.WRITE if unit else Zeroing.NONE
+            laid_out = laid_out or (isinstance(node.driver, Format) and not node.driver.passes_zeroes)
             if node.options.discard != "unmap":
                 zeroing &= ~Zeroing.PUNCH
             if extent.status is Status.SPECIAL:
@@ -510,13 +511,12 @@ class RootMap:
     def sync_written(self) -> None:
         """What native requests have written counts as written by every node on the way: a flush goes down to it.
 
-        So does what they have only noted, which a flush that began in the middle of one may have missed (`dirt`).
+        So does what they have only noted, which a flush that began in the middle of one may have missed.
         """
         written = [node for node, slot in self._slots.items() if self.extents.take_written(slot)]
-        if written or self.extents.dirt() != self._synced:
+        if self.extents.take_noted() or written:  # no native flush takes that mark away
             for node in self._nodes:
                 node.not_flushed()
-            self._synced = self.extents.dirt()
         for node in written:
             if code := self.extents.take_flush_error(self._slots[node]):
                 node.driver.flush_failed(code)

@@ -177,6 +177,13 @@ int bg_map_copied(bg_map *map, int64_t offset, int64_t length)
     return ret;
 }
 
+/* Whatever has become of the range. In this order: who finds the map clean has taken what was noted before. */
+static void allocator_noted(bg_map *map)
+{
+    atomic_store(&map->noted, true);
+    bg_map_dirty(map);
+}
+
 int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t storage_offset)
 {
     int ret = -EINVAL;
@@ -206,7 +213,7 @@ int bg_map_placed(bg_map *map, int64_t offset, int64_t length, int slot, int64_t
         ret = 0;
     }
     pthread_mutex_unlock(&map->lock);
-    bg_map_dirty(map); /* whatever has become of the range: the allocator has noted something */
+    allocator_noted(map);
     return ret;
 }
 
@@ -227,7 +234,7 @@ int bg_map_zeroed(bg_map *map, int64_t offset, int64_t length)
         ret = 0;
     }
     pthread_mutex_unlock(&map->lock);
-    bg_map_dirty(map); /* whatever has become of the range: the allocator has noted something */
+    allocator_noted(map);
     return ret;
 }
 
@@ -398,6 +405,11 @@ int bg_map_take_written(bg_map *map, int slot)
     }
     /* In this order: a flush that took the mark and fails leaves its error before it is over. */
     return written || atomic_load(&s->flushing) > 0 || atomic_load(&s->flush_error) != 0;
+}
+
+int bg_map_take_noted(bg_map *map)
+{
+    return atomic_exchange(&map->noted, false);
 }
 
 int bg_map_take_flush_error(bg_map *map, int slot)

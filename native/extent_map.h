@@ -109,6 +109,9 @@ int64_t bg_map_remove_slot(bg_map *map, int slot);
  */
 int bg_map_take_written(bg_map *map, int slot);
 
+/* 1 when an allocator has noted something (bg_map_placed, bg_map_zeroed) since the last call; no native flush takes that away. */
+int bg_map_take_noted(bg_map *map);
+
 /*
  * How the bytes of a slot may be made zero; at first not at all. `unit`, a power of two, is for BG_MAP_WRITE_ZEROES, which needs one,
  * and goes with no more memory alignment than a page (-EINVAL).

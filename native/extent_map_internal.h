@@ -165,6 +165,7 @@ struct bg_map {
     _Atomic uint64_t waiting; /* the latest ticket that somebody waits for, 0: nobody */
     atomic_int_fast64_t dirt;     /* how often something was changed that only Python can make durable */
     atomic_int_fast64_t clean_at; /* the dirt that was made durable */
+    atomic_bool noted;            /* by an allocator, and Python does not know yet */
     atomic_int slots_used;        /* no slot from here on was ever live */
     atomic_uint ignored;          /* discards: log2 of their unit and 1, or 0 */
     storage slots[BG_MAP_SLOTS];

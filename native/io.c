@@ -14,17 +14,27 @@
 #include <unistd.h>
 
 #define ZEROES (256 << 10)
+/* No storage has larger blocks, as direct I/O goes: a multiple of all. */
+#define DIRECT_BLOCK 4096
 
 static bool range_ok(int64_t length, int64_t offset)
 {
     return length >= 0 && offset >= 0 && length <= INT64_MAX - offset;
 }
 
-/* O_DIRECT refuses to go on behind a short read that ended inside a block; that is the file's end, if the file agrees. */
-static bool is_end_of_file(int fd, int64_t offset)
+/*
+ * O_DIRECT refuses to go on behind a short read that ended inside a block. That was the file's end; when the file has become
+ * longer meanwhile, the read goes on from the block's start. How many bytes to go back, 0: it is still the end, or -1: neither.
+ */
+static int64_t short_read(int fd, int64_t offset, int64_t done)
 {
     struct stat st;
-    return fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && offset >= st.st_size;
+    if (done == 0 || fstat(fd, &st) < 0 || !S_ISREG(st.st_mode))
+        return -1;
+    if (offset + done >= st.st_size)
+        return 0;
+    int64_t inside = (offset + done) % DIRECT_BLOCK;
+    return inside == 0 ? -1 : inside < done ? inside : done;
 }
 
 int64_t bg_pread(int fd, void *buf, int64_t length, int64_t offset)
@@ -41,9 +51,12 @@ int64_t bg_pread(int fd, void *buf, int64_t length, int64_t offset)
             break;
         } else if (errno != EINTR) {
             int error = errno;
-            if (error == EINVAL && done > 0 && is_end_of_file(fd, offset + done))
+            int64_t back = error == EINVAL ? short_read(fd, offset, done) : -1;
+            if (back == 0)
                 break;
-            return -error;
+            if (back < 0)
+                return -error;
+            done -= back;
         }
     }
     memset(p + done, 0, (size_t)(length - done));

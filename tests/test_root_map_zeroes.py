@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -262,3 +263,44 @@ async def test_disk_that_is_only_discarded_and_zeroed_is_learnt(
                 assert server.stats.faults == 1
             assert await client.pread(0, SIZE) == model
         await server.close()
+
+
+def test_image_in_an_image_keeps_its_own_offsets(tmp_path: Path) -> None:
+    """Where a cluster of the outer one has the same offset in it as on the disk, the inner one must not take the zeroes
+    of the disk's other clusters as its own."""
+    outer, inner = tmp_path / "outer", tmp_path / "inner"
+    asyncio.run(create_file(str(outer), SIZE, "qcow2", replace=True))
+    written = [5, 6, 7, 8, 9, 11, 3]
+    with blockgraph.open({"nodes": [image(outer)]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        for number in written:
+            disk.pwrite(number * CLUSTER, bytes([number]) * CLUSTER)
+    room = 64 * CLUSTER
+    os.truncate(outer, room)
+    asyncio.run(create_file(str(inner), room, "qcow2", replace=True, backing_file=str(outer), backing_fmt="raw"))
+    base = {"driver": "raw", "read-only": True, "file": {"driver": "file", "filename": str(outer), "read-only": True}}
+    nodes = [
+        {**image(inner), "node-name": "inner", "backing": base},
+        {"driver": "qcow2", "node-name": "disk", "file": "inner"},
+    ]
+    content = bytearray(SIZE)
+    for number in written:
+        content[number * CLUSTER : (number + 1) * CLUSTER] = bytes([number]) * CLUSTER
+    with blockgraph.open({"nodes": nodes}) as graph:
+        disk = graph.backend("disk", writable=True)
+        same = [n for n in written if disk.block_status(n * CLUSTER, CLUSTER).host_offset == n * CLUSTER]
+        assert same
+        assert len(same) < len(written)
+        for number in same[:2]:  # first writes of the inner image, seen through the outer one
+            disk.pread(number * CLUSTER + CLUSTER // 2, 1)
+            disk.pwrite(number * CLUSTER, b"n" * 512)
+            content[number * CLUSTER : number * CLUSTER + 512] = b"n" * 512
+        for number in written:
+            if number not in same:
+                disk.pwrite(number * CLUSTER, b"m" * CLUSTER)
+                disk.pread(number * CLUSTER, 1)
+                disk.write_zeroes(number * CLUSTER, CLUSTER)
+                content[number * CLUSTER : (number + 1) * CLUSTER] = bytes(CLUSTER)
+        assert disk.pread(0, SIZE) == content
+    with blockgraph.open({"nodes": nodes}) as graph:
+        assert graph.backend("disk").pread(0, SIZE) == content

@@ -424,6 +424,10 @@ class ExtentMap:
         """Remove a slot, and wait until no request uses its descriptor."""
         await self.settle(self.start_remove_slot(slot))
 
+    def take_noted(self) -> bool:
+        """Whether the allocator has noted something since the last call, which its node has to make durable."""
+        return bool(lib.bg_map_take_noted(self._native))
+
     def take_written(self, slot: int) -> bool:
         """Whether native writes to the slot were completed since the last call, are being made durable now, or could
         not be: the storage needs a flush. Native flushes miss until it has had one (`flushed`).

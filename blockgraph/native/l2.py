@@ -216,7 +216,7 @@ def link_l2(table: bytearray, cluster_bits: int, links: bytes | bytearray) -> tu
     view, items = ffi.from_buffer(table), ffi.from_buffer("bg_allocator_link[]", links)
     bits = (len(table) // 8).bit_length() - 1
     if lib.bg_l2_link(view, bits, cluster_bits, items, len(items), low, high) < 0:
-        raise ValueError("a cluster that was placed has a place")
+        raise ValueError("a link does not fit the table")
     return low[0], high[0]
 
 

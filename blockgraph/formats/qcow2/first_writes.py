@@ -146,12 +146,14 @@ class FirstWrites:
             await self._driver.writeback.relieve()
             self._collect()
             if self._link_bytes > _MOST_LINKS:
-                await self.complete()
+                await self._driver.writeback.run()
             if self._writes and 2 * self._native.reserve < self._want:
                 self._want = min(self._most, 2 * self._want)
             while self._extents is not None and self._writes and (missing := self._want - self._native.reserve) > 0:
                 room = await self._driver.refcounts.allocate_any(missing)
                 self._native.give([room], self._want // 2)
+            if self._writes:
+                self._native.give([], self._want // 2)  # it tells again, also when nothing was missing
         except BlockGraphError as error:
             # A write will meet it again, and say so. Until the next attach Python does the first writes.
             log.debug("node '%s': no reserve for first writes: %s", self._driver.node.name, error)
@@ -191,16 +193,23 @@ class FirstWrites:
             # The file may end inside the last of them, and the map lets native writes to all of it through.
             self.storage.driver.reaches(end)
 
-    async def complete(self) -> None:
-        """Every first write that is over is in the tables.
+    def behind(self) -> list[int]:
+        """L1 indexes of the tables that lack first writes which are over."""
+        if self._native.has_links:
+            self._collect()
+        return list(self._links)
+
+    async def complete(self, behind: list[int]) -> None:
+        """Bring these tables up to date, and take them from the list; no more than may wait to be written back.
 
         Raises:
             IOFailure, CorruptImage: a table can not be read; what was to be put into it waits.
         """
         mapping = self._driver.mapping
-        if self._native.has_links:
-            self._collect()
-        for index in list(self._links):
-            table = await mapping.table(index)
-            assert table is not None
-            mapping.catch_up(table)
+        while behind:
+            table = await mapping.table(behind[-1])
+            if table is not None:  # or the disk has become shorter
+                mapping.catch_up(table)
+            behind.pop()
+            if mapping.tables.crowded:
+                return

@@ -319,11 +319,20 @@ class Mapping:
             self._bound_runs(table)
 
     def catch_up(self, table: L2Table) -> None:
-        """Put in what native code has placed, or made zero. The maps know already."""
+        """Put in what native code has placed, or made zero. The maps know already.
+
+        Raises:
+            CorruptImage: an entry is not what it was when that was done.
+        """
         links = None if self.first_writes is None else self.first_writes.apply(table.key)
         if not links:
             return
-        low, high = link_l2(table.buf, self._bits, links)
+        try:
+            low, high = link_l2(table.buf, self._bits, links)
+        except ValueError as error:
+            table.runs = None
+            self.tables.touch(table, 0, len(table.buf))
+            raise self._image.corrupt(f"L2 table {table.key} has changed under native writes") from error
         if count_links(links) > _FEW_LINKS:
             table.runs = None
         elif table.runs is not None:

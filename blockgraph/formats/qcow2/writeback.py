@@ -69,9 +69,16 @@ class WriteBack:
             self._image.node.end_background()
 
     async def _run(self) -> None:
+        places = self._mapping.first_writes
+        behind = [] if places is None else places.behind()
+        while places is not None and behind:
+            await places.complete(behind)
+            if behind:
+                await self._write()
+        await self._write()
+
+    async def _write(self) -> None:
         refcounts, mapping, reclaim = self._refcounts, self._mapping, self._refcounts.reclaim
-        if mapping.first_writes is not None:
-            await mapping.first_writes.complete()
         blocks = refcounts.blocks.save()
         table = refcounts.save_table()
         l2 = mapping.tables.save()

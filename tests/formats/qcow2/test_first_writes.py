@@ -26,6 +26,7 @@ import blockgraph
 from blockgraph.api import SyncBackend, SyncGraph
 from blockgraph.backend import Backend
 from blockgraph.create import create_file
+from blockgraph.errors import CorruptImage
 from blockgraph.flags import Flag
 from blockgraph.formats.qcow2 import Qcow2, first_writes
 from blockgraph.native import Zeroing
@@ -296,6 +297,133 @@ def test_what_was_read_before_the_first_write_is_written_natively(tmpfs: Path) -
             misses = disk.stats().misses
             disk.pwrite(cluster * CLUSTER, b"y")
             assert disk.stats().misses == misses
+
+
+def test_many_tables_are_completed_within_the_bound(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush after first writes in more tables than may be in memory: some after others, and all of them."""
+    image = make(tmpfs / "disk", 4 << 20, cluster_size=512)  # a table has 32 KiB of the disk
+    with blockgraph.open({"nodes": [{**described(image), "l2-cache-size": 8 * 512}]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        starts = range(0, 4 << 20, 32 << 10)
+        for at in starts:
+            disk.pwrite(at, b"t" * 512)
+        disk.flush()
+        for at in starts:
+            disk.pread(at + 512, 1)
+        sizes = []
+        tables = qcow2_of(graph).mapping.tables
+        before = disk.stats().first_writes
+        for at in starts:
+            disk.pwrite(at + 512, b"n" * 512)
+        assert disk.stats().first_writes > before + 100
+        touch = tables.touch
+
+        def counted(*args: Any) -> None:
+            touch(*args)
+            sizes.append(tables.size)
+
+        monkeypatch.setattr(tables, "touch", counted)
+        disk.flush()
+        assert len(sizes) >= 100
+        assert max(sizes) <= 8 * 512
+        (tmpfs / "copy").write_bytes(image.read_bytes())
+    check(tmpfs / "copy")
+    with blockgraph.open({"nodes": [described(tmpfs / "copy")]}) as graph:
+        assert graph.backend("disk").pread(0, 4 << 20) == (b"t" * 512 + b"n" * 512 + bytes(31 << 10)) * len(starts)
+
+
+def test_reserve_that_was_given_back_is_asked_for_again(tmpfs: Path) -> None:
+    """The word that there is little room came, and then nothing was missing: the next one comes, too."""
+    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 64 << 20))]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"x")
+        disk.pread(1 << 20, 1)
+        driver = qcow2_of(graph)
+        places = driver.first_writes
+        assert places is not None
+
+        async def little_and_enough() -> None:
+            more = await driver.refcounts.allocate_all(64)
+            places._native.give([(more, 64, False)], 1000)
+
+        graph.call(little_and_enough())
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(disk._extents.pwrite, 1 << 20, b"x" * CLUSTER).result(20)
+
+        async def settled() -> None:
+            for _ in range(100):
+                await asyncio.sleep(0.01)
+
+        graph.call(settled())
+        before = disk.stats().first_writes
+        for at in range(2 << 20, 62 << 20, CLUSTER):
+            disk.pwrite(at, b"n" * CLUSTER)
+            if at % (4 << 20) == 0:
+                graph.call(asyncio.sleep(0.01))
+        assert disk.stats().first_writes > before + 500
+
+
+def test_table_that_contradicts_what_was_placed_is_corrupt(tmpfs: Path) -> None:
+    """Said to who looks next; what was put in before stays, and reaches the disk."""
+    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 1 << 20))]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"x")
+        disk.pread(4 * CLUSTER, 1)
+        driver = qcow2_of(graph)
+        table = driver.mapping.tables.get(0)
+        assert table is not None
+        before = disk.stats().first_writes
+        disk.pwrite(4 * CLUSTER, b"n" * 2 * CLUSTER)
+        assert disk.stats().first_writes == before + 1
+        table.buf[5 * 8 : 6 * 8] = table.buf[:8]
+        with pytest.raises(CorruptImage, match="L2 table 0 has changed under native writes"):
+            disk.block_status(4 * CLUSTER, CLUSTER)
+        assert any(table.buf[4 * 8 : 5 * 8])
+        assert table.dirty
+
+
+def test_second_flush_has_nothing_to_do(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 1 << 20))]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"x")
+        disk.pread(4 * CLUSTER, 1)
+        disk.pwrite(4 * CLUSTER, b"n" * CLUSTER)
+        flushes = []
+        flush = Qcow2.flush
+
+        async def counted(self: Qcow2) -> None:
+            flushes.append(1)
+            await flush(self)
+
+        monkeypatch.setattr(Qcow2, "flush", counted)
+        disk.flush()
+        assert len(flushes) == 1
+        disk.flush()
+        disk.flush()
+        assert len(flushes) == 1
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096])
+def test_direct_io_beside_a_file_that_grows(tmp_path: Path, cluster_size: int) -> None:
+    """The end of the file, which a read came to, has moved on meanwhile: it goes on."""
+    image = make(tmp_path / "disk", 1 << 20, cluster_size=cluster_size)
+    file = {"driver": "file", "filename": str(image), "cache": {"direct": True}}
+    with blockgraph.open({"nodes": [{"driver": "qcow2", "node-name": "disk", "file": file}]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        content = bytearray(1 << 20)
+
+        def writes(lane: int) -> None:
+            source = random.Random(lane)
+            for _ in range(150):
+                at = (source.randrange(2048 // 6) * 6 + lane) * 512 + source.choice([0, 100])
+                data = source.randbytes(source.choice([10, 300, 412]))
+                disk.pwrite(at, data)
+                content[at : at + len(data)] = data
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(writes, range(6)))
+        assert disk.pread(0, 1 << 20) == content
+    check(image)
 
 
 @pytest.mark.parametrize("zeroes", [False, True])

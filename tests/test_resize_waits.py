@@ -1,0 +1,106 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""Requests that arrive while a disk becomes shorter: they see the new end, whoever made it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.loop import in_loop
+
+import blockgraph
+from blockgraph.backend import Backend
+from blockgraph.create import create_file
+from blockgraph.errors import OutOfRange
+
+SIZE = 1 << 20
+SHORT = SIZE // 4
+BEHIND = SIZE - (64 << 10)
+#: The last cluster of the short disk and the first behind it.
+ACROSS = SHORT - 512
+
+
+@asynccontextmanager
+async def two_guests(path: Path, driver: str, *, bitmap: bool = False) -> AsyncIterator[tuple[Backend, Backend]]:
+    """A disk full of b"o" over a backing file full of b"B" (qcow2 only), and two who write to it; the second one may
+    make it shorter or longer."""
+    options: dict[str, Any] = {}
+    if driver == "qcow2":
+        base = path.with_name("base")
+        base.write_bytes(b"B" * SIZE)
+        options = {"backing_file": str(base), "backing_fmt": "raw"}
+    await create_file(str(path), SIZE, driver, replace=False, **options)
+    disk: dict[str, Any] = {
+        "driver": driver,
+        "node-name": "disk",
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": str(path), "discard": "unmap"},
+    }
+    if driver == "qcow2":
+        file = {"driver": "file", "filename": str(base), "read-only": True}
+        disk["backing"] = {"driver": "raw", "read-only": True, "file": file}
+    async with await blockgraph.aopen({"nodes": [disk]}) as graph:
+        guest = await graph.backend("disk", writable=True)
+        other = await graph.backend("disk", writable=True, resize=True)
+        if bitmap:
+            await graph.add_bitmap("disk", "b0")
+        await guest.pwrite(0, b"o" * SIZE)
+        await guest.flush()
+        yield guest, other
+
+
+CHANGES: dict[str, Callable[[Backend], Awaitable[Any]]] = {
+    "write": lambda guest: guest.pwrite(BEHIND, b"x" * 4096),
+    "unaligned write": lambda guest: guest.pwrite(SIZE - 100, b"x" * 100),
+    "write across": lambda guest: guest.pwrite(ACROSS, b"x" * 1024),
+    "zeroes": lambda guest: guest.write_zeroes(BEHIND, 65536),
+    "discard": lambda guest: guest.discard(BEHIND, 65536),
+}
+
+
+@pytest.mark.parametrize("bitmap", [False, True])
+@pytest.mark.parametrize("change", list(CHANGES))
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+@in_loop
+async def test_change_behind_the_new_end_is_refused(tmp_path: Path, driver: str, change: str, bitmap: bool) -> None:
+    """Also while the disk is about to end there; nothing is made longer, and what grows again is zero."""
+    async with two_guests(tmp_path / "disk", driver, bitmap=bitmap) as (guest, other):
+        shorter = asyncio.ensure_future(other.truncate(SHORT))
+        await asyncio.sleep(0)
+        with pytest.raises(OutOfRange, match="past the end"):
+            await CHANGES[change](guest)
+        await shorter
+        assert guest.size() == SHORT
+        await other.truncate(SIZE)
+        assert await guest.pread(0, SIZE) == b"o" * SHORT + bytes(SIZE - SHORT)
+
+
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+@in_loop
+async def test_read_behind_the_new_end_is_zero(tmp_path: Path, driver: str) -> None:
+    async with two_guests(tmp_path / "disk", driver) as (guest, other):
+        shorter = asyncio.ensure_future(other.truncate(SHORT))
+        await asyncio.sleep(0)
+        behind, across, status = await asyncio.gather(
+            guest.pread(BEHIND, 4096), guest.pread(ACROSS, 1024), guest.block_status(BEHIND, 4096)
+        )
+        await shorter
+        assert behind == bytes(4096)
+        assert across == b"o" * 512 + bytes(512)
+        assert (status.length, status.data, status.zero) == (4096, False, True)
+
+
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+@in_loop
+async def test_resizes_take_their_turn(tmp_path: Path, driver: str) -> None:
+    """Longer and shorter at once: each is done to the disk that the one before has left."""
+    async with two_guests(tmp_path / "disk", driver) as (guest, other):
+        sizes = [2 * SIZE, SHORT, SIZE, SHORT // 2, 3 * SIZE]
+        await asyncio.gather(*(other.truncate(size) for size in sizes))
+        assert guest.size() == 3 * SIZE
+        assert await guest.pread(0, 3 * SIZE) == b"o" * (SHORT // 2) + bytes(3 * SIZE - SHORT // 2)
