@@ -214,6 +214,6 @@ def test_link_that_does_not_fit_is_refused(link: tuple[int, int, int, int]) -> N
     table = bytearray(8 * 64)
     link_l2(table, 16, struct.pack("=qqqq", 3 << 16, 5 << 16, 1, 0))
     before = bytes(table)
-    with pytest.raises(ValueError, match="place"):
+    with pytest.raises(ValueError, match="a link does not fit"):
         link_l2(table, 16, struct.pack("=qqqq", *link))
     assert table == before
