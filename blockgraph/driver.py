@@ -564,9 +564,8 @@ class Filter(Driver):
         return next((sizes.get(name) for name, spec in cls.children.items() if spec.role & Role.FILTERED), None)
 
     async def attached(self) -> None:
-        below = self.file.node.driver
-        self.request_alignment = max(type(self).request_alignment, below.request_alignment)
-        self.growable = below.growable
+        # Not its alignment: what is read, changed and written back has to be tracked where everybody comes by.
+        self.growable = self.file.node.driver.growable
 
     def size(self) -> int:
         return self.file.node.size()

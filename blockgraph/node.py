@@ -14,7 +14,7 @@ only ever wait for earlier ones, so there is no deadlock here.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from blockgraph import debug, trace
 from blockgraph.driver import fill_zero
@@ -69,6 +69,16 @@ class Request:
         """Wake whoever waits."""
         if self._done is not None:
             self._done.set()
+
+
+class _Write(NamedTuple):
+    """A change of [offset, offset + length), and how it came; `grows`: the node becomes longer by it."""
+
+    edge: Child
+    op: str
+    offset: int
+    length: int
+    grows: bool = True
 
 
 class Node:
@@ -344,17 +354,16 @@ class Node:
             unmap = Flag.MAY_UNMAP if detect == "unmap" and self.options.discard == "unmap" else Flag.NONE
             await self._pwrite_zeroes(offset, length, flags | unmap, edge)
             return
-        await self._reach(offset, length, edge, "pwrite")
         align = self.driver.request_alignment
         unaligned = align > 1 and (offset | length) % align != 0
-        start, end = self._tracked_range(offset, length, flags, align if unaligned else 1)
-        request = await self.begin(start, end - start, serialising=unaligned or bool(flags & Flag.SERIALISING))
+        tracked = self._tracked_range(offset, length, flags, align if unaligned else 1)
+        serialising = unaligned or bool(flags & Flag.SERIALISING)
+        request = await self._begin_write(_Write(edge, "pwrite", offset, length), *tracked, serialising=serialising)
         try:
-            edge.check_end("pwrite", offset, length)
             if self.guard is not None:
                 await self.guard.before(offset, length)
             if unaligned:
-                await self._pwrite_unaligned(offset, buf, flags)
+                await self._pwrite_unaligned(offset, buf, flags, align)
             else:
                 await self._pwrite_cut(offset, buf, flags)
         finally:
@@ -379,27 +388,27 @@ class Node:
         for start in range(0, len(buf), step):
             await driver.pwrite(offset + start, buf[start : start + step], flags)
 
-    async def _pwrite_unaligned(self, offset: int, buf: memoryview, flags: Flag) -> None:
-        """Read-modify-write of the blocks at both ends; the request is serialising."""
-        align = self.driver.request_alignment
+    async def _pwrite_unaligned(self, offset: int, buf: memoryview, flags: Flag, align: int) -> None:
+        """Read-modify-write of the blocks at both ends; the request is serialising, and tracks blocks of `align` bytes:
+        the driver may ask for larger ones by now."""
         start = offset - offset % align
         end = _round_up(offset + len(buf), align)
         bounce = allocate_aligned(end - start, align)
         head = start if offset % align else None
         tail = end - align if (offset + len(buf)) % align else None
         if head is not None:
-            await self._pread_rmw("head", head, bounce[:align])
+            await self._pread_rmw("head", head, bounce[:align], align)
         if tail is not None and tail != head:
-            await self._pread_rmw("tail", tail, bounce[tail - start :])
+            await self._pread_rmw("tail", tail, bounce[tail - start :], align)
         bounce[offset - start : offset - start + len(buf)] = buf
         # Never past what the request or the node reaches: padding must not make the node longer.
         last = max(self.size(), offset + len(buf))
         await self._pwrite_cut(start, bounce[: last - start], flags)
 
-    async def _pread_rmw(self, part: str, offset: int, buf: memoryview) -> None:
+    async def _pread_rmw(self, part: str, offset: int, buf: memoryview, align: int) -> None:
         if debug.enabled:
             await self.driver.debug_event(f"pwritev_rmw_{part}")
-        inside = max(0, min(len(buf), _round_up(self.size(), self.driver.request_alignment) - offset))
+        inside = max(0, min(len(buf), _round_up(self.size(), align) - offset))
         fill_zero(buf[inside:])
         if inside:
             await self.driver.pread(offset, buf[:inside])
@@ -417,7 +426,6 @@ class Node:
         await self._pwrite_zeroes(offset, length, flags, edge)
 
     async def _pwrite_zeroes(self, offset: int, length: int, flags: Flag, edge: Child) -> None:
-        await self._reach(offset, length, edge, "pwrite_zeroes")
         align = self.driver.request_alignment
         start = _round_up(offset, align)
         end = (offset + length) - (offset + length) % align
@@ -425,9 +433,12 @@ class Node:
             start = end = offset + length
         unaligned = start != offset or end != offset + length
         low, high = self._tracked_range(offset, length, flags, align)
-        request = await self.begin(low, high - low, serialising=unaligned or bool(flags & Flag.SERIALISING))
+        high = self._end_of_unit(high)
+        serialising = unaligned or bool(flags & Flag.SERIALISING)
+        request = await self._begin_write(
+            _Write(edge, "pwrite_zeroes", offset, length), low, high, serialising=serialising
+        )
         try:
-            edge.check_end("pwrite_zeroes", offset, length)
             if self.guard is not None:
                 await self.guard.before(offset, length)
             if start < end:
@@ -435,9 +446,9 @@ class Node:
             elif flags & Flag.NO_FALLBACK:
                 raise self.driver.unsupported("pwrite_zeroes")
             if offset < start:
-                await self._pwrite_unaligned(offset, memoryview(bytes(start - offset)), flags)
+                await self._pwrite_unaligned(offset, memoryview(bytes(start - offset)), flags, align)
             if end < offset + length:
-                await self._pwrite_unaligned(end, memoryview(bytes(offset + length - end)), flags)
+                await self._pwrite_unaligned(end, memoryview(bytes(offset + length - end)), flags, align)
         finally:
             self.changed(offset, length)
             await self.finish(request)
@@ -467,10 +478,9 @@ class Node:
         end = (offset + length) - (offset + length) % align
         if self.options.discard != "unmap" or start >= end:
             return
-        await self._reach(start, end - start, edge, "discard", grows=False)
-        request = await self.begin(start, end - start)
+        write = _Write(edge, "discard", start, end - start, grows=False)
+        request = await self._begin_write(write, start, self._end_of_unit(end))
         try:
-            edge.check_end("discard", start, end - start)
             if self.guard is not None:
                 await self.guard.before(start, end - start)
             await self.driver.discard(start, end - start)
@@ -509,31 +519,55 @@ class Node:
         low = min(self.size(), size, *before)
         return await self.begin(low, _NO_END - low, serialising=True)
 
-    async def _reach(self, offset: int, length: int, edge: Child, op: str, *, grows: bool = True) -> None:
-        """Before a request: bitmaps reach as far as it, and a node that grows by it (not unless `grows`) has grown.
+    async def _begin_write(self, write: _Write, low: int, high: int, *, serialising: bool = False) -> Request:
+        """`begin` of [low, high) for a change, which lies inside the node, or may make it longer, when nobody is before
+        it any more; bitmaps reach as far."""
+        while True:
+            await self._reach(write)
+            request = await self.begin(low, high - low, serialising=serialising)
+            try:
+                write.edge.check_end(write.op, write.offset, write.length)
+                if self._reaches(write):
+                    return request
+            except BaseException:
+                self.end(request)
+                raise
+            self.end(request)  # the node has become shorter, and is to become longer again
+
+    async def _reach(self, write: _Write) -> None:
+        """Before a change: bitmaps reach as far as it, and a node that grows by it has grown.
 
         Without bitmaps drivers grow by themselves, while they write.
         """
-        end = offset + length
-        if self._reaches(end if grows else min(end, self.size())):
+        if self._reaches(write):
             return
-        request = await self._begin_resize(end)
+        request = await self._begin_resize(write.offset + write.length)
         try:
-            edge.check_end(op, offset, length)
-            if not grows:
-                end = min(end, self.size())
-            done = self._reaches(end)  # by one that was faster
+            write.edge.check_end(write.op, write.offset, write.length)
+            reaches = self._reaches(write)  # by one that was faster
         except BaseException:
             self.end(request)
             raise
-        if done:
+        if reaches:
             self.end(request)
         else:
-            await self._resize(request, max(end, self.size()))
+            await self._resize(request, max(self._end_of(write), self.size()))
 
-    def _reaches(self, end: int) -> bool:
+    def _end_of(self, write: _Write) -> int:
+        end = write.offset + write.length
+        return end if write.grows else min(end, self.size())
+
+    def _reaches(self, write: _Write) -> bool:
+        if not self.bitmaps and self.guard is None:
+            return True
+        end = self._end_of(write)
         bitmaps = self.bitmaps.values()
         return (self.guard is None or end <= self.size()) and all(end <= b.size or b.inconsistent for b in bitmaps)
+
+    def _end_of_unit(self, end: int) -> int:
+        """End of the cluster: zeroes up to the node's end take all of the last one, and when the node becomes longer
+        there must not be anything yet."""
+        return _round_up(end, self.driver.info().cluster_size or 1)
 
     async def _resize(self, request: Request, size: int) -> None:
         """`truncate`, in the serialising request."""

@@ -14,6 +14,7 @@ import pytest
 from helpers.loop import in_loop
 
 import blockgraph
+from blockgraph.api import AsyncGraph
 from blockgraph.backend import Backend
 from blockgraph.create import create_file
 from blockgraph.errors import OutOfRange
@@ -26,9 +27,11 @@ ACROSS = SHORT - 512
 
 
 @asynccontextmanager
-async def two_guests(path: Path, driver: str, *, bitmap: bool = False) -> AsyncIterator[tuple[Backend, Backend]]:
-    """A disk full of b"o" over a backing file full of b"B" (qcow2 only), and two who write to it; the second one may
-    make it shorter or longer."""
+async def two_guests(
+    path: Path, driver: str, *, bitmap: bool = False
+) -> AsyncIterator[tuple[AsyncGraph, Backend, Backend]]:
+    """A graph, and two who write to its disk, which is full of b"o", over a backing file full of b"B" (qcow2 only); the
+    second one may make it shorter or longer."""
     options: dict[str, Any] = {}
     if driver == "qcow2":
         base = path.with_name("base")
@@ -51,7 +54,7 @@ async def two_guests(path: Path, driver: str, *, bitmap: bool = False) -> AsyncI
             await graph.add_bitmap("disk", "b0")
         await guest.pwrite(0, b"o" * SIZE)
         await guest.flush()
-        yield guest, other
+        yield graph, guest, other
 
 
 CHANGES: dict[str, Callable[[Backend], Awaitable[Any]]] = {
@@ -69,7 +72,7 @@ CHANGES: dict[str, Callable[[Backend], Awaitable[Any]]] = {
 @in_loop
 async def test_change_behind_the_new_end_is_refused(tmp_path: Path, driver: str, change: str, bitmap: bool) -> None:
     """Also while the disk is about to end there; nothing is made longer, and what grows again is zero."""
-    async with two_guests(tmp_path / "disk", driver, bitmap=bitmap) as (guest, other):
+    async with two_guests(tmp_path / "disk", driver, bitmap=bitmap) as (_, guest, other):
         shorter = asyncio.ensure_future(other.truncate(SHORT))
         await asyncio.sleep(0)
         with pytest.raises(OutOfRange, match="past the end"):
@@ -83,7 +86,7 @@ async def test_change_behind_the_new_end_is_refused(tmp_path: Path, driver: str,
 @pytest.mark.parametrize("driver", ["raw", "qcow2"])
 @in_loop
 async def test_read_behind_the_new_end_is_zero(tmp_path: Path, driver: str) -> None:
-    async with two_guests(tmp_path / "disk", driver) as (guest, other):
+    async with two_guests(tmp_path / "disk", driver) as (_, guest, other):
         shorter = asyncio.ensure_future(other.truncate(SHORT))
         await asyncio.sleep(0)
         behind, across, status = await asyncio.gather(
@@ -99,8 +102,66 @@ async def test_read_behind_the_new_end_is_zero(tmp_path: Path, driver: str) -> N
 @in_loop
 async def test_resizes_take_their_turn(tmp_path: Path, driver: str) -> None:
     """Longer and shorter at once: each is done to the disk that the one before has left."""
-    async with two_guests(tmp_path / "disk", driver) as (guest, other):
+    async with two_guests(tmp_path / "disk", driver) as (_, guest, other):
         sizes = [2 * SIZE, SHORT, SIZE, SHORT // 2, 3 * SIZE]
         await asyncio.gather(*(other.truncate(size) for size in sizes))
         assert guest.size() == 3 * SIZE
         assert await guest.pread(0, 3 * SIZE) == b"o" * (SHORT // 2) + bytes(3 * SIZE - SHORT // 2)
+
+
+@pytest.mark.parametrize("sidecar", [False, True])
+@in_loop
+async def test_write_that_makes_it_longer_again_is_recorded(tmp_path: Path, sidecar: bool) -> None:
+    """It came before the disk was shorter, and its writer may make it longer: the bitmap follows."""
+    async with two_guests(tmp_path / "disk", "raw") as (graph, _, other):
+        if sidecar:
+            await graph.attach_sidecar("disk", str(tmp_path / "sidecar"), crash_safe=True)
+        bitmap = await graph.add_bitmap("disk", "b0", persistent=sidecar, granularity=4096)
+        shorter = asyncio.ensure_future(other.truncate(SHORT))
+        await asyncio.sleep(0)
+        await other.pwrite(SIZE - 4096, b"x" * 4096)
+        await shorter
+        assert (other.size(), bitmap.size) == (SIZE, SIZE)
+        assert bitmap.contents().next_dirty(SIZE - 4096, SIZE) is not None
+
+
+@pytest.mark.parametrize("change", ["write_zeroes", "discard"])
+@in_loop
+async def test_zeroes_up_to_the_old_end_keep_what_is_behind_it(tmp_path: Path, change: str) -> None:
+    """The disk ended inside a cluster, all of which they would take: it becomes longer when they are over."""
+    cluster, size = 64 << 10, 3 * (64 << 10) + 512
+    base = tmp_path / "base"
+    base.write_bytes(b"B" * SIZE)
+    await create_file(str(tmp_path / "disk"), size, "qcow2", replace=False, backing_file=str(base), backing_fmt="raw")
+    below = {"driver": "file", "filename": str(base), "read-only": True}
+    disk = {
+        "driver": "qcow2",
+        "node-name": "disk",
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": str(tmp_path / "disk")},
+        "backing": {"driver": "raw", "node-name": "base", "read-only": True, "file": below},
+    }
+    async with await blockgraph.aopen({"nodes": [disk]}) as graph:
+        guest = await graph.backend("disk", writable=True, resize=True)
+        await guest.pwrite(3 * cluster, b"o" * 512)
+        driver = graph.node("base").driver
+        pread, go = driver.pread, asyncio.Event()
+
+        async def slow(offset: int, buf: memoryview) -> None:
+            await go.wait()
+            await pread(offset, buf)
+
+        driver.pread = slow  # type: ignore[method-assign]
+        copied = asyncio.ensure_future(guest.pwrite(2 * cluster + 100, b"c" * 100))
+        await asyncio.sleep(0)
+        zeroed = asyncio.ensure_future(getattr(guest, change)(2 * cluster, cluster + 512))
+        await asyncio.sleep(0)
+        longer = asyncio.ensure_future(guest.truncate(4 * cluster))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert guest.size() == size
+        go.set()
+        await longer
+        await guest.pwrite(3 * cluster + 4096, b"W" * 4096)
+        await asyncio.gather(copied, zeroed)
+        assert await guest.pread(3 * cluster + 4096, 4096) == b"W" * 4096

@@ -153,7 +153,7 @@ class InjectError(Filter):
     async def attached(self) -> None:
         self.file = self.image
         await super().attached()
-        self.request_alignment = max(self.request_alignment, self.options.align or 1)
+        self.request_alignment = max(type(self).request_alignment, self.options.align or 1)
         self.max_transfer = self.options.max_transfer
         _check_limits(self.options, self.request_alignment, self.node.name)
 

@@ -147,7 +147,7 @@ class LogWrites(Filter):
         if not self._found_end:
             await self._find_end()
             self._found_end = True
-        self.request_alignment = max(self.request_alignment, self._sector_size)
+        self.request_alignment = max(type(self).request_alignment, self._sector_size)
 
     async def close(self) -> None:
         await self.sync_log()

@@ -82,7 +82,6 @@ class Verify(Filter):
                 node=self.node.name,
                 hint="make them the same size",
             )
-        self.request_alignment = max(self.request_alignment, test.driver.request_alignment)
         self.growable = self.growable and test.driver.growable
 
     @classmethod

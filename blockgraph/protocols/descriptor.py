@@ -87,7 +87,12 @@ class DescriptorDriver(Protocol):
     _pending_fd: int = -1
     _lock: ImageLock | None = None
     _windows: Windows | None = None
+    #: what the kernel asks for
     _alignment: DirectAlignment = BUFFERED
+    #: what is written at once where the file ends inside a block, bytes
+    _tail_unit = 1
+    #: somebody may make the file longer, or is about to be allowed to
+    _grows = _will_grow = False
     _writable = False
     _flush_error: OSError | None = None
     _size = 0
@@ -158,6 +163,8 @@ class DescriptorDriver(Protocol):
     async def prepare_perm(self, need: Perm, share: Perm) -> None:
         if self.options.force_share:
             share = ALL
+        self._will_grow = self.growable and bool(need & Perm.RESIZE)
+        self._set_alignment(self._alignment)
         await in_thread(self._acquire, need, share)
 
     def _acquire(self, need: Perm, share: Perm) -> None:
@@ -192,6 +199,8 @@ class DescriptorDriver(Protocol):
             raise self._open_error(error, False) from error
 
     def commit_perm(self) -> None:
+        self._grows = self._will_grow
+        self._set_alignment(self._alignment)
         if self._pending_fd >= 0:
             self._swap(self._pending_fd)
             self._pending_fd = -1
@@ -199,6 +208,8 @@ class DescriptorDriver(Protocol):
             self._lock.commit()
 
     def abort_perm(self) -> None:
+        self._will_grow = self._grows
+        self._set_alignment(self._alignment)
         self._drop_pending()
         if self._lock is not None:
             self._lock.abort()
@@ -283,10 +294,13 @@ class DescriptorDriver(Protocol):
         return alignment
 
     def _set_alignment(self, alignment: DirectAlignment) -> None:
+        """Where the file may end inside a block, no direct write shares a page with its tail, which goes through the
+        page cache: writing that page back would undo it. The node sees to it; requests that it aligned before a
+        change go on as they are."""
+        tail = alignment.offset > 1 and (self._grows or self._will_grow or self._size % alignment.offset != 0)
         self._alignment = alignment
-        self.request_alignment = max(alignment.offset, self._base_alignment())
-        if self._size % alignment.offset:
-            self._whole_pages()
+        self._tail_unit = max(alignment.offset, PAGESIZE) if tail else alignment.offset
+        self.request_alignment = max(self._tail_unit, self._base_alignment())
 
     def _open_error(self, error: OSError, writable: bool) -> IOFailure:
         name = self.options.filename
@@ -351,7 +365,7 @@ class DescriptorDriver(Protocol):
 
     async def pwrite(self, offset: int, buf: memoryview, flags: Flag = Flag.NONE) -> None:
         length = len(buf)
-        tail = (offset + length) % self._alignment.offset
+        tail = min(length, (offset + length) % self._tail_unit) if (offset + length) % self._alignment.offset else 0
         blocks = buf[: length - tail]
         try:
             if self._misplaced(blocks):
@@ -372,16 +386,9 @@ class DescriptorDriver(Protocol):
 
     async def _pwrite_tail(self, offset: int, buf: memoryview) -> None:
         """The part of the last block that a direct write can not reach without making the file longer."""
-        self._whole_pages()
         if self._tail_fd < 0:
             self._tail_fd = self._reopen(self._flags(True, False))
         await self._pool.pwrite(self._tail_fd, offset, buf)
-
-    def _whole_pages(self) -> None:
-        """Let no direct write share a page with the tail: writing the page back would undo it."""
-        if self._alignment.offset > 1:
-            self._alignment = self._alignment._replace(offset=max(self._alignment.offset, PAGESIZE))
-            self.request_alignment = max(self.request_alignment, self._alignment.offset)
 
     @property
     def plain_flush(self) -> bool:

@@ -178,5 +178,3 @@ class File(DescriptorDriver):
         finally:
             self._data.forget()
             self._size = self._read_size()
-            if self._size % self._alignment.offset:
-                self._whole_pages()

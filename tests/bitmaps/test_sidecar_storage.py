@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
@@ -18,6 +19,8 @@ from helpers.loop import in_loop
 import blockgraph
 from blockgraph.api import AsyncGraph
 from blockgraph.backend import Backend
+from blockgraph.bitmaps import identity
+from blockgraph.node import Node
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -127,3 +130,34 @@ async def test_disk_changed_behind_its_back_is_noticed(storage: dict[str, Any], 
         (info,) = graph.bitmaps("disk")
         assert info.inconsistent
         assert "somebody else" in info.reason
+
+
+@in_loop
+async def test_disk_becomes_shorter_while_the_bitmaps_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a disk that is no whole file some bytes are read then: not by waiting for who waits for the sidecar."""
+    (tmp_path / "disk").write_bytes(b"x" * (MIB + 512))
+    file = {"driver": "file", "filename": str(tmp_path / "disk")}
+    nodes = [{"node-name": "disk", "driver": "raw", "offset": 512, "file": file}]
+    async with await blockgraph.aopen({"nodes": nodes}) as graph:
+        guest = await graph.backend("disk", writable=True, resize=True)
+        await graph.attach_sidecar("disk", str(tmp_path / "sidecar"), crash_safe=True)
+        bitmap = await graph.add_bitmap("disk", "b0", persistent=True, granularity=4096)
+        store = guest.node.bitmap_store
+        assert store is not None
+        await store.save()
+        bitmap.version += 1
+        sample, shorter = identity._sample, []
+
+        async def sampled(node: Node) -> bytes:
+            if not shorter:
+                shorter.append(asyncio.ensure_future(guest.truncate(65536)))
+                for _ in range(10):
+                    await asyncio.sleep(0)
+            return await sample(node)
+
+        monkeypatch.setattr(identity, "_sample", sampled)
+        await asyncio.wait_for(store.save(), 20)
+        await asyncio.wait_for(shorter[0], 20)
+        assert (guest.size(), bitmap.size) == (65536, 65536)

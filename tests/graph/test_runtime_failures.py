@@ -136,24 +136,24 @@ async def test_permission_refused_by_another_node_gives_back_what_was_prepared()
 
 @in_loop
 async def test_attached_again_after_a_failure_takes_the_old_facts() -> None:
-    narrow = {"driver": "inject-error", "node-name": "narrow", "image": memory("m2", SIZE), "align": 4096}
-    async with graph_of(memory("disk", SIZE), {"driver": "delay", "node-name": "top", "file": "disk"}, narrow) as graph:
+    window = {"driver": "raw", "node-name": "window", "size": SIZE, "file": memory("m2", SIZE)}
+    async with graph_of(memory("disk", SIZE), {"driver": "delay", "node-name": "top", "file": "disk"}, window) as graph:
         backend = await graph.backend("top", writable=True)
-        assert graph.node("top").driver.request_alignment == 1
+        assert graph.node("top").driver.growable
 
         async def swap() -> None:
             async with graph.transaction() as change:
-                change.set_child("top", "file", "narrow")
+                change.set_child("top", "file", "window")
                 change.add(stubborn("last", "top"))
 
         Stubborn.fail_at = "attached"
         with pytest.raises(GraphError):
             await swap()
-        assert graph.node("top").driver.request_alignment == 1
+        assert graph.node("top").driver.growable
         await backend.pwrite(1, b"x")
         Stubborn.fail_at = ""
         await swap()
-        assert graph.node("top").driver.request_alignment == 4096
+        assert not graph.node("top").driver.growable
         await backend.pwrite(1, b"x")
         assert await backend.pread(0, 3) == b"\0x\0"
 
