@@ -95,6 +95,8 @@ class Backend:
             self.children.pop(name, None)
         else:
             self.children[name] = child
+            # Requests lie inside the disk: one that has waited until it was shorter does not make it longer.
+            child.grows = False
             self.root = child
 
     def use_map(self) -> RootMap:

@@ -21,7 +21,7 @@ from blockgraph.driver import fill_zero
 from blockgraph.errors import GraphError, OutOfRange, ReadOnly, Unsupported
 from blockgraph.extent import BlockStatus, Extent
 from blockgraph.flags import Flag
-from blockgraph.native import allocate_aligned, is_zero
+from blockgraph.native import MAX_BITS, allocate_aligned, fits, is_zero
 from blockgraph.perm import NONE, Perm, Role
 
 if TYPE_CHECKING:
@@ -232,6 +232,17 @@ class Node:
         """See begin_background."""
         self._background -= 1
         self._check_idle()
+
+    async def touched(self) -> None:
+        """The image is about to change, though no byte of the disk does: who keeps bitmaps of it has to know.
+
+        Raises:
+            IOFailure: it may not change.
+        """
+        if self.guard is not None:
+            await self.guard.touch()
+        for above in self.shown_by():
+            await above.touched()
 
     def changed(self, offset: int, length: int) -> None:
         """A request that changed the range, or failed in doing so, is over."""
@@ -573,6 +584,7 @@ class Node:
         """`truncate`, in the serialising request."""
         self._resizing.append(size)
         try:
+            self._check_size(size)
             self._check_above(size)
             await self._resize_checked(size)
         finally:
@@ -617,6 +629,19 @@ class Node:
         for node in self.shown_by():
             yield from node.recorders()
 
+    def _check_size(self, size: int) -> None:
+        """Refuse what no disk, or not all of its bitmaps, can become."""
+        if size >= _NO_END:
+            raise OutOfRange(f"can not become {size} bytes long", node=self.name, op="truncate")
+        for bitmap in self.bitmaps.values():
+            if not fits(size, bitmap.granularity):
+                raise OutOfRange(
+                    f"can not become {size} bytes long: bitmap '{bitmap.name}' would have more than {MAX_BITS} bits",
+                    node=self.name,
+                    op="truncate",
+                    hint="remove the bitmap, or make one with a larger granularity",
+                )
+
     def _check_above(self, size: int) -> None:
         """Refuse to cut off what a bitmap of a node above has: were the node to grow again, nobody would mark it there.
 
@@ -644,9 +669,10 @@ class Child:
         name: "file", "backing", ...
         role, need, share: see blockgraph.perm.
         node: what it points to; changed only by a committed transaction.
+        grows: with the permission to resize, writes past the end make the node longer.
     """
 
-    __slots__ = ("name", "need", "node", "parent", "role", "share")
+    __slots__ = ("grows", "name", "need", "node", "parent", "role", "share")
 
     def __init__(self, parent: str, name: str, role: Role, node: Node) -> None:
         self.parent = parent
@@ -655,6 +681,7 @@ class Child:
         self.node = node
         self.need: Perm = NONE
         self.share: Perm = NONE
+        self.grows = True
 
     def __repr__(self) -> str:
         return f"<Child {self.parent}.{self.name} -> {self.node.name}>"
@@ -719,7 +746,7 @@ class Child:
     def check_end(self, op: str, offset: int, length: int) -> None:
         """Refuse what the node's size forbids."""
         node, size = self.node, self.node.size()
-        if offset + length > size and not (self.need & Perm.RESIZE and node.driver.growable):
+        if offset + length > size and not (self.grows and self.need & Perm.RESIZE and node.driver.growable):
             raise OutOfRange(f"past the end ({size} bytes)", node=node.name, op=op, offset=offset, length=length)
 
 

@@ -146,6 +146,8 @@ class RootMap:
                 writes, or zeroes, there.
         """
         if self.extents.size != self._backend.size():  # another node took the place of the one below
+            if any(node.serialising for node in self._nodes):
+                return  # or it is being resized, and tells itself
             await self.settle(self.resized())
         if self.writes:
             root = self._backend.node

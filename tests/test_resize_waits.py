@@ -17,7 +17,7 @@ import blockgraph
 from blockgraph.api import AsyncGraph
 from blockgraph.backend import Backend
 from blockgraph.create import create_file
-from blockgraph.errors import OutOfRange
+from blockgraph.errors import GraphError, OutOfRange
 
 SIZE = 1 << 20
 SHORT = SIZE // 4
@@ -66,17 +66,20 @@ CHANGES: dict[str, Callable[[Backend], Awaitable[Any]]] = {
 }
 
 
+@pytest.mark.parametrize("by", ["guest", "who-resizes"])
 @pytest.mark.parametrize("bitmap", [False, True])
 @pytest.mark.parametrize("change", list(CHANGES))
 @pytest.mark.parametrize("driver", ["raw", "qcow2"])
 @in_loop
-async def test_change_behind_the_new_end_is_refused(tmp_path: Path, driver: str, change: str, bitmap: bool) -> None:
+async def test_change_behind_the_new_end_is_refused(
+    tmp_path: Path, driver: str, change: str, bitmap: bool, by: str
+) -> None:
     """Also while the disk is about to end there; nothing is made longer, and what grows again is zero."""
     async with two_guests(tmp_path / "disk", driver, bitmap=bitmap) as (_, guest, other):
         shorter = asyncio.ensure_future(other.truncate(SHORT))
         await asyncio.sleep(0)
         with pytest.raises(OutOfRange, match="past the end"):
-            await CHANGES[change](guest)
+            await CHANGES[change](guest if by == "guest" else other)
         await shorter
         assert guest.size() == SHORT
         await other.truncate(SIZE)
@@ -112,14 +115,15 @@ async def test_resizes_take_their_turn(tmp_path: Path, driver: str) -> None:
 @pytest.mark.parametrize("sidecar", [False, True])
 @in_loop
 async def test_write_that_makes_it_longer_again_is_recorded(tmp_path: Path, sidecar: bool) -> None:
-    """It came before the disk was shorter, and its writer may make it longer: the bitmap follows."""
+    """It came before the disk was shorter, from a node that may make it longer: the bitmap follows."""
     async with two_guests(tmp_path / "disk", "raw") as (graph, _, other):
         if sidecar:
             await graph.attach_sidecar("disk", str(tmp_path / "sidecar"), crash_safe=True)
         bitmap = await graph.add_bitmap("disk", "b0", persistent=sidecar, granularity=4096)
         shorter = asyncio.ensure_future(other.truncate(SHORT))
         await asyncio.sleep(0)
-        await other.pwrite(SIZE - 4096, b"x" * 4096)
+        other.root.grows = True  # as the edge of a format does
+        await other.root.pwrite(SIZE - 4096, memoryview(b"x" * 4096))
         await shorter
         assert (other.size(), bitmap.size) == (SIZE, SIZE)
         assert bitmap.contents().next_dirty(SIZE - 4096, SIZE) is not None
@@ -165,3 +169,24 @@ async def test_zeroes_up_to_the_old_end_keep_what_is_behind_it(tmp_path: Path, c
         await guest.pwrite(3 * cluster + 4096, b"W" * 4096)
         await asyncio.gather(copied, zeroed)
         assert await guest.pread(3 * cluster + 4096, 4096) == b"W" * 4096
+
+
+@pytest.mark.parametrize("size", [1 << 63, 1 << 70, 1 << 48], ids=["2**63", "2**70", "too long for a bitmap"])
+@in_loop
+async def test_size_that_can_not_be_changes_nothing(tmp_path: Path, size: int) -> None:
+    async with two_guests(tmp_path / "disk", "raw") as (graph, guest, other):
+        fine = await graph.add_bitmap("disk", "fine", granularity=512)
+        coarse = await graph.add_bitmap("disk", "coarse", granularity=1 << 20)
+        with pytest.raises(OutOfRange, match="can not become"):
+            await other.truncate(size)
+        assert guest.size() == fine.size == coarse.size == SIZE
+        assert await guest.pread(0, SIZE) == b"o" * SIZE
+
+
+@in_loop
+async def test_bitmap_of_more_bits_than_there_can_be_is_refused(tmp_path: Path) -> None:
+    async with await blockgraph.aopen({"nodes": [{"driver": "memory", "node-name": "disk", "size": 1 << 60}]}) as graph:
+        with pytest.raises(GraphError, match="larger granularity"):
+            await graph.add_bitmap("disk", "b0", granularity=512)
+        bitmap = await graph.add_bitmap("disk", "b1")
+        assert bitmap.granularity == 1 << 22

@@ -17,6 +17,7 @@ from blockgraph.bitmaps.sidecar_format import new_entry
 from blockgraph.bitmaps.store import LiveStore
 from blockgraph.errors import GraphError
 from blockgraph.graph.action import Action
+from blockgraph.native import MAX_BITS, fits
 
 if TYPE_CHECKING:
     from blockgraph.graph.transaction import Transaction
@@ -102,7 +103,7 @@ class NewBitmap(TypedDict, total=False):
 
     Attributes:
         granularity: bytes per bit, a power of two; None (default): the node's cluster size within 4 to 64 KiB, 64 KiB
-            where it has none.
+            where it has none, and more for a disk that would have more bits than a bitmap can.
         enabled: it records writes (default).
         persistent: the node's image keeps it, or the sidecar file that it has.
         sidecar: with `persistent`, for a node without a place for bitmaps: the file that keeps them, or True for the
@@ -149,6 +150,13 @@ class AddBitmap(BitmapAction):
             raise GraphError(f"there already is a bitmap '{name}'", node=node.name, op="add")
         granularity = default_granularity(node) if self._granularity is None else self._granularity
         check_granularity(granularity, node=node.name)
+        if not fits(node.size(), granularity):
+            raise GraphError(
+                f"bitmap '{name}' would have more than {MAX_BITS} bits for {node.size()} bytes",
+                node=node.name,
+                op="add",
+                hint="choose a larger granularity",
+            )
         bitmap = DirtyBitmap(
             name, node.size(), granularity, node=node.name, enabled=self._enabled, persistent=self._persistent
         )
@@ -347,4 +355,7 @@ class TakeView(Action):
 def default_granularity(node: Node) -> int:
     """Bytes per bit when nobody says: see AddBitmap."""
     cluster = node.driver.info().cluster_size
-    return max(_LEAST, min(cluster, _MOST)) if cluster else _MOST
+    granularity = max(_LEAST, min(cluster, _MOST)) if cluster else _MOST
+    while not fits(node.size(), granularity):
+        granularity *= 2
+    return granularity

@@ -42,3 +42,10 @@ class WriteGuard(Protocol):
 
     async def resized(self) -> None:
         """The node, and its bitmaps, have the size they have now. Must not fail."""
+
+    async def touch(self) -> None:
+        """The image is about to change, though no byte of the disk does: metadata is written back.
+
+        Raises:
+            IOFailure: it may not.
+        """

@@ -134,13 +134,17 @@ class Sidecar:
         #: versions of the bitmaps that are stored
         self._versions: dict[str, int | None] = {}
         self._kept: list[_Kept] = []
+        #: the node's size before and after a resize that is under way, or may not have reached the disk
+        self._resizing: tuple[int, int] | None = None
+        #: the image is made durable for a clean file
+        self._cleaning = False
         #: the header that says "in use" is this session's
         self._begun = False
         #: a newer header than ours may be in the file, or become it: it could not be made durable
         self._doubtful = False
         #: flushes that have failed
         self._failures = 0
-        self._guard = WriteAhead(node, self._mark, self._before_resize, self._resized)
+        self._guard = WriteAhead(node, self._mark, self._before_resize, self._resized, self._touch)
         self._clock: asyncio.Task[None] | None = None
         # Taken in this order. Nobody waits for requests while holding the second or third, which requests wait for.
         self._turning = asyncio.Lock()
@@ -428,9 +432,13 @@ class Sidecar:
             # From here on writers wait for the second lock, and then begin anew.
             written = self._guard.marked()
             undo = self._guard.close_all()
+            self._cleaning = True
             try:
                 image = await identity.identify(self._node, final=True)
                 await self._commit(in_use=False, regions=written, image=image)
+                if identity.times_of(self._node) != image.times:  # metadata was written meanwhile, and did not wait
+                    await self._commit(in_use=True, fresh=True)
+                    return False
             except BaseException as error:
                 if self._doubtful:  # writers have to come to `_mark`; all is stored anew
                     self._versions.clear()
@@ -439,6 +447,8 @@ class Sidecar:
                 if isinstance(error, OSError):
                     raise IOFailure.from_oserror(error, node=self._node.name, op="save bitmaps") from error
                 raise
+            finally:
+                self._cleaning = False
             self._begun = False
             self.file.cut(self._now.space.end())
             return True
@@ -486,18 +496,25 @@ class Sidecar:
         if self._failures != since:
             raise IOFailure(f"sidecar '{self.path}': a flush has failed meanwhile", node=self._node.name, op="flush")
 
+    async def _touch(self) -> None:
+        # What is written while the image is made durable is seen to afterwards.
+        if not self._begun and not self._cleaning and not self._node.read_only:
+            await Sidecar.begin(self)  # no more: what an image keeps itself stays as it is
+
     async def _before_resize(self, size: int) -> None:
         await self.begin()
         async with self._saving, self._writing:
             if self.crash_safe:
                 self._guard.grow(size)
-                await self._commit(in_use=True, fresh=True, next_size=size)
+                self._resizing = self._node.size(), size
+                await self._commit(in_use=True, fresh=True)
 
     async def _resized(self) -> None:
         try:
             # Until the image has its new size for sure, either counts.
             await self._node.flush()
             async with self._saving, self._writing:
+                self._resizing = None
                 if self.crash_safe:
                     await self._commit(in_use=True, fresh=True)
         except BlockGraphError as error:
@@ -512,7 +529,6 @@ class Sidecar:
         regions: Sequence[int] = (),
         image: Identity | None = None,
         fresh: bool = False,
-        next_size: int | None = None,
     ) -> None:
         """Lead a new header to what the bitmaps hold.
 
@@ -540,7 +556,7 @@ class Sidecar:
             raw = pack_directory(entries.values())
             freed.append(now.slot.directory)
             directory = Area(self._allocate(len(raw), allocated) if raw else 0, len(raw), zlib.crc32(raw))
-            size = node.size()
+            size, next_size = self._resizing or (node.size(), node.size())
             slot = replace(
                 now.slot,
                 sequence=now.slot.sequence + 1,
@@ -548,7 +564,7 @@ class Sidecar:
                 in_use=in_use,
                 crash_safe=self.crash_safe,
                 image=image or Identity(size, identity.times_of(node)),
-                next_size=size if next_size is None else next_size,
+                next_size=next_size,
                 boot=identity.boot_id(),
                 directory=directory,
                 bitmaps=len(entries),
@@ -617,7 +633,7 @@ class Sidecar:
             entry, bits = self._now.entries.get(bitmap.name), bitmap.contents()
             version: int | None = bitmap.version
             numbers: Iterable[int] = ()
-            if bitmap.inconsistent or bitmap.size != self._node.size():
+            if bitmap.inconsistent or bitmap.size not in (self._resizing or (self._node.size(),)):
                 reason = bitmap.reason or "it may have missed writes"
                 if not bitmap.inconsistent:
                     reason = f"the disk has become {self._node.size()} bytes long without it"

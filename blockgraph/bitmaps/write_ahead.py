@@ -60,7 +60,7 @@ class WriteAhead:
 
     Args:
         mark: make marks of these regions durable.
-        before_resize, resized: see `WriteGuard`.
+        before_resize, resized, touch: see `WriteGuard`.
 
     Attributes:
         bits: log2 of a region's bytes.
@@ -73,11 +73,13 @@ class WriteAhead:
         mark: Callable[[Sequence[int]], Awaitable[None]],
         before_resize: Callable[[int], Awaitable[None]],
         resized: Callable[[], Awaitable[None]],
+        touch: Callable[[], Awaitable[None]],
     ) -> None:
         self._node = node
         self._mark = mark
         self._before_resize = before_resize
         self._resized = resized
+        self._touch = touch
         self.set_regions(region_bits(node.size()), node.size())
         self._hand = 0
         #: how much had been written at the last turn
@@ -111,6 +113,9 @@ class WriteAhead:
         self._open += bytes(more)
 
     # The guard.
+
+    async def touch(self) -> None:
+        await self._touch()
 
     async def before(self, offset: int, length: int) -> None:
         if not length:

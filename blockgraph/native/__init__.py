@@ -8,7 +8,7 @@ out of range raise ValueError; failed system calls raise OSError with `errno`.
 """
 
 from blockgraph.native.allocator import Allocator, Link, count_links, unpack_links
-from blockgraph.native.bitmap import Bitmap
+from blockgraph.native.bitmap import MAX_BITS, Bitmap, fits
 from blockgraph.native.copier import (
     ClaimedRun,
     CopiedRange,
@@ -46,6 +46,7 @@ from blockgraph.native.windows import Windows
 from blockgraph.native.zero import ZeroRun, allocate_aligned, is_zero, zero_runs
 
 __all__ = [
+    "MAX_BITS",
     "SUM_BLOCK",
     "Allocator",
     "Bitmap",
@@ -81,6 +82,7 @@ __all__ = [
     "close_pool",
     "count_links",
     "decode_l2",
+    "fits",
     "free_run_refcount16",
     "get_pool",
     "is_zero",

@@ -23,6 +23,15 @@ RUNS_MIN: int = lib.BG_BITMAP_EXTENTS_MIN
 """Room that `Bitmap.read_dirty` needs at least, in runs."""
 
 
+MAX_BITS: int = lib.BG_BITMAP_MAX_BITS
+"""A bitmap has no more."""
+
+
+def fits(size: int, granularity: int) -> bool:
+    """A bitmap of `granularity` bytes a bit can have a disk of `size` bytes."""
+    return -(-size // granularity) <= MAX_BITS
+
+
 class Bitmap:
     """One bit for each `granularity` bytes of a disk of `size` bytes; a new bitmap is clean.
 

@@ -45,6 +45,7 @@ async def growable(path: Path, driver: str) -> AsyncIterator[tuple[AsyncGraph, C
         node = {"driver": "memory", "size": SIZE}
     async with await blockgraph.aopen({"nodes": [{"node-name": "disk", **node}]}) as graph:
         backend = await graph.backend("disk", writable=True, resize=True)
+        backend.root.grows = True  # as a format's edge does
         yield graph, backend.root
 
 
@@ -172,6 +173,7 @@ async def test_bitmaps_that_are_kept_grow_with_the_disk(tmp_path: Path, crash_sa
         await graph.add_bitmap("disk", "e", persistent=True, epochs=True)
     async with session(path) as (graph, kill):
         root = (await graph.backend("disk", writable=True, resize=True)).root
+        root.grows = True  # as the edge of a format does
         epoch = await graph.advance_epoch("disk", "e")
         await root.pwrite(SIZE + 3 * MIB, memoryview(b"x"))
         await root.node.flush()

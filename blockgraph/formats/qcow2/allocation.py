@@ -325,6 +325,8 @@ async def _take(driver: Qcow2, table: L2Table, run: L2Run, busy: Busy, offset: i
     want = sum(run.clusters for run in old)
     await driver.image.file.event("cluster_alloc")
     room = await driver.refcounts.allocate(want)
+    if driver.first_writes is not None:
+        driver.first_writes.found_room()
     busy.end = busy.first + room.clusters
     _shorten(old, room.clusters, bits)
     extent = _extent(driver, offset, length, room.host, start + room.clusters)

@@ -135,6 +135,12 @@ class FirstWrites:
         self._native.acknowledge()
         self._refill_soon()
 
+    def found_room(self) -> None:
+        """A first write in Python has: after a refill that failed another one may not."""
+        if self._extents is not None and self._writes and not self._want:
+            self._want = _LEAST // 2
+            self._refill_soon()
+
     def _refill_soon(self) -> None:
         if self._refilling is None:
             # Counted here: a drain waits for it, whether it has begun or not.
@@ -155,7 +161,7 @@ class FirstWrites:
             if self._writes:
                 self._native.give([], self._want // 2)  # it tells again, also when nothing was missing
         except BlockGraphError as error:
-            # A write will meet it again, and say so. Until the next attach Python does the first writes.
+            # A write will meet it again, and say so; one that does not has the reserve filled (`found_room`).
             log.debug("node '%s': no reserve for first writes: %s", self._driver.node.name, error)
             self._native.give([], 0)
             self._want = 0

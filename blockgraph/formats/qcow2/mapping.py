@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from blockgraph.errors import CorruptImage
 from blockgraph.formats.qcow2.header import COPIED, MAX_L1_BYTES, OFFSET_MASK
 from blockgraph.formats.qcow2.image import Image
+from blockgraph.formats.qcow2.moves import Moves, Place, SavedMoves
 from blockgraph.formats.qcow2.refcount import Refcounts
 from blockgraph.formats.qcow2.runs import RunList, cut
 from blockgraph.formats.qcow2.tables import WRITE_BLOCK, Table, TableCache
@@ -62,12 +63,11 @@ class L2Table(Table):
 
 class SavedL1(NamedTuple):
     """What a write-back has to write of the L1 table: (host offset, bytes) pieces; `moved` when all of it goes to a
-    new place that the header must be pointed to; `free` the place it leaves then (host offset, clusters)."""
+    new place that the header must be pointed to."""
 
     pieces: list[tuple[int, bytes]]
     blocks: set[int]
-    moved: bool
-    free: tuple[int, int] | None
+    moves: SavedMoves
 
 
 class Mapping:
@@ -91,8 +91,7 @@ class Mapping:
         self._l1 = bytearray()
         self.l1_changes = 0
         self._dirty_l1: set[int] = set()
-        self._left: tuple[int, int] | None = None
-        self._moved = False
+        self._moves = Moves()
         #: clusters that native writes have placed come from there
         self.first_writes: FirstWrites | None = None
 
@@ -382,25 +381,27 @@ class Mapping:
             self._refcounts.overlaps.add(host, needed)
             if clusters:
                 self._refcounts.overlaps.remove(header.l1_offset, clusters)
-                if self._moved:
-                    self._refcounts.reclaim.unused(header.l1_offset, clusters)
-                else:
-                    self._left = (header.l1_offset, clusters)
+            for place in self._moves.move(Place(header.l1_offset, clusters) if clusters else None):
+                self._refcounts.reclaim.unused(*place)
             header.l1_offset = host
-            self._moved = True
         self._l1.extend(bytes((entries - old) * 8))
         header.l1_size = entries
         self._dirty_l1.update(range(old * 8 // WRITE_BLOCK, -(-entries * 8 // WRITE_BLOCK)))
 
     # Write-back.
 
+    @property
+    def l1_dirty(self) -> bool:
+        """The L1 table differs from the disk."""
+        return bool(self._dirty_l1) or self._moves.moved
+
     def save_l1(self) -> SavedL1 | None:
         """What differs from the disk, as it is now; follow with `settle_l1` or `restore_l1`."""
-        if not self._dirty_l1 and not self._moved:
+        if not self.l1_dirty:
             return None
         offset = self._image.header.l1_offset
         room = -(-len(self._l1) >> self._bits) << self._bits
-        if self._moved:
+        if self._moves.moved:
             pieces = [(offset, bytes(self._l1).ljust(room, b"\0"))]
         else:
             pieces = []
@@ -408,20 +409,16 @@ class Mapping:
                 start = block * WRITE_BLOCK
                 data = bytes(self._l1[start : start + WRITE_BLOCK])
                 pieces.append((offset + start, data.ljust(min(WRITE_BLOCK, room - start), b"\0")))
-        saved = SavedL1(pieces, self._dirty_l1, self._moved, self._left)
+        saved = SavedL1(pieces, self._dirty_l1, self._moves.save())
         self._dirty_l1 = set()
-        self._left = None
-        self._moved = False
         return saved
 
     def settle_l1(self, saved: SavedL1) -> None:
         """It is on disk, and the header points to it."""
-        if saved.free is not None:
-            self._refcounts.reclaim.unused(*saved.free)
+        for place in self._moves.settle(saved.moves):
+            self._refcounts.reclaim.unused(*place)
 
     def restore_l1(self, saved: SavedL1) -> None:
         """It may not be on disk."""
         self._dirty_l1 |= saved.blocks
-        self._moved = self._moved or saved.moved
-        if saved.free is not None:
-            self._left = saved.free
+        self._moves.restore(saved.moves)

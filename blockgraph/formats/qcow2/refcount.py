@@ -28,6 +28,7 @@ from typing import NamedTuple
 from blockgraph.errors import NoSpace
 from blockgraph.formats.qcow2.header import MAX_REFTABLE_BYTES, OFFSET_MASK
 from blockgraph.formats.qcow2.image import Image
+from blockgraph.formats.qcow2.moves import Moves, Place, SavedMoves
 from blockgraph.formats.qcow2.overlaps import Overlaps
 from blockgraph.formats.qcow2.reclaim import Reclaim
 from blockgraph.formats.qcow2.tables import WRITE_BLOCK, Table, TableCache
@@ -43,12 +44,12 @@ _GOOD_RUN = 1 << 20
 
 class SavedTable(NamedTuple):
     """What a write-back has to write of the refcount table: (host offset, bytes) pieces; `header` its fields there when
-    it moved; `free` the place it leaves then (host offset, clusters)."""
+    it moved."""
 
     pieces: list[tuple[int, bytes]]
     blocks: set[int]
     header: bytes | None
-    free: tuple[int, int] | None
+    moves: SavedMoves
 
 
 class Room(NamedTuple):
@@ -83,8 +84,7 @@ class Refcounts:
         self.reclaim = Reclaim(image.node, image.cluster_size, self.free)
         self._table = bytearray()
         self._dirty_table: set[int] = set()
-        self._moved = False
-        self._left: tuple[int, int] | None = None
+        self._moves = Moves()
         self._lock = asyncio.Lock()
         self._hint_one = 0
         self._hint_many = 0
@@ -323,13 +323,10 @@ class Refcounts:
         host = self._claim_area(index, blocks, clusters)
         self.overlaps.add(host, clusters)
         self.overlaps.remove(header.reftable_offset, header.reftable_clusters)
-        if self._moved:
-            self.reclaim.unused(header.reftable_offset, header.reftable_clusters)
-        else:
-            self._left = (header.reftable_offset, header.reftable_clusters)
+        for place in self._moves.move(Place(header.reftable_offset, header.reftable_clusters)):
+            self.reclaim.unused(*place)
         header.reftable_offset = host
         header.reftable_clusters = clusters
-        self._moved = True
 
     # Replacing them all.
 
@@ -421,31 +418,28 @@ class Refcounts:
 
     def save_table(self) -> SavedTable | None:
         """What of the table differs from the disk, as it is now; follow with `settle_table` or `restore_table`."""
-        if not self._dirty_table and not self._moved:
+        if not self._dirty_table and not self._moves.moved:
             return None
         header = self._image.header
         offset = header.reftable_offset
-        if self._moved:
+        if self._moves.moved:
             pieces = [(offset, bytes(self._table))]
         else:
             pieces = [
                 (offset + block * WRITE_BLOCK, bytes(self._table[block * WRITE_BLOCK : (block + 1) * WRITE_BLOCK]))
                 for block in sorted(self._dirty_table)
             ]
-        saved = SavedTable(pieces, self._dirty_table, header.pack_reftable() if self._moved else None, self._left)
+        moved = header.pack_reftable() if self._moves.moved else None
+        saved = SavedTable(pieces, self._dirty_table, moved, self._moves.save())
         self._dirty_table = set()
-        self._left = None
-        self._moved = False
         return saved
 
     def settle_table(self, saved: SavedTable) -> None:
         """It is on disk, and the header points to it."""
-        if saved.free is not None:
-            self.reclaim.unused(*saved.free)
+        for place in self._moves.settle(saved.moves):
+            self.reclaim.unused(*place)
 
     def restore_table(self, saved: SavedTable) -> None:
         """It may not be on disk."""
         self._dirty_table |= saved.blocks
-        self._moved = self._moved or saved.header is not None
-        if saved.free is not None:
-            self._left = saved.free
+        self._moves.restore(saved.moves)

@@ -134,6 +134,11 @@ class TableCache(Generic[T]):
         return 2 * len(self._dirty) >= self._most
 
     @property
+    def dirty(self) -> bool:
+        """A table differs from the disk."""
+        return bool(self._dirty)
+
+    @property
     def size(self) -> int:
         """Bytes of the tables in memory."""
         return (len(self._clean) + len(self._dirty)) * self._table_size

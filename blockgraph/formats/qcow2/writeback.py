@@ -46,9 +46,21 @@ class WriteBack:
             IOFailure: some of it is not durable; the metadata stays in memory and is written by a later run.
         Cancelled: goes on in the background; draining the node waits for it.
         """
+        if self._pending():
+            await self._image.node.touched()
         task = asyncio.ensure_future(self._counted(self._begun))
         task.add_done_callback(_look)
         await asyncio.shield(task)
+
+    def _pending(self) -> bool:
+        refcounts, mapping, places = self._refcounts, self._mapping, self._mapping.first_writes
+        return bool(
+            refcounts.blocks.dirty
+            or mapping.tables.dirty
+            or mapping.l1_dirty
+            or refcounts.reclaim.pending
+            or (places is not None and places.behind())
+        )
 
     async def relieve(self) -> None:
         """Write back when so much is dirty, or waits to be freed, that no more should be added."""

@@ -26,9 +26,10 @@ import blockgraph
 from blockgraph.api import SyncBackend, SyncGraph
 from blockgraph.backend import Backend
 from blockgraph.create import create_file
-from blockgraph.errors import CorruptImage
+from blockgraph.errors import CorruptImage, NoSpace
 from blockgraph.flags import Flag
 from blockgraph.formats.qcow2 import Qcow2, first_writes
+from blockgraph.formats.qcow2.refcount import Room
 from blockgraph.native import Zeroing
 from blockgraph.protocols.file import File
 
@@ -829,3 +830,30 @@ TestDisk.settings = settings(
 
 def setup_module() -> None:
     require_tool("qemu-img")
+
+
+def test_refill_that_failed_once_is_tried_again(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 64 << 20))]}) as graph:
+        disk = graph.backend("disk", writable=True)
+        disk.pwrite(0, b"x")
+        disk.pread(1 << 20, 1)
+        refcounts = qcow2_of(graph).refcounts
+        failed = []
+
+        async def fails(want: int) -> Room:
+            monkeypatch.setattr(refcounts, "allocate_any", allocate_any)
+            failed.append(want)
+            raise NoSpace("no room now", node="disk")
+
+        allocate_any = refcounts.allocate_any
+        monkeypatch.setattr(refcounts, "allocate_any", fails)
+        for at in range(1 << 20, 32 << 20, CLUSTER):
+            disk.pwrite(at, b"n" * CLUSTER)
+        assert len(failed) == 1
+        graph.call(asyncio.sleep(0.05))
+        before = disk.stats().first_writes
+        for at in range(32 << 20, 64 << 20, CLUSTER):
+            disk.pwrite(at, b"n" * CLUSTER)
+            if at % (1 << 20) == 0:
+                graph.call(asyncio.sleep(0.002))
+        assert disk.stats().first_writes > before + 300
