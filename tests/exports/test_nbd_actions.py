@@ -49,6 +49,9 @@ class Running:
         """Numbers of the granules that an export shows as dirty."""
         async with await self.client(name) as client:
             found = await client.map(B0)
+        assert self.session.server is not None
+        while self.session.server.connections:  # noqa: ASYNC110  # the server announces it to nobody
+            await asyncio.sleep(0.001)
         ends = [sum(length for length, _ in found[: n + 1]) for n in range(len(found))]
         return [
             at // GRANULE
