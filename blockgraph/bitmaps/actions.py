@@ -17,7 +17,7 @@ from blockgraph.bitmaps.sidecar_format import new_entry
 from blockgraph.bitmaps.store import LiveStore
 from blockgraph.errors import GraphError
 from blockgraph.graph.action import Action
-from blockgraph.native import MAX_BITS, fits
+from blockgraph.native import MAX_BITS, fits, fitting
 
 if TYPE_CHECKING:
     from blockgraph.graph.transaction import Transaction
@@ -355,7 +355,4 @@ class TakeView(Action):
 def default_granularity(node: Node) -> int:
     """Bytes per bit when nobody says: see AddBitmap."""
     cluster = node.driver.info().cluster_size
-    granularity = max(_LEAST, min(cluster, _MOST)) if cluster else _MOST
-    while not fits(node.size(), granularity):
-        granularity *= 2
-    return granularity
+    return fitting(node.size(), max(_LEAST, min(cluster, _MOST)) if cluster else _MOST)

@@ -52,7 +52,7 @@ from blockgraph.driver import ChildSpec, Filter
 from blockgraph.errors import BlockGraphError, GraphError, IOFailure, SnapshotBroken
 from blockgraph.extent import Extent, Status
 from blockgraph.flags import Flag
-from blockgraph.native import Bitmap, fits
+from blockgraph.native import Bitmap, fitting
 from blockgraph.options import BitmapRef, NodeOptions, NodeRef
 from blockgraph.perm import ALL, Perm, Role
 
@@ -217,10 +217,7 @@ class BackupTop(Filter):
         least = self.options.min_cluster_size or 0
         # Where the target has a backing node it fills the rest of a cluster itself.
         target = None if has_cow(self.target.node) else self.target.node.driver.info().cluster_size
-        size = max(MIN_CLUSTER, least, target or 0)
-        while not fits(self.size(), size):
-            size *= 2
-        return size
+        return fitting(self.size(), max(MIN_CLUSTER, least, target or 0))
 
     def _source_bitmap(self, ref: BitmapRef) -> Bitmap:
         bitmap = self.node.find_bitmap(ref.node, ref.name)

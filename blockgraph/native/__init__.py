@@ -8,7 +8,7 @@ out of range raise ValueError; failed system calls raise OSError with `errno`.
 """
 
 from blockgraph.native.allocator import Allocator, Link, count_links, unpack_links
-from blockgraph.native.bitmap import MAX_BITS, Bitmap, fits
+from blockgraph.native.bitmap import MAX_BITS, Bitmap, fits, fitting
 from blockgraph.native.copier import (
     ClaimedRun,
     CopiedRange,
@@ -83,6 +83,7 @@ __all__ = [
     "count_links",
     "decode_l2",
     "fits",
+    "fitting",
     "free_run_refcount16",
     "get_pool",
     "is_zero",

@@ -32,6 +32,13 @@ def fits(size: int, granularity: int) -> bool:
     return -(-size // granularity) <= MAX_BITS
 
 
+def fitting(size: int, granularity: int) -> int:
+    """So many bytes a bit, or as often twice as many as it takes for a disk of `size` bytes."""
+    while not fits(size, granularity):
+        granularity *= 2
+    return granularity
+
+
 class Bitmap:
     """One bit for each `granularity` bytes of a disk of `size` bytes; a new bitmap is clean.
 

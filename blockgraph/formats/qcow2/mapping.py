@@ -62,8 +62,8 @@ class L2Table(Table):
 
 
 class SavedL1(NamedTuple):
-    """What a write-back has to write of the L1 table: (host offset, bytes) pieces; `moved` when all of it goes to a
-    new place that the header must be pointed to."""
+    """What a write-back has to write of the L1 table: (host offset, bytes) pieces; all of it when it
+    goes to a new place, which the header must be pointed to (`moves`)."""
 
     pieces: list[tuple[int, bytes]]
     blocks: set[int]

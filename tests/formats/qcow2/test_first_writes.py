@@ -7,8 +7,9 @@ from __future__ import annotations
 import asyncio
 import random
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -333,12 +334,19 @@ def test_many_tables_are_completed_within_the_bound(tmpfs: Path, monkeypatch: py
         assert graph.backend("disk").pread(0, 4 << 20) == (b"t" * 512 + b"n" * 512 + bytes(31 << 10)) * len(starts)
 
 
-def test_reserve_that_was_given_back_is_asked_for_again(tmpfs: Path) -> None:
-    """The word that there is little room came, and then nothing was missing: the next one comes, too."""
-    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 64 << 20))]}) as graph:
+@contextmanager
+def first_writes_from(tmpfs: Path, offset: int, size: int) -> Iterator[tuple[SyncGraph, SyncBackend]]:
+    """A new disk, to which first writes are native from an offset on."""
+    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", size))]}) as graph:
         disk = graph.backend("disk", writable=True)
         disk.pwrite(0, b"x")
-        disk.pread(1 << 20, 1)
+        disk.pread(offset, 1)
+        yield graph, disk
+
+
+def test_reserve_that_was_given_back_is_asked_for_again(tmpfs: Path) -> None:
+    """The word that there is little room came, and then nothing was missing: the next one comes, too."""
+    with first_writes_from(tmpfs, 1 << 20, 64 << 20) as (graph, disk):
         driver = qcow2_of(graph)
         places = driver.first_writes
         assert places is not None
@@ -351,11 +359,7 @@ def test_reserve_that_was_given_back_is_asked_for_again(tmpfs: Path) -> None:
         with ThreadPoolExecutor() as pool:
             assert pool.submit(disk._extents.pwrite, 1 << 20, b"x" * CLUSTER).result(20)
 
-        async def settled() -> None:
-            for _ in range(100):
-                await asyncio.sleep(0.01)
-
-        graph.call(settled())
+        graph.call(asyncio.sleep(1))  # the word comes, and nothing is missing: there is nothing to see
         before = disk.stats().first_writes
         for at in range(2 << 20, 62 << 20, CLUSTER):
             disk.pwrite(at, b"n" * CLUSTER)
@@ -366,10 +370,7 @@ def test_reserve_that_was_given_back_is_asked_for_again(tmpfs: Path) -> None:
 
 def test_table_that_contradicts_what_was_placed_is_corrupt(tmpfs: Path) -> None:
     """Said to who looks next; what was put in before stays, and reaches the disk."""
-    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 1 << 20))]}) as graph:
-        disk = graph.backend("disk", writable=True)
-        disk.pwrite(0, b"x")
-        disk.pread(4 * CLUSTER, 1)
+    with first_writes_from(tmpfs, 4 * CLUSTER, 1 << 20) as (graph, disk):
         driver = qcow2_of(graph)
         table = driver.mapping.tables.get(0)
         assert table is not None
@@ -384,10 +385,7 @@ def test_table_that_contradicts_what_was_placed_is_corrupt(tmpfs: Path) -> None:
 
 
 def test_second_flush_has_nothing_to_do(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 1 << 20))]}) as graph:
-        disk = graph.backend("disk", writable=True)
-        disk.pwrite(0, b"x")
-        disk.pread(4 * CLUSTER, 1)
+    with first_writes_from(tmpfs, 4 * CLUSTER, 1 << 20) as (_, disk):
         disk.pwrite(4 * CLUSTER, b"n" * CLUSTER)
         flushes = []
         flush = Qcow2.flush
@@ -833,10 +831,7 @@ def setup_module() -> None:
 
 
 def test_refill_that_failed_once_is_tried_again(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with blockgraph.open({"nodes": [described(make(tmpfs / "disk", 64 << 20))]}) as graph:
-        disk = graph.backend("disk", writable=True)
-        disk.pwrite(0, b"x")
-        disk.pread(1 << 20, 1)
+    with first_writes_from(tmpfs, 1 << 20, 64 << 20) as (graph, disk):
         refcounts = qcow2_of(graph).refcounts
         failed = []
 
