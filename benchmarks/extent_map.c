@@ -49,7 +49,7 @@ static void *look_up(void *arg)
     double start = now();
     for (int i = 0; i < LOOKUPS; i++) {
         int64_t offset = (int64_t)((next_random(&seed) >> 11) % blocks) << 12;
-        if (bg_map_begin(map, offset, 4096, NULL, 0, pieces, 4, &request) == 0)
+        if (bg_map_begin(map, offset, 4096, 0, pieces, 4, &request) == 0)
             bg_map_end(map, &request, 1);
     }
     took[(size_t)arg] = now() - start;

@@ -48,6 +48,12 @@ def fio(uri: str, *options: str) -> Figures:
     return parse(done.stdout)
 
 
+def fio_file(path: Path, *options: str) -> Figures:
+    """Run one job on a file, around the page cache."""
+    argv = ["fio", "--name=bare", "--ioengine=libaio", "--direct=1", f"--filename={path}", "--output-format=json"]
+    return parse(subprocess.run([*argv, *options], check=True, capture_output=True, text=True).stdout)
+
+
 def command(uri: str, *options: str) -> list[str]:
     """fio's command line."""
     return ["fio", "--name=guest", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", *options]

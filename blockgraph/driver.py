@@ -147,6 +147,8 @@ class Driver:
     #: requests reach the driver with offset and length multiples of this, bytes; only a write may end off it, at the
     #: node's end or where it makes the node longer
     request_alignment: int = 1
+    #: transfers on `fd` want memory at multiples of this, bytes
+    memory_alignment: int = 1
     #: requests reach the driver no longer than this, bytes
     max_transfer: int | None = None
     #: flags pwrite understands; node emulates FUA by a flush and drops the others
@@ -283,7 +285,7 @@ class Driver:
     def fd(self) -> int | None:
         """The descriptor whose bytes are this node's own storage, for native copies; None when there is none.
 
-        With cache.direct the caller aligns offsets, lengths and memory to `request_alignment`.
+        The caller aligns offsets and lengths to `request_alignment`, and memory to `memory_alignment`.
         """
         return None
 

@@ -47,9 +47,10 @@ class Request:
         offset, end: the range, bytes.
         serialising: see the module's text.
         owner: requests of one owner do not wait for each other; None: belongs to nobody.
+        holds: what keeps native requests away from the range, by extent map.
     """
 
-    __slots__ = ("_done", "end", "offset", "owner", "seq", "serialising")
+    __slots__ = ("_done", "end", "holds", "offset", "owner", "seq", "serialising")
 
     def __init__(self, seq: int, offset: int, end: int, serialising: bool, owner: object) -> None:
         self.seq = seq
@@ -57,6 +58,7 @@ class Request:
         self.offset = offset
         self.end = end
         self.serialising = serialising
+        self.holds: list[tuple[RootMap, int]] = []
         self._done: asyncio.Event | None = None
 
     async def wait(self) -> None:
@@ -164,7 +166,7 @@ class Node:
             try:
                 await self._wait_overlapping(request)
                 if serialising and self.maps:
-                    self.revoke(offset, length)
+                    self._hold(request)
                     await self.settle()
             except BaseException:
                 self.end(request)
@@ -176,6 +178,8 @@ class Node:
         del self.in_flight[request.seq]
         if request.serialising:
             self.serialising -= 1
+            for extents, hold in request.holds:
+                extents.release(hold)
         request.finish()
         self._check_idle()
 
@@ -195,6 +199,24 @@ class Node:
         """
         for extents in self.maps:
             self._revoked[extents] = extents.revoke(self, offset, length)
+
+    def _hold(self, request: Request) -> None:
+        """Native requests keep away from the range of a serialising one, from now on or once those that began before
+        have ended (`settle`)."""
+        for extents in self.maps:
+            held = extents.hold(self, request.offset, request.end)
+            if held is None:
+                self._revoked[extents] = extents.revoke(self, request.offset, request.end - request.offset)
+            else:
+                number, self._revoked[extents] = held
+                request.holds.append((extents, number))
+
+    def realigned(self) -> None:
+        """For drivers: `request_alignment` may have changed. When it has become larger, await `settle` next."""
+        for extents in self.maps:
+            ticket = extents.realigned(self)
+            if ticket is not None:
+                self._revoked[extents] = ticket
 
     async def settle(self) -> None:
         """Until no native request uses what was revoked."""

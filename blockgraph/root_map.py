@@ -23,9 +23,10 @@ to see them (`driver.plain_flush`): then native writes in place are all that is 
 of these nodes ends that (`Node.not_flushed`), until the next flush in Python.
 
 What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes that a node's guard has to be
-asked about first, writes under a dirty bitmap of a node whose offsets differ from the root's, anything while a
-serialising request is in flight on the way, and storage with O_DIRECT, whose last block takes turns with the page
-cache.
+asked about first, writes under a dirty bitmap of a node whose offsets differ from the root's, and anything while a
+serialising request is in flight on the way, unless that is at the storage: of that only its range is held. Requests that
+are not as aligned as the storage asks miss, so whatever is read, changed and written back is Python's, and so is the
+block with a file's end.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 _LOOK = 64 << 10
 #: Of so many faults in a table of short runs, one enters all of it: that takes as long as this many faults do.
 _TABLE_FAULTS = 16
+#: Past all offsets.
+_MAX_END = (1 << 63) - 1
 #: Tables whose faults are counted, at most.
 _MAX_TABLES = 4096
 
@@ -204,7 +207,7 @@ class RootMap:
         inside = [(offset - shift, end - shift) for offset, end in runs if low <= offset and end <= high]
         found = await node.driver.look_up(inside)
         # From here to the insert nothing is awaited.
-        if found is None or found.storage.serialising or any(node.serialising for node in path):
+        if found is None or self._taken([*path, found.storage]):
             return
         if high > self.extents.size:
             return
@@ -297,7 +300,7 @@ class RootMap:
         self._units = units
         passes = writable and slot is not None and all(above.driver.passes_zeroes for above in path[:-1])
         self._passes_zeroes, self._punches = passes, passes and bool(zeroing & Zeroing.PUNCH)
-        if (slot is None and not zero) or low >= high or self._forgetting or any(node.serialising for node in path):
+        if (slot is None and not zero) or low >= high or self._forgetting or self._taken(path):
             return None
         if (writable or placing is not None) and not bitmaps <= self._bitmaps:
             ticket = self.extents.start_set_bitmaps(list(self._bitmaps | bitmaps))
@@ -306,7 +309,7 @@ class RootMap:
         if copy and self._linked is not None:
             await self.settle(self._linked)
         # From here to the insert nothing is awaited.
-        if self._forgetting or any(node.serialising for node in path):  # `begin` revokes, so later is soon enough
+        if self._forgetting or self._taken(path):  # `begin` revokes, so later is soon enough
             return None
         if high > self.extents.size:  # the disk has become shorter
             return None
@@ -365,7 +368,7 @@ class RootMap:
         storage = first_writes.storage
         self._register(storage, None)
         slot = self._slot(storage)
-        if slot is None or storage.serialising:
+        if slot is None:
             return False
         first_writes.attach(self.extents, slot, writes=writes)
         self._first_writes = first_writes
@@ -388,9 +391,10 @@ class RootMap:
         slot = self._slots.get(node)
         if slot is None:
             fd = node.driver.fd()
-            if fd is None or node.driver.request_alignment > 1:
+            if fd is None or node.serialising:  # who is serialising has not held anything of it
                 return None
-            slot = self._slots[node] = self.extents.add_slot(fd)
+            slot = self.extents.add_slot(fd, node.driver.request_alignment, node.driver.memory_alignment)
+            self._slots[node] = slot
             windows = node.driver.windows()
             if windows is not None:
                 self.extents.set_windows(slot, windows)
@@ -450,6 +454,25 @@ class RootMap:
         """What the disk has of a node's [offset, offset + length): start and end, the same when nothing."""
         start, end = (min(max(0, at + shift), self.extents.size) for at in (offset, offset + length))
         return start, end
+
+    def _taken(self, path: Sequence[Node]) -> bool:
+        """Some serialising request has a range to itself that may be entered again; where the bytes live it is held."""
+        return any(node.serialising and node not in self._slots for node in path)
+
+    def hold(self, node: Node, start: int, end: int) -> tuple[int, int] | None:
+        """Keep native requests from [start, end) of the node, if bytes live there: a number for `release`, and a ticket
+        to settle. None: revoke it instead."""
+        slot = self._slots.get(node)
+        return None if slot is None or start >= end else self.extents.start_hold(slot, start, min(end, _MAX_END))
+
+    def release(self, hold: int) -> None:
+        """Native requests may use it again."""
+        self.extents.release(hold)
+
+    def realigned(self, node: Node) -> int | None:
+        """The storage may ask for another alignment. Returns a ticket to settle."""
+        slot = self._slots.get(node)
+        return None if slot is None else self.extents.start_align_slot(slot, node.driver.request_alignment)
 
     def resized(self) -> int:
         """The disk may have another size now. Returns a ticket to settle."""

@@ -40,7 +40,7 @@ typedef struct range {
 
 struct bg_allocator {
     bg_map_allocator hook; /* first */
-    int bits, table_bits, fd, slot, eventfd;
+    int bits, table_bits, fd, memory, slot, eventfd; /* memory: the alignment that fd asks of it */
     enum bg_haste haste; /* of fd */
 
     pthread_mutex_t lock;
@@ -116,10 +116,11 @@ int bg_allocator_eventfd(const bg_allocator *a)
     return a->eventfd;
 }
 
-void bg_allocator_bind(bg_allocator *a, int fd, int slot)
+void bg_allocator_bind(bg_allocator *a, int fd, int memory_alignment, int slot)
 {
     pthread_mutex_lock(&a->lock);
     a->fd = fd;
+    a->memory = memory_alignment;
     a->haste = bg_haste_of(fd);
     a->slot = slot;
     atomic_store(&a->waits, false);
@@ -480,7 +481,7 @@ static int read_old(bg_map *map, int64_t start, int64_t end, int64_t size, char 
 
 static int put(const bg_allocator *a, const char *buf, int64_t length, int64_t host, bool now)
 {
-    int64_t n = now ? bg_pwrite_in(a->haste, a->fd, buf, length, host) : bg_pwrite(a->fd, buf, length, host);
+    int64_t n = now ? bg_pwrite_in(a->haste, a->fd, buf, length, host) : bg_pwrite_aligned(a->memory, a->fd, buf, length, host);
     return n < 0 ? (int)n : 0;
 }
 
@@ -530,6 +531,11 @@ static int prepare_claimed(bg_allocator *a, bg_map *map, bg_map_placing *p, int6
     pthread_mutex_unlock(&a->lock);
     if (p->room.clusters == 0)
         return seen == -EAGAIN ? -EAGAIN : BG_MAP_MISS;
+    /* What is written begins and ends in its cluster where it does on the disk. */
+    int64_t host = p->room.host;
+    if (!bg_map_slot_open(map, a->slot, host, p->room.clusters << a->bits) ||
+        !bg_map_slot_open(map, a->slot, host + c->offset - c->start, c->stop - c->offset))
+        return BG_MAP_MISS;
     bool keeps = c->start < c->offset || c->stop < c->end;
     if (keeps && !(c->old = bg_buffers_take(a->buffers, old_room(c))))
         return -ENOMEM;

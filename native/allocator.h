@@ -53,8 +53,8 @@ void bg_allocator_free(bg_allocator *allocator);
 /* For bg_map_set_allocator. */
 bg_map_allocator *bg_allocator_hook(bg_allocator *allocator);
 
-/* Where rooms are: a descriptor, and the slot of the map that has it. */
-void bg_allocator_bind(bg_allocator *allocator, int fd, int slot);
+/* Where rooms are: a descriptor, the alignment that it asks of memory, and the slot of the map that has it. */
+void bg_allocator_bind(bg_allocator *allocator, int fd, int memory_alignment, int slot);
 
 /*
  * More room for the reserve. When less than `low` clusters are left in it, or many links wait to be taken, the eventfd becomes

@@ -335,7 +335,7 @@ static bool reads_zero(bg_map *map, int64_t offset, int64_t length)
 {
     bg_map_piece pieces[FEW_PIECES];
     bg_map_request request;
-    if (bg_map_begin(map, offset, length, NULL, 0, pieces, FEW_PIECES, &request) != 0)
+    if (bg_map_begin(map, offset, length, 0, pieces, FEW_PIECES, &request) != 0)
         return false;
     bool zero = true;
     for (int i = 0; i < request.count && zero; i++) {
@@ -560,7 +560,7 @@ static bool in_memory(bg_map *map, int64_t offset)
 {
     bg_map_piece piece;
     bg_map_request request;
-    if (bg_map_begin(map, offset, 1, NULL, 0, &piece, 1, &request) != 0)
+    if (bg_map_begin(map, offset, 1, 0, &piece, 1, &request) != 0)
         return false;
     bool memory = bg_map_in_memory(&request);
     bg_map_end(map, &request, 0);

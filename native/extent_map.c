@@ -69,6 +69,7 @@ int bg_map_free(bg_map *map)
     }
     space_free(atomic_load(&map->space));
     free(atomic_load(&map->bitmaps));
+    free(atomic_load(&map->holds));
     free(map->work.spans);
     free(map->wide_work.spans);
     close(map->eventfd);
@@ -345,14 +346,9 @@ static bool has_removed_slots(const bg_map *map)
     return false;
 }
 
-static bool alignment_ok(int alignment)
-{
-    return alignment > 0 && alignment <= BG_MAP_MAX_ALIGNMENT && (alignment & (alignment - 1)) == 0;
-}
-
 int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment)
 {
-    if (fd < 0 || !alignment_ok(alignment) || !alignment_ok(memory_alignment))
+    if (fd < 0 || !map_alignments_ok(alignment, memory_alignment))
         return -EINVAL;
     enum bg_haste haste = bg_haste_of(fd);
     pthread_mutex_lock(&map->lock);
@@ -364,7 +360,7 @@ int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment)
     if (slot >= 0) {
         storage *s = &map->slots[slot];
         s->state = SLOT_LIVE;
-        s->alignment = (uint32_t)alignment;
+        atomic_store(&s->alignment, (uint32_t)alignment);
         s->memory_alignment = (uint32_t)memory_alignment;
         s->haste = haste;
         atomic_store(&s->written, false);

@@ -91,11 +91,27 @@ int64_t bg_map_size(bg_map *map);
 int64_t bg_map_resize(bg_map *map, int64_t size);
 
 /*
- * A place where bytes live: returns its slot, 0 to BG_MAP_SLOTS - 1. Requests that are not aligned for it, or whose memory
- * is not, are misses (powers of two up to BG_MAP_MAX_ALIGNMENT; 1: no matter). The flags of `fd` must not change from now
- * on. -ENOSPC: no slot is free.
+ * A place where bytes live: returns its slot, 0 to BG_MAP_SLOTS - 1. Requests that are not aligned for it are misses; memory that
+ * is not is replaced by other memory on the way (powers of two up to BG_MAP_MAX_ALIGNMENT; 1: no matter). The flags of `fd` must
+ * not change from now on. -ENOSPC: no slot is free.
  */
 int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment);
+
+/* It asks for another alignment of requests. Returns a ticket; until then some may have the one before. */
+int64_t bg_map_align_slot(bg_map *map, int slot, int alignment);
+
+/*
+ * Keep [start, end) of the slot's storage from native requests: they miss from now on. Returns a number (> 0) for bg_map_release,
+ * and in *ticket when those that began before have ended. For who has to do several things there that nobody may come between, where
+ * it is not known which ranges of the disk lead there.
+ */
+int64_t bg_map_hold(bg_map *map, int slot, int64_t start, int64_t end, int64_t *ticket);
+
+/* -ENOENT: there is no such hold. */
+int bg_map_release(bg_map *map, int64_t number);
+
+/* Within a request: 1 when [offset, offset + length) of the slot's storage is as aligned as it asks, and not held, else 0. */
+int bg_map_slot_open(bg_map *map, int slot, int64_t offset, int64_t length);
 
 /*
  * Everything in the slot is a miss from now on. Returns a ticket; then `fd` may be closed. The number is not given out again
@@ -272,7 +288,8 @@ typedef struct {
     int64_t storage_offset;
     int32_t slot;
     int32_t fd; /* -1: zeroes */
-    int32_t haste; /* of fd: see io.h */
+    int32_t haste;  /* of fd: see io.h */
+    int32_t memory; /* the alignment that fd asks of it */
 } bg_map_piece;
 
 typedef struct {
@@ -288,12 +305,10 @@ typedef struct {
 
 /*
  * Look up all of [offset, offset + length) and write its pieces, in order, to pieces[0..max). A write hits only what is DATA
- * and writable. `buf` is the memory that will be used, for slots with a memory alignment; NULL: the caller sees to that. 0: end
- * it with bg_map_end; pieces must stay until then. Else nothing is held: BG_MAP_MISS, -EINVAL as above,
+ * and writable. 0: end it with bg_map_end; pieces must stay until then. Else nothing is held: BG_MAP_MISS, -EINVAL as above,
  * or -E2BIG when there are more than `max` pieces.
  */
-int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, int write, bg_map_piece *pieces, int max,
-                 bg_map_request *request);
+int bg_map_begin(bg_map *map, int64_t offset, int64_t length, int write, bg_map_piece *pieces, int max, bg_map_request *request);
 
 /*
  * `touched`: 0, nothing was done; 1, all or, when it failed, some of it, which counts. After such a write the bitmaps and the

@@ -75,7 +75,7 @@ static bool has_copy(bg_map *map, int64_t offset, int64_t length)
  * The first part of a range that nothing has to be copied in: 0, -EAGAIN when the extents have changed, or, `now`, it would have to
  * wait; else it is a miss.
  */
-static int plan_part(bg_map *map, int64_t offset, const char *buf, int64_t length, int now, part *out)
+static int plan_part(bg_map *map, int64_t offset, int64_t length, int now, part *out)
 {
     bg_map_extent e;
     if (!bg_map_find(map, offset, &e))
@@ -86,7 +86,9 @@ static int plan_part(bg_map *map, int64_t offset, const char *buf, int64_t lengt
     *out = (part){.length = most < length ? most : length};
     if (e.flags & BG_MAP_WRITABLE) {
         bg_map_request found;
-        if (bg_map_begin(map, offset, out->length, buf, 1, &out->piece, 1, &found) != 0)
+        if (!bg_map_slot_open(map, e.slot, e.storage_offset + offset - e.offset, out->length))
+            return BG_MAP_MISS;
+        if (bg_map_begin(map, offset, out->length, 1, &out->piece, 1, &found) != 0)
             return -EAGAIN;
         bg_map_end(map, &found, 0); /* the request that is held keeps the piece */
         return 0;
@@ -112,7 +114,7 @@ static int write_part(bg_map *map, part *p, const char *buf, int now)
     if (p->allocator)
         return p->allocator->write(p->allocator, p->placing, buf, now);
     int64_t n = now ? bg_pwrite_in(p->piece.haste, p->piece.fd, buf, p->length, p->piece.storage_offset)
-                    : bg_pwrite(p->piece.fd, buf, p->length, p->piece.storage_offset);
+                    : bg_pwrite_aligned(p->piece.memory, p->piece.fd, buf, p->length, p->piece.storage_offset);
     if (n != -EAGAIN)
         bg_map_wrote(map, p->piece.slot);
     return n < 0 ? (int)n : 0;
@@ -124,7 +126,7 @@ typedef struct {
 } plan;
 
 /* 0, or as plan_part; -EAGAIN may come early. What has been planned is in *p all the same. */
-static int plan_all(bg_map *map, int64_t offset, const char *buf, int64_t length, plan *p)
+static int plan_all(bg_map *map, int64_t offset, int64_t length, plan *p)
 {
     for (int64_t done = 0; done < length;) {
         if (p->count == p->max) {
@@ -134,7 +136,7 @@ static int plan_all(bg_map *map, int64_t offset, const char *buf, int64_t length
             p->parts = p->many;
             p->max = BG_MAP_MAX_PIECES;
         }
-        int ret = plan_part(map, offset + done, buf + done, length - done, 0, &p->parts[p->count]);
+        int ret = plan_part(map, offset + done, length - done, 0, &p->parts[p->count]);
         if (ret != 0)
             return ret;
         done += p->parts[p->count++].length;
@@ -163,7 +165,7 @@ static int write_planned(bg_map *map, int64_t offset, const char *buf, int64_t l
     plan p = {.max = FEW_PARTS};
     p.parts = p.few;
     bool begun = false;
-    int ret = plan_all(map, offset, buf, length, &p);
+    int ret = plan_all(map, offset, length, &p);
     if (ret == 0 && write_all(map, &p, buf, true, &begun) != 0)
         ret = BG_MAP_MISS;
     if (ret == 0)
@@ -220,7 +222,7 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length)
 static int write_now(bg_map *map, int64_t offset, const char *buf, int64_t length)
 {
     part p;
-    int ret = plan_part(map, offset, buf, length, 1, &p);
+    int ret = plan_part(map, offset, length, 1, &p);
     if (ret != 0)
         return ret;
     bool all = p.length == length;

@@ -114,6 +114,19 @@ typedef struct {
     bg_bitmap *bitmaps[];
 } bitmap_list;
 
+/* A range of a slot's storage that native requests are kept from. */
+typedef struct {
+    int64_t number, start;
+    _Atomic int64_t end; /* = start: it is over */
+    int slot;
+} held_range;
+
+typedef struct {
+    garbage garbage;
+    size_t count;
+    held_range at[];
+} hold_list;
+
 /* The counters are written by the record's owner only. */
 typedef struct {
     _Alignas(LINE) _Atomic uint64_t state; /* 0: free */
@@ -129,7 +142,8 @@ enum slot_state { SLOT_FREE, SLOT_LIVE, SLOT_REMOVED, SLOT_UNMAPPED };
 
 typedef struct {
     atomic_int fd; /* -1 unless live */
-    uint32_t alignment, memory_alignment;
+    _Atomic uint32_t alignment; /* of requests */
+    uint32_t memory_alignment;
     int32_t haste; /* of fd: see io.h */
     atomic_bool written;
     atomic_uint flushing;    /* how many flushes are at it, after having taken `written` */
@@ -159,6 +173,7 @@ struct bg_map {
     /* Read by every request, written by changes. */
     _Alignas(LINE) _Atomic(space *) space;
     _Atomic(bitmap_list *) bitmaps;
+    _Atomic(hold_list *) holds; /* NULL: none */
     _Atomic(bg_map_copier *) copier;
     _Atomic(bg_map_allocator *) allocator;
     _Atomic uint64_t epoch;   /* of the next ticket */
@@ -185,6 +200,7 @@ struct bg_map {
     size_t block_bytes;      /* made there in a row */
     span_list work, wide_work; /* scratch */
     int64_t region;          /* in `work`, -1: none */
+    int64_t last_hold;       /* its number */
 
     /* Waiting. */
     pthread_mutex_t wait_lock;
@@ -251,6 +267,9 @@ static inline void map_looked(reader *r)
 void map_leave(bg_map *map, reader *r);
 /* The oldest epoch among records in use (that still look, when `looking`), or the present epoch. */
 uint64_t map_oldest(bg_map *map, bool looking);
+
+/* extent_map_holds.c. */
+bool map_alignments_ok(int alignment, int memory_alignment);
 
 /* The rest runs under the lock. */
 void map_retire(bg_map *map, garbage_list *list, garbage *g);

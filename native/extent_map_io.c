@@ -83,19 +83,11 @@ void map_count(_Atomic int64_t *counter, int64_t more)
     atomic_store_explicit(counter, now + more, memory_order_relaxed);
 }
 
-static bool is_aligned(const bg_map *map, const bg_map_piece *pieces, int n, const void *buf)
+static bool all_open(bg_map *map, const bg_map_piece *pieces, int n)
 {
-    uintptr_t memory = (uintptr_t)buf;
-    for (int i = 0; i < n; i++) {
-        const bg_map_piece *p = &pieces[i];
-        if (p->fd >= 0) {
-            const storage *s = &map->slots[p->slot];
-            if ((uint64_t)(p->storage_offset | p->length) & (s->alignment - 1) ||
-                (buf && memory & (s->memory_alignment - 1)))
-                return false;
-        }
-        memory += (uintptr_t)p->length;
-    }
+    for (int i = 0; i < n; i++)
+        if (pieces[i].fd >= 0 && !bg_map_slot_open(map, pieces[i].slot, pieces[i].storage_offset, pieces[i].length))
+            return false;
     return true;
 }
 
@@ -118,6 +110,7 @@ static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_m
             if (piece.fd < 0)
                 return BG_MAP_MISS;
             piece.haste = map->slots[s.slot].haste;
+            piece.memory = (int32_t)map->slots[s.slot].memory_alignment;
         }
         if (write && (s.flags & WRITES) != BG_MAP_WRITABLE)
             return BG_MAP_MISS;
@@ -135,15 +128,14 @@ static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_m
     return 0;
 }
 
-int bg_map_begin(bg_map *map, int64_t offset, int64_t length, const void *buf, int write, bg_map_piece *pieces, int max,
-                 bg_map_request *request)
+int bg_map_begin(bg_map *map, int64_t offset, int64_t length, int write, bg_map_piece *pieces, int max, bg_map_request *request)
 {
     reader *r = map_enter(map);
     if (!r)
         return BG_MAP_MISS;
     int n = 0, ret = look_up(map, offset, length, write != 0, pieces, max, &n);
     map_looked(r);
-    if (ret == 0 && !is_aligned(map, pieces, n, buf))
+    if (ret == 0 && !all_open(map, pieces, n))
         ret = BG_MAP_MISS;
     if (ret != 0) {
         if (ret == BG_MAP_MISS)
@@ -209,7 +201,7 @@ static int do_read(const bg_map_request *request, char *buf)
         if (p->fd < 0) {
             memset(buf, 0, (size_t)p->length);
         } else {
-            int64_t n = bg_pread(p->fd, buf, p->length, p->storage_offset);
+            int64_t n = bg_pread_aligned(p->memory, p->fd, buf, p->length, p->storage_offset);
             if (n < 0)
                 return (int)n;
         }
@@ -222,7 +214,7 @@ static int do_write(const bg_map_request *request, const char *buf)
 {
     for (int i = 0; i < request->count; i++) {
         const bg_map_piece *p = &request->pieces[i];
-        int64_t n = bg_pwrite(p->fd, buf, p->length, p->storage_offset);
+        int64_t n = bg_pwrite_aligned(p->memory, p->fd, buf, p->length, p->storage_offset);
         if (n < 0)
             return (int)n;
         buf += p->length;
@@ -249,7 +241,7 @@ int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start
         if (p->fd < 0)
             memset(at, 0, (size_t)length);
         else if (request->write && from > 0)
-            ret = bg_pwrite(p->fd, at, length, offset);
+            ret = bg_pwrite_aligned(p->memory, p->fd, at, length, offset);
         else if (request->write)
             ret = bg_pwrite_in(p->haste, p->fd, at, length, offset);
         else
@@ -283,7 +275,7 @@ static int transfer_now(bg_map *map, int64_t offset, int64_t length, void *buf, 
 {
     bg_map_piece pieces[FEW_PIECES];
     bg_map_request request;
-    int ret = bg_map_begin(map, offset, length, buf, write, pieces, FEW_PIECES, &request);
+    int ret = bg_map_begin(map, offset, length, write, pieces, FEW_PIECES, &request);
     if (ret != 0)
         return ret == -E2BIG ? -EAGAIN : ret;
     ret = bg_map_move_now(&request, buf);
@@ -387,7 +379,7 @@ int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const 
     bg_map_request request;
     int ret;
     for (int max = FEW_PIECES;; max = BG_MAP_MAX_PIECES) {
-        ret = bg_map_begin(map, offset, length, write ? from : into, write, pieces, max, &request);
+        ret = bg_map_begin(map, offset, length, write, pieces, max, &request);
         if (ret != -E2BIG)
             break;
         if (many || !(many = malloc(BG_MAP_MAX_PIECES * sizeof(*many)))) {
@@ -453,7 +445,7 @@ int bg_map_zero_now(bg_map *map, int64_t offset, int64_t length, int how, int64_
         return ignore(map);
     bg_map_piece pieces[FEW_PIECES];
     bg_map_request request;
-    int ret = bg_map_begin(map, offset, length, NULL, BG_MAP_ERASE, pieces, FEW_PIECES, &request);
+    int ret = bg_map_begin(map, offset, length, BG_MAP_ERASE, pieces, FEW_PIECES, &request);
     if (ret == BG_MAP_MISS && zeroing_after_copy(map, offset, length, how))
         return -EAGAIN;
     if (ret != 0)

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <stdbool.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -14,6 +15,8 @@
 #include <unistd.h>
 
 #define ZEROES (256 << 10)
+/* Bytes at a time through other memory. */
+#define BOUNCE (256 << 10)
 /* No storage has larger blocks, as direct I/O goes: a multiple of all. */
 #define DIRECT_BLOCK 4096
 
@@ -79,6 +82,51 @@ int64_t bg_pwrite(int fd, const void *buf, int64_t length, int64_t offset)
             return -errno;
     }
     return done;
+}
+
+/* Whether `buf` is where the descriptor wants it; else `bounce` is to be used, or NULL: there is no memory. */
+static bool in_place(int alignment, const void *buf, int64_t length, void **bounce)
+{
+    if (alignment <= 1 || ((uintptr_t)buf & ((uintptr_t)alignment - 1)) == 0)
+        return true;
+    size_t size = (size_t)(length < BOUNCE ? length : BOUNCE), rest = (size_t)alignment - 1;
+    *bounce = aligned_alloc((size_t)alignment, (size + rest) & ~rest);
+    return false;
+}
+
+int64_t bg_pread_aligned(int alignment, int fd, void *buf, int64_t length, int64_t offset)
+{
+    void *bounce;
+    if (!range_ok(length, offset))
+        return -EINVAL;
+    if (in_place(alignment, buf, length, &bounce))
+        return bg_pread(fd, buf, length, offset);
+    int64_t got = 0, ret = bounce ? 0 : -ENOMEM;
+    for (int64_t done = 0, n; done < length && ret >= 0; done += n) {
+        n = length - done < BOUNCE ? length - done : BOUNCE;
+        ret = bg_pread(fd, bounce, n, offset + done);
+        got += ret;
+        memcpy((char *)buf + done, bounce, (size_t)n);
+    }
+    free(bounce);
+    return ret < 0 ? ret : got;
+}
+
+int64_t bg_pwrite_aligned(int alignment, int fd, const void *buf, int64_t length, int64_t offset)
+{
+    void *bounce;
+    if (!range_ok(length, offset))
+        return -EINVAL;
+    if (in_place(alignment, buf, length, &bounce))
+        return bg_pwrite(fd, buf, length, offset);
+    int64_t ret = bounce ? 0 : -ENOMEM;
+    for (int64_t done = 0, n; done < length && ret >= 0; done += n) {
+        n = length - done < BOUNCE ? length - done : BOUNCE;
+        memcpy(bounce, (const char *)buf + done, (size_t)n);
+        ret = bg_pwrite(fd, bounce, n, offset + done);
+    }
+    free(bounce);
+    return ret < 0 ? ret : length;
 }
 
 enum bg_haste bg_haste_of(int fd)

@@ -33,6 +33,13 @@ int64_t bg_pwrite(int fd, const void *buf, int64_t length, int64_t offset);
 int64_t bg_pread_now(int fd, void *buf, int64_t length, int64_t offset);
 int64_t bg_pwrite_now(int fd, const void *buf, int64_t length, int64_t offset);
 
+/*
+ * As bg_pread and bg_pwrite, for descriptors that want memory at multiples of `alignment` (a power of two): through memory of their
+ * own where `buf` is not. -ENOMEM: there is none.
+ */
+int64_t bg_pread_aligned(int alignment, int fd, void *buf, int64_t length, int64_t offset);
+int64_t bg_pwrite_aligned(int alignment, int fd, const void *buf, int64_t length, int64_t offset);
+
 #define BG_ZERO_UNMAP 1
 /*
  * Make a range read as zeroes. With BG_ZERO_UNMAP the space is given back where the file system can, and the file never

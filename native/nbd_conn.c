@@ -153,9 +153,6 @@ static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
         if (!nbd_give_buffer(r, cost))
             return false;
         memcpy(r->buffer, payload, header->length);
-        /* It may have missed for the alignment of its memory only. */
-        if (outcome == BG_REQUEST_FAULTS)
-            outcome = bg_request_try(&r->base, conn->longest);
     }
     conn->start += BG_NBD_HEADER + header->length;
     go_on(r, outcome);
@@ -287,8 +284,7 @@ static bool begin_moving(nbd_request *r)
     if (r->base.length < OVERLAP_WRITE || r->base.length > LONGEST_IN_PARTS || r->base.length > conn->longest ||
         r->base.durable || !map)
         return false;
-    if (bg_map_begin(map, (int64_t)r->base.offset, r->base.length, r->buffer, 1, conn->pieces, BG_NBD_PIECES,
-                     &conn->move) != 0)
+    if (bg_map_begin(map, (int64_t)r->base.offset, r->base.length, 1, conn->pieces, BG_NBD_PIECES, &conn->move) != 0)
         return false;
     conn->moving = r;
     conn->moved = 0;

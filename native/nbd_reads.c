@@ -77,7 +77,7 @@ int nbd_show(nbd_request *r, uint32_t cost)
     const void *at[BG_NBD_PIECES];
     if (conn->output)
         return -EAGAIN;
-    int ret = bg_map_begin(map, (int64_t)r->base.offset, r->base.length, NULL, 0, pieces, BG_NBD_PIECES, &found);
+    int ret = bg_map_begin(map, (int64_t)r->base.offset, r->base.length, 0, pieces, BG_NBD_PIECES, &found);
     if (ret != 0)
         return ret == BG_MAP_MISS ? BG_MAP_MISS : -EAGAIN;
     if (bg_map_show(map, &found, at) != 0 || !is_data(r, &found)) {

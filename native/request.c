@@ -181,8 +181,8 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
     }
     bg_map_piece pieces[FEW_PIECES];
     bg_map_request found;
-    int ret = bg_map_begin(map, (int64_t)request->offset, request->length, request->buf,
-                           request->kind == BG_REQUEST_WRITE, pieces, FEW_PIECES, &found);
+    int ret = bg_map_begin(map, (int64_t)request->offset, request->length, request->kind == BG_REQUEST_WRITE, pieces, FEW_PIECES,
+                           &found);
     int first = ret == BG_MAP_MISS && request->kind == BG_REQUEST_WRITE
                     ? bg_map_has_first_write(map, (int64_t)request->offset, request->length)
                     : 0;

@@ -80,9 +80,10 @@ class Allocator:
         """The `bg_map_allocator *`, for ExtentMap; keep this object as long as it is used."""
         return lib.bg_allocator_hook(self._native)
 
-    def bind(self, fd: int, slot: int) -> None:
-        """Where rooms are: a descriptor, and its slot in the map. No map uses the allocator yet, or any more."""
-        lib.bg_allocator_bind(self._native, fd, slot)
+    def bind(self, fd: int, memory_alignment: int, slot: int) -> None:
+        """Where rooms are: a descriptor, the alignment that it asks of memory (bytes), and its slot in the map. No map
+        uses the allocator yet, or any more."""
+        lib.bg_allocator_bind(self._native, fd, memory_alignment, slot)
 
     def give(self, rooms: Sequence[tuple[int, int, bool]], low: int) -> None:
         """More room.

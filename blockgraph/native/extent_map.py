@@ -384,7 +384,7 @@ class ExtentMap:
         Args:
             fd: borrowed until the ticket of `start_remove_slot` has settled.
             alignment: of offsets and lengths, a power of two; requests that are not aligned miss.
-            memory_alignment: of buffers, likewise.
+            memory_alignment: of memory, a power of two; what is elsewhere is copied on the way.
         Raises:
             ValueError: an argument is out of range.
             OSError: all slots are taken (ENOSPC).
@@ -396,6 +396,41 @@ class ExtentMap:
                 f"which must be powers of two up to {lib.BG_MAP_MAX_ALIGNMENT}"
             )
         return check(code)
+
+    def start_align_slot(self, slot: int, alignment: int) -> int:
+        """The slot asks for another alignment of requests. Returns a ticket: until then some may have the one before.
+
+        Raises:
+            ValueError: there is no such slot, or alignment.
+        """
+        code = _call(lib.bg_map_align_slot, self._native, slot, alignment)
+        if code < 0:
+            raise ValueError(f"there is no slot {slot}, or no alignment {alignment}")
+        return code
+
+    def start_hold(self, slot: int, start: int, end: int) -> tuple[int, int]:
+        """Keep [start, end) of a slot's storage from native requests: they miss from now on.
+
+        Returns:
+            A number for `release`, and a ticket: then those that began before have ended.
+        Raises:
+            ValueError: there is no such slot, or the range is empty.
+            MemoryError: no memory; nothing is held.
+        """
+        ticket = ffi.new("int64_t *")
+        number = _call(lib.bg_map_hold, self._native, slot, start, end, ticket)
+        if number == _EINVAL:
+            raise ValueError(f"there is no slot {slot}, or no range [{start}, {end})")
+        return _check_memory(number), int(ticket[0])
+
+    def release(self, number: int) -> None:
+        """End a hold.
+
+        Raises:
+            ValueError: there is no such hold.
+        """
+        if _call(lib.bg_map_release, self._native, number) < 0:
+            raise ValueError(f"there is no hold {number}")
 
     def set_windows(self, slot: int, windows: Windows) -> None:
         """Where the slot's bytes are in memory; borrowed like its descriptor.

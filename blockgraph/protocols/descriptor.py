@@ -165,6 +165,7 @@ class DescriptorDriver(Protocol):
             share = ALL
         self._will_grow = self.growable and bool(need & Perm.RESIZE)
         self._set_alignment(self._alignment)
+        await self.node.settle()
         await in_thread(self._acquire, need, share)
 
     def _acquire(self, need: Perm, share: Perm) -> None:
@@ -300,7 +301,9 @@ class DescriptorDriver(Protocol):
         tail = alignment.offset > 1 and (self._grows or self._will_grow or self._size % alignment.offset != 0)
         self._alignment = alignment
         self._tail_unit = max(alignment.offset, PAGESIZE) if tail else alignment.offset
+        self.memory_alignment = alignment.memory
         self.request_alignment = max(self._tail_unit, self._base_alignment())
+        self.node.realigned()
 
     def _open_error(self, error: OSError, writable: bool) -> IOFailure:
         name = self.options.filename
@@ -353,7 +356,7 @@ class DescriptorDriver(Protocol):
         if not self._misplaced(buf):
             await self._pread(offset, buf)
             return
-        bounce = allocate_aligned(len(buf), self._alignment.memory)
+        bounce = allocate_aligned(len(buf), self.memory_alignment)
         await self._pread(offset, bounce)
         buf[:] = bounce
 
@@ -369,7 +372,7 @@ class DescriptorDriver(Protocol):
         blocks = buf[: length - tail]
         try:
             if self._misplaced(blocks):
-                bounce = allocate_aligned(len(blocks), self._alignment.memory)
+                bounce = allocate_aligned(len(blocks), self.memory_alignment)
                 bounce[:] = blocks
                 await self._pool.pwrite(self._fd, offset, bounce)
             elif blocks:
@@ -395,7 +398,12 @@ class DescriptorDriver(Protocol):
         return True
 
     def flush_failed(self, code: int) -> None:
-        self._flush_error = OSError(code, os.strerror(code))
+        self._keep_flush_error(OSError(code, os.strerror(code)))
+
+    def _keep_flush_error(self, error: OSError) -> None:
+        """What went around the page cache is not forgotten by the kernel."""
+        if not self.options.cache.direct or self._tail_fd >= 0:
+            self._flush_error = error
 
     async def flush(self) -> None:
         # After one failure the kernel may forget the pages it could not write and report success next time.
@@ -404,8 +412,7 @@ class DescriptorDriver(Protocol):
         try:
             await self._pool.fdatasync(self._fd)
         except OSError as error:
-            if not self.options.cache.direct or self._tail_fd >= 0:
-                self._flush_error = error
+            self._keep_flush_error(error)
             raise self._failure(error, "flush") from error
 
     async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
@@ -423,7 +430,7 @@ class DescriptorDriver(Protocol):
 
     def _misplaced(self, buf: memoryview) -> bool:
         """The memory is not where a direct transfer can use it."""
-        return self._alignment.memory > 1 and bool(len(buf)) and address_of(buf) % self._alignment.memory != 0
+        return self.memory_alignment > 1 and bool(len(buf)) and address_of(buf) % self.memory_alignment != 0
 
     def _failure(self, error: OSError, op: str, offset: int | None = None, length: int | None = None) -> IOFailure:
         named = OSError(error.errno, error.strerror, self.options.filename)

@@ -314,10 +314,10 @@ static void test_failure(void)
     CHECK(before > 0);
     int full = open("/dev/full", O_RDWR | O_CLOEXEC);
     CHECK(full >= 0);
-    bg_allocator_bind(allocator, full, data_slot);
+    bg_allocator_bind(allocator, full, 1, data_slot);
     CHECK(bg_map_pwrite(map, 0, buf, sizeof(buf)) == BG_MAP_MISS);
     CHECK(bg_allocator_reserve(allocator) == before && !bg_allocator_has_links(allocator));
-    bg_allocator_bind(allocator, data_fd, data_slot);
+    bg_allocator_bind(allocator, data_fd, 1, data_slot);
     close(full);
     CHECK(bg_map_take_written(map, data_slot) == 0);
     /* Nor while it is held. */
@@ -347,12 +347,12 @@ static void test_now(void)
     snprintf(name, sizeof(name), "/proc/self/fd/%d", data_fd);
     int slow = open(name, O_RDWR | O_DSYNC | O_CLOEXEC);
     CHECK(slow >= 0);
-    bg_allocator_bind(allocator, slow, data_slot);
+    bg_allocator_bind(allocator, slow, 1, data_slot);
     for (int i = 0; i < 2; i++)
         CHECK(bg_map_first_write_now(map, CLUSTER + SECTOR, buf, SECTOR) == -EAGAIN);
     CHECK(bg_allocator_reserve(allocator) == before && !bg_allocator_has_links(allocator));
     CHECK(bg_map_pwrite(map, CLUSTER + SECTOR, buf, SECTOR) == 0);
-    bg_allocator_bind(allocator, data_fd, data_slot);
+    bg_allocator_bind(allocator, data_fd, 1, data_slot);
     close(slow);
     /* In the middle, at the end, over zeroes. */
     CHECK(bg_map_first_write_now(map, 2 * CLUSTER + SECTOR, buf, SECTOR) == 0);
@@ -397,7 +397,7 @@ void test_allocator(void)
     data_slot = bg_map_add_slot(map, data_fd, 1, 1);
     backing_slot = bg_map_add_slot(map, backing_fd, 1, 1);
     CHECK(bg_allocator_new(BITS, 3, 1, &allocator) == 0);
-    bg_allocator_bind(allocator, data_fd, data_slot);
+    bg_allocator_bind(allocator, data_fd, 1, data_slot);
     refill();
     bg_map_set_allocator(map, bg_allocator_hook(allocator));
     test_refusals();

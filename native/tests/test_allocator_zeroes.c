@@ -264,7 +264,7 @@ static void test_many(void)
     CHECK(links && bg_map_new(8192 * 512, BG_MAP_MIN_MEMORY, &wide) == 0);
     int place = bg_map_add_slot(wide, fd, 1, 1);
     CHECK(bg_map_set_zeroing(wide, place, BG_MAP_WRITE_ZEROES, 512) == 0 && bg_allocator_new(9, 20, 1, &noting) == 0);
-    bg_allocator_bind(noting, fd, place);
+    bg_allocator_bind(noting, fd, 1, place);
     bg_map_set_allocator(wide, bg_allocator_hook(noting));
     int64_t noted = 0, end;
     uint64_t value;
@@ -298,7 +298,7 @@ void test_allocator_zeroes(void)
     slot = bg_map_add_slot(map, fd, 1, 1);
     CHECK(bg_map_set_zeroing(map, slot, BG_MAP_WRITE_ZEROES, CLUSTER) == 0);
     CHECK(bg_allocator_new(BITS, TABLE_BITS, 1, &allocator) == 0);
-    bg_allocator_bind(allocator, fd, slot);
+    bg_allocator_bind(allocator, fd, 1, slot);
     refill();
     bg_map_set_allocator(map, bg_allocator_hook(allocator));
     test_one();

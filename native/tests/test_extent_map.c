@@ -137,8 +137,8 @@ static void across_regions(void)
     int one = bg_map_add_slot(map, 0, 1, 1), other = bg_map_add_slot(map, 1, 1, 1);
     bg_map_extent e[2] = {{0, 4 * region, 0, one, 0}, {2 * region, 100, 7, other, 0}};
     CHECK(bg_map_insert(map, bg_map_generation(map), e, 2) == 2);
-    CHECK(bg_map_begin(map, 1, 2 * region + 200, NULL, 0, pieces, 2, &request) == -E2BIG);
-    CHECK(bg_map_begin(map, 1, 2 * region + 200, NULL, 0, pieces, 4, &request) == 0 && request.count == 3);
+    CHECK(bg_map_begin(map, 1, 2 * region + 200, 0, pieces, 2, &request) == -E2BIG);
+    CHECK(bg_map_begin(map, 1, 2 * region + 200, 0, pieces, 4, &request) == 0 && request.count == 3);
     CHECK(pieces[0].slot == one && pieces[0].storage_offset == 1 && pieces[0].length == 2 * region - 1);
     CHECK(pieces[1].slot == other && pieces[1].storage_offset == 7 && pieces[1].length == 100);
     CHECK(pieces[2].slot == one && pieces[2].storage_offset == 2 * region + 100 && pieces[2].length == 101);
@@ -215,15 +215,15 @@ static void tickets(void)
     CHECK(bg_map_insert(map, bg_map_generation(map), &e, 1) == 1);
     /* More requests at once than there are records at first. */
     for (int i = 0; i < 70; i++)
-        CHECK(bg_map_begin(map, 10, 100, NULL, 0, pieces[i], 2, &requests[i]) == 0 && requests[i].count == 1);
-    CHECK(bg_map_begin(map, 10, 100, NULL, 1, pieces[0], 2, &requests[0]) == BG_MAP_MISS);
+        CHECK(bg_map_begin(map, 10, 100, 0, pieces[i], 2, &requests[i]) == 0 && requests[i].count == 1);
+    CHECK(bg_map_begin(map, 10, 100, 1, pieces[0], 2, &requests[0]) == BG_MAP_MISS);
     int64_t first = bg_map_invalidate(map, 0, 4096), second;
     CHECK(!bg_map_settled(map, first) && !bg_map_notify(map, first));
     CHECK(bg_map_free(map) == -EBUSY);
     bg_map_request later;
     bg_map_piece piece[2];
-    CHECK(bg_map_begin(map, 10, 100, NULL, 0, piece, 2, &later) == BG_MAP_MISS);
-    CHECK(bg_map_begin(map, 5000, 100, NULL, 0, piece, 2, &later) == 0);
+    CHECK(bg_map_begin(map, 10, 100, 0, piece, 2, &later) == BG_MAP_MISS);
+    CHECK(bg_map_begin(map, 5000, 100, 0, piece, 2, &later) == 0);
     second = bg_map_invalidate(map, 0, 1 << 20);
     struct pollfd wait = {bg_map_eventfd(map), POLLIN, 0};
     for (int i = 0; i < 70; i++) {

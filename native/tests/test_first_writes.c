@@ -208,7 +208,7 @@ static void begun_goes_on(void)
     CHECK(bg_map_insert(map, bg_map_generation(map), e, 2) == 2);
     CHECK(bg_map_pwrite_now(map, UNIT, buf, UNIT) == -EAGAIN && bg_map_pwrite_now(map, 0, buf, 2 * UNIT) == 0);
     CHECK(bg_pread(fd, back, UNIT, 3 * UNIT) == UNIT && memcmp(back, buf, UNIT) == 0);
-    CHECK(bg_map_begin(map, UNIT, UNIT, buf, 1, pieces, 2, &request) == 0);
+    CHECK(bg_map_begin(map, UNIT, UNIT, 1, pieces, 2, &request) == 0);
     memset(buf, 0x18, sizeof(buf));
     CHECK(bg_map_move_part_now(&request, buf, 0, 512) == -EAGAIN && bg_map_move_part_now(&request, buf, 512, UNIT) == 0);
     bg_map_end(map, &request, 1);

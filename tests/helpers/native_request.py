@@ -18,7 +18,7 @@ def native_request(
     """A request of native code that has begun and does not end before the block does; its pieces (slot, offset in the
     storage, length). It moves no bytes; a write marks what it would have written."""
     pieces, held = ffi.new("bg_map_piece[8]"), ffi.new("bg_map_request *")
-    assert lib.bg_map_begin(extents.native, offset, length, ffi.NULL, write, pieces, 8, held) == 0
+    assert lib.bg_map_begin(extents.native, offset, length, write, pieces, 8, held) == 0
     try:
         yield [(p.slot, p.storage_offset, p.length) for p in pieces[0 : held.count]]
     finally:

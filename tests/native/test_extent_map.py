@@ -139,7 +139,7 @@ class MapMachine(RuleBasedStateMachine):
     def look_up_a_range(self, data: st.DataObject, write: bool) -> None:
         units, offset, length = self.draw(data)
         pieces, held = ffi.new("bg_map_piece[]", self.UNITS), ffi.new("bg_map_request *")
-        code = lib.bg_map_begin(self.real.native, offset, length, ffi.NULL, write, pieces, self.UNITS, held)
+        code = lib.bg_map_begin(self.real.native, offset, length, write, pieces, self.UNITS, held)
         entries = [self.model.get(unit) for unit in units]
         assert code == (0 if all(e and (e.writable or not write) for e in entries) else 1)
         if code == 0:

@@ -85,7 +85,6 @@ class FirstWrites:
             and not debug.enabled
             and below.driver.growable
             and below.driver.fd() is not None
-            and below.driver.request_alignment == 1
             and not below.read_only
             and below.options.detect_zeroes == "off"
             and below.guard is None
@@ -99,7 +98,7 @@ class FirstWrites:
             self._extents = extents
             self._want = _LEAST // 2
             self._writes = False
-            self._native.bind(fd, slot)
+            self._native.bind(fd, self.storage.driver.memory_alignment, slot)
             extents.start_set_allocator(self._native)
             asyncio.get_running_loop().add_reader(self._native.fileno(), self._told)
         assert self._extents is extents

@@ -39,7 +39,7 @@ async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]]) -> Lookup | No
     """See `Format.look_up`."""
     storage = driver.file.node
     fd = storage.driver.fd()
-    if fd is None or storage.driver.request_alignment != 1 or driver.image.damaged is not None or debug.enabled:
+    if fd is None or storage.options.cache.direct or driver.image.damaged is not None or debug.enabled:
         return None
     image = driver.image
     parts = driver.mapping.parts(runs)

@@ -1,0 +1,48 @@
+# SPDX-FileCopyrightText: blockgraph contributors
+# SPDX-License-Identifier: MIT
+"""The NBD export of images opened with cache.direct, as guests with cache "none" have them, on a real file system, beside
+qemu-nbd and beside fio on the file itself, which is all that the device can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import servers
+from benchmarks.bench_nbd import PATTERNS, SIZE, compare, served
+from benchmarks.fio import Figures, fio_file, need_fio, pattern
+from benchmarks.images import make, node
+from benchmarks.peers import need
+
+patterns = pytest.mark.parametrize("shape", PATTERNS, ids=lambda shape: shape[0].replace(" ", "-").replace(",", ""))
+
+
+@patterns
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+def test_direct(
+    benchmark: BenchmarkFixture, disk_directory: Path, shape: tuple[str, str, int, int], driver: str
+) -> None:
+    """Fully allocated."""
+    need_fio()
+    need("qemu-nbd")
+    what, rw, block, depth = shape
+    image, bare = disk_directory / "disk", disk_directory / "bare"
+    make(image, SIZE, driver)
+    make(bare, SIZE, "raw")
+    options = pattern(rw, SIZE, block, depth)
+    ours = [node("disk", image, driver, cache={"direct": True})]
+
+    def peer(*more: str) -> Callable[[], Figures]:
+        return lambda: served(lambda: servers.qemu_nbd(disk_directory, image, driver, "--cache=none", *more), options)
+
+    sides: dict[str, Callable[[], Figures]] = {
+        "ours": lambda: served(lambda: servers.ours(disk_directory, ours), options),
+        "qemu-nbd": peer(),
+        "qemu-nbd, aio native": peer("--aio=native"),
+        "fio on the file": lambda: fio_file(bare, *options),
+    }
+    compare(benchmark, "3.1", f"{driver}, cache.direct, {what}", sides, {})
