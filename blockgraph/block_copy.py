@@ -682,8 +682,12 @@ class BlockCopy:
 
     async def _copy_native(self, extents: list[CopyExtent], storages: list[tuple[Node, Node]]) -> None:
         progress = CopyProgress()  # of its own: cancelled with this call
+        # Devices get as many transfers at once as the job has workers. More of them made one take a fifth longer.
+        direct = any(node.options.cache.direct for pair in storages for node in pair)
         try:
-            await get_pool(asyncio.get_running_loop()).copy(extents, progress=progress, sums=self.sums)
+            await get_pool(asyncio.get_running_loop()).copy(
+                extents, threads=1 if direct else None, progress=progress, sums=self.sums
+            )
         except CopyError as error:
             source, target = storages[error.extent]
             node, side = (source, "source") if error.side == "read" else (target, "target")
