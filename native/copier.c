@@ -581,7 +581,7 @@ int bg_copier_start_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg_co
     *out = (bg_copier_stats){0};
     *t = (runs_task){.copier = c, .runs = runs, .count = count, .out = out, .pool = bg_queue_pool(queue), .entry = entry};
     t->task.run = run_runs;
-    t->task.busy = in_memory(c->source, runs[0].start) && in_memory(c->target, runs[0].start);
+    t->task.lane = in_memory(c->source, runs[0].start) && in_memory(c->target, runs[0].start) ? BG_LANE_BUSY : BG_LANE_PLAIN;
     bg_pool_submit(t->pool, &t->task);
     return 0;
 }

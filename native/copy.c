@@ -365,26 +365,28 @@ static void run_runner(bg_task *task)
         bg_queue_complete(entry, result);
 }
 
-/* Extents are mostly of two files: the first one tells what they are like. Returns whether both are in memory. */
-static bool look_at_files(bg_copy *job)
+/* Extents are mostly of two files: the first one tells what they are like. */
+static enum bg_lane look_at_files(bg_copy *job)
 {
     if (!job->count)
-        return false;
+        return BG_LANE_PLAIN;
     const bg_copy_extent *e = job->extents;
     enum bg_haste source = e->flags & BG_COPY_ZERO ? BG_HASTE_ALL : bg_haste_of(e->source_fd);
     enum bg_haste target = e->flags & BG_COPY_READ_ONLY ? BG_HASTE_ALL : bg_haste_of(e->target_fd);
-    job->buffer_size = source == BG_HASTE_NONE || target == BG_HASTE_NONE ? DIRECT : BUFFER;
+    job->buffer_size = bg_always_waits(source) || bg_always_waits(target) ? DIRECT : BUFFER;
     job->cached = target == BG_HASTE_ASK;
-    return source == BG_HASTE_ALL && target == BG_HASTE_ALL;
+    if (bg_always_waits(source) || bg_always_waits(target))
+        return BG_LANE_WAITS;
+    return source == BG_HASTE_ALL && target == BG_HASTE_ALL ? BG_LANE_BUSY : BG_LANE_PLAIN;
 }
 
 static void start_runners(bg_copy *job)
 {
     /* Between files in memory more threads than processors only spin for the target's lock. */
-    bool busy = look_at_files(job);
+    enum bg_lane lane = look_at_files(job);
     job->active = job->threads;
     for (int i = 0; i < job->threads; i++) {
-        job->runners[i] = (runner){.task = {.run = run_runner, .busy = busy}, .job = job};
+        job->runners[i] = (runner){.task = {.run = run_runner, .lane = (uint8_t)lane}, .job = job};
         bg_pool_submit(job->pool, &job->runners[i].task);
     }
 }

@@ -362,7 +362,7 @@ int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment)
         s->state = SLOT_LIVE;
         atomic_store(&s->alignment, (uint32_t)alignment);
         s->memory_alignment = (uint32_t)memory_alignment;
-        s->haste = haste;
+        atomic_store(&s->haste, haste);
         atomic_store(&s->written, false);
         atomic_store(&s->flush_error, 0);
         atomic_store(&s->zeroing, 0);
@@ -373,6 +373,20 @@ int bg_map_add_slot(bg_map *map, int fd, int alignment, int memory_alignment)
     }
     pthread_mutex_unlock(&map->lock);
     return slot;
+}
+
+int bg_map_is_direct(bg_map *map)
+{
+    for (int i = 0; i < atomic_load(&map->slots_used); i++)
+        if (atomic_load(&map->slots[i].fd) >= 0 && bg_always_waits(atomic_load(&map->slots[i].haste)))
+            return 1;
+    return 0;
+}
+
+void bg_map_no_aio(bg_map *map, int slot)
+{
+    int direct = BG_HASTE_DIRECT;
+    atomic_compare_exchange_strong(&map->slots[slot].haste, &direct, BG_HASTE_NONE);
 }
 
 int64_t bg_map_remove_slot(bg_map *map, int slot)

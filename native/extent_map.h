@@ -110,6 +110,12 @@ int64_t bg_map_hold(bg_map *map, int slot, int64_t start, int64_t end, int64_t *
 /* -ENOENT: there is no such hold. */
 int bg_map_release(bg_map *map, int64_t number);
 
+/* 1 when some slot has a descriptor with O_DIRECT, or O_DSYNC, else 0. */
+int bg_map_is_direct(bg_map *map);
+
+/* Within a request: the slot's descriptor turned out to be none for aio.h. */
+void bg_map_no_aio(bg_map *map, int slot);
+
 /* Within a request: 1 when [offset, offset + length) of the slot's storage is as aligned as it asks, and not held, else 0. */
 int bg_map_slot_open(bg_map *map, int slot, int64_t offset, int64_t length);
 
@@ -314,7 +320,9 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, int write, bg_map_
  * `touched`: 0, nothing was done; 1, all or, when it failed, some of it, which counts. After such a write the bitmaps and the
  * slots' written marks are set.
  */
-/* All pieces between `buf` and their places, if nothing has to be waited for: 0, -EAGAIN, or -errno. A write that has begun waits. */
+/* All pieces between `buf` and their places: 0 or -errno. */
+int bg_map_move(const bg_map_request *request, void *buf);
+/* The same if nothing has to be waited for, else -EAGAIN. A write that has begun waits. */
 int bg_map_move_now(const bg_map_request *request, void *buf);
 /* The same for bytes [start, end) of the request and of the buffer; of a write, what is before `start` was moved already. */
 int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start, int64_t end);

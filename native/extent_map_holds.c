@@ -113,15 +113,13 @@ static void drop(bg_map *map, hold_list *before, held_range *found)
 
 int bg_map_release(bg_map *map, int64_t number)
 {
-    int ret = -ENOENT;
     pthread_mutex_lock(&map->lock);
     hold_list *list = atomic_load(&map->holds);
-    for (size_t i = 0; list && i < list->count && ret != 0; i++) {
-        if (list->at[i].number == number) {
-            drop(map, list, &list->at[i]);
-            ret = 0;
-        }
-    }
+    size_t i = 0, count = list ? list->count : 0;
+    while (i < count && list->at[i].number != number)
+        i++;
+    if (i < count)
+        drop(map, list, &list->at[i]);
     pthread_mutex_unlock(&map->lock);
-    return ret;
+    return i < count ? 0 : -ENOENT;
 }

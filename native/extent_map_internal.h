@@ -144,7 +144,7 @@ typedef struct {
     atomic_int fd; /* -1 unless live */
     _Atomic uint32_t alignment; /* of requests */
     uint32_t memory_alignment;
-    int32_t haste; /* of fd: see io.h */
+    atomic_int haste; /* of fd: see io.h */
     atomic_bool written;
     atomic_uint flushing;    /* how many flushes are at it, after having taken `written` */
     atomic_int flush_error;  /* errno */

@@ -109,7 +109,7 @@ static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_m
             piece.fd = atomic_load(&map->slots[s.slot].fd);
             if (piece.fd < 0)
                 return BG_MAP_MISS;
-            piece.haste = map->slots[s.slot].haste;
+            piece.haste = atomic_load_explicit(&map->slots[s.slot].haste, memory_order_relaxed);
             piece.memory = (int32_t)map->slots[s.slot].memory_alignment;
         }
         if (write && (s.flags & WRITES) != BG_MAP_WRITABLE)
@@ -220,6 +220,11 @@ static int do_write(const bg_map_request *request, const char *buf)
         buf += p->length;
     }
     return 0;
+}
+
+int bg_map_move(const bg_map_request *request, void *buf)
+{
+    return request->write ? do_write(request, buf) : do_read(request, buf);
 }
 
 int bg_map_move_now(const bg_map_request *request, void *buf)

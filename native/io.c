@@ -132,8 +132,10 @@ int64_t bg_pwrite_aligned(int alignment, int fd, const void *buf, int64_t length
 enum bg_haste bg_haste_of(int fd)
 {
     int flags = fcntl(fd, F_GETFL);
-    if (flags < 0 || flags & (O_DIRECT | O_DSYNC))
+    if (flags < 0 || flags & O_DSYNC)
         return BG_HASTE_NONE;
+    if (flags & O_DIRECT)
+        return BG_HASTE_DIRECT;
     struct statfs fs;
     struct stat st; /* of a device's file the file system is that of /dev, in memory as well */
     bool in_memory = fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC) && fstat(fd, &st) == 0 &&

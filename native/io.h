@@ -11,6 +11,7 @@
 #ifndef BG_IO_H
 #define BG_IO_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -50,10 +51,17 @@ int bg_pwrite_zeroes(int fd, int64_t length, int64_t offset, int flags);
 
 /* What the _now functions find out about a descriptor, for who uses it often. Its flags must not change meanwhile. */
 enum bg_haste {
-    BG_HASTE_NONE, /* O_DIRECT, O_DSYNC, or no descriptor: -EAGAIN */
-    BG_HASTE_ASK,  /* the kernel, each time */
-    BG_HASTE_ALL   /* a file on tmpfs */
+    BG_HASTE_NONE,   /* O_DSYNC, or no descriptor: -EAGAIN */
+    BG_HASTE_DIRECT, /* O_DIRECT: likewise, but aio.h may do it */
+    BG_HASTE_ASK,    /* the kernel, each time */
+    BG_HASTE_ALL     /* a file on tmpfs */
 };
+
+/* Whether every transfer waits for a device. */
+static inline bool bg_always_waits(int haste)
+{
+    return haste == BG_HASTE_NONE || haste == BG_HASTE_DIRECT;
+}
 enum bg_haste bg_haste_of(int fd);
 int64_t bg_pread_in(enum bg_haste haste, int fd, void *buf, int64_t length, int64_t offset);
 int64_t bg_pwrite_in(enum bg_haste haste, int fd, const void *buf, int64_t length, int64_t offset);

@@ -120,7 +120,10 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
         r->conn->counted.hits++;
         hit(r->conn);
         nbd_answer(r);
+    } else if (outcome == BG_REQUEST_BEGUN) {
+        hit(r->conn);
     } else if (outcome == BG_REQUEST_BLOCKS) {
+        hit(r->conn);
         r->base.next = NULL;
         *r->conn->last_blocked = &r->base;
         r->conn->last_blocked = &r->base.next;
@@ -153,6 +156,9 @@ static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
         if (!nbd_give_buffer(r, cost))
             return false;
         memcpy(r->buffer, payload, header->length);
+        /* It may have been for the alignment of its memory only that it is not at the device. */
+        if (outcome == BG_REQUEST_BLOCKS && r->base.lane == BG_LANE_WAITS && conn->source.aio)
+            outcome = bg_request_try(&r->base, conn->longest);
     }
     conn->start += BG_NBD_HEADER + header->length;
     go_on(r, outcome);
@@ -282,7 +288,7 @@ static bool begin_moving(nbd_request *r)
     bg_nbd_conn *conn = r->conn;
     bg_map *map = conn->source.map;
     if (r->base.length < OVERLAP_WRITE || r->base.length > LONGEST_IN_PARTS || r->base.length > conn->longest ||
-        r->base.durable || !map)
+        r->base.durable || !map || bg_map_is_direct(map))
         return false;
     if (bg_map_begin(map, (int64_t)r->base.offset, r->base.length, 1, conn->pieces, BG_NBD_PIECES, &conn->move) != 0)
         return false;
@@ -466,6 +472,8 @@ void nbd_turn(bg_nbd_conn *conn, uint32_t events)
     parse(conn);
     move(conn);
     submit_blocked(conn);
+    if (conn->source.aio)
+        bg_aio_submit(conn->source.aio);
     post_faults(conn);
     if (conn->misses == (conn->by_caller ? -MISSES : MISSES) && !conn->closed)
         nbd_move(conn, !conn->by_caller);

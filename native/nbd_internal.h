@@ -42,6 +42,9 @@ typedef struct nbd_request {
 typedef struct nbd_thread {
     bg_nbd_loop *loop;
     int epoll, wakeup;
+    bg_aio *aio; /* or NULL: the system has no more */
+    bool reaping; /* connections of what has ended are collected in `kicked`, linked by next_kicked */
+    bg_nbd_conn *kicked;
     pthread_t thread;
     bg_nbd_watch watch;
     pthread_mutex_t lock;  /* of the two lists */
@@ -121,6 +124,8 @@ struct bg_nbd_conn {
     bg_request ended; /* reports the end */
 
     bg_nbd_stats counted; /* since the last turn */
+    bool is_kicked;
+    bg_nbd_conn *next_kicked;
     bg_nbd_conn *next, **prev;  /* connections of the thread */
     bg_nbd_conn *next_released;
 };

@@ -47,6 +47,7 @@ static int watch_first(bg_nbd_conn *conn, bool by_caller)
 {
     conn->by_caller = by_caller;
     conn->longest = by_caller ? CALLER_LONGEST : UINT32_MAX;
+    conn->source.aio = by_caller ? NULL : conn->thread->aio;
     struct epoll_event event = {.events = conn->interest, .data.ptr = conn};
     return epoll_ctl(epoll_of(conn), EPOLL_CTL_ADD, conn->fd, &event) < 0 ? -errno : 0;
 }
@@ -108,14 +109,29 @@ static int await(nbd_thread *thread, struct epoll_event *events, bool *watched)
     return epoll_wait(thread->epoll, events, EVENTS, -1);
 }
 
-/* Whether a connection had more to do than to answer one short request. */
-static bool serve(bg_nbd_loop *loop, const struct epoll_event *events, int n, bool watched)
+/* Reply to what devices have done. */
+static void reap(nbd_thread *thread)
+{
+    thread->reaping = true;
+    bg_aio_reap(thread->aio);
+    thread->reaping = false;
+    for (bg_nbd_conn *conn; (conn = thread->kicked);) {
+        thread->kicked = conn->next_kicked;
+        conn->is_kicked = false;
+        bg_nbd_kick(conn);
+    }
+}
+
+/* Whether a connection had more to do than to answer one short request. `thread`: NULL, Python's. */
+static bool serve(bg_nbd_loop *loop, nbd_thread *thread, const struct epoll_event *events, int n, bool watched)
 {
     bool busy = false;
     atomic_fetch_add_explicit(&loop->counters.wakeups, 1, memory_order_relaxed);
     for (int i = 0; i < n; i++) {
         bg_nbd_conn *conn = events[i].data.ptr;
-        if (conn) {
+        if (thread && events[i].data.ptr == thread) {
+            reap(thread);
+        } else if (conn) {
             pthread_mutex_lock(&conn->lock);
             conn->sleeps = watched && n == 1;
             nbd_turn(conn, events[i].events);
@@ -133,22 +149,35 @@ static void *run(void *arg)
         struct epoll_event events[EVENTS];
         bool watched;
         int n = await(thread, events, &watched);
-        if (serve(thread->loop, events, n, watched))
+        if (serve(thread->loop, thread, events, n, watched))
             bg_nbd_watch_busy(&thread->watch);
         free_released(thread);
     }
+    if (thread->aio)
+        bg_aio_drain(thread->aio);
     return NULL;
 }
 
 void bg_nbd_poll(bg_nbd_loop *loop)
 {
     struct epoll_event events[EVENTS];
-    serve(loop, events, epoll_wait(loop->caller_epoll, events, EVENTS, 0), false);
+    serve(loop, NULL, events, epoll_wait(loop->caller_epoll, events, EVENTS, 0), false);
 }
 
 int bg_nbd_loop_pollfd(const bg_nbd_loop *loop)
 {
     return loop->caller_epoll;
+}
+
+/* Without it the pool does what it would have done. */
+static void start_aio(nbd_thread *thread)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = thread};
+    if (bg_aio_new(BG_NBD_MAX_REQUESTS, &thread->aio) == 0 &&
+        epoll_ctl(thread->epoll, EPOLL_CTL_ADD, bg_aio_eventfd(thread->aio), &event) < 0) {
+        bg_aio_free(thread->aio);
+        thread->aio = NULL;
+    }
 }
 
 static int start_thread(bg_nbd_loop *loop, nbd_thread *thread)
@@ -163,11 +192,13 @@ static int start_thread(bg_nbd_loop *loop, nbd_thread *thread)
         close(thread->epoll);
         return ret;
     }
+    start_aio(thread);
     pthread_mutex_init(&thread->lock, NULL);
     int ret = -pthread_create(&thread->thread, NULL, run, thread);
     if (ret == 0)
         pthread_setname_np(thread->thread, "bg-nbd");
     if (ret < 0) {
+        bg_aio_free(thread->aio);
         close(thread->wakeup);
         close(thread->epoll);
     }
@@ -226,6 +257,7 @@ int bg_nbd_loop_free(bg_nbd_loop *loop)
     for (int i = 0; i < loop->nthreads; i++) {
         nbd_thread *thread = &loop->threads[i];
         free_released(thread);
+        bg_aio_free(thread->aio);
         close(thread->wakeup);
         close(thread->epoll);
         pthread_mutex_destroy(&thread->lock);

@@ -4,7 +4,8 @@
  * The request loop of NBD's transmission phase: a few threads, each with epoll over its connections.
  *
  *     socket ── one recv for many requests ── bg_request_try ── replies ── one sendmsg for many ── socket
- *                                               │ blocks: pool  ▲
+ *                                               │ begun: aio    ▲
+ *                                               │ blocks: pool  │
  *                                               │ faults: bg_nbd_take ── Python ── bg_nbd_reply, bg_nbd_kick
  *
  * What the extent map knows is done where it is parsed, and what the protocol forbids is refused there. Whoever completes a request (the loop's thread, a pool's, Python's)
@@ -49,8 +50,8 @@ typedef struct bg_nbd_conn bg_nbd_conn;
 /* Since the loop began. */
 typedef struct {
     uint64_t requests; /* taken */
-    uint64_t hits;     /* done by the extent map, at once or on the pool */
-    uint64_t blocked;  /* of these, on the pool */
+    uint64_t hits;     /* done by the extent map, at once or not */
+    uint64_t blocked;  /* of these, on the pool, or at a device meanwhile */
     uint64_t faults;   /* done by Python */
     uint64_t refused;  /* answered with an error here: the client should not have sent them */
     uint64_t received; /* bytes */
@@ -62,7 +63,7 @@ typedef struct {
 
 int bg_nbd_loop_new(int threads, bg_pool *pool, bg_nbd_loop **out);
 
-/* Disconnect everyone and end the threads; what blocks on the pool or waits for Python goes on. */
+/* Disconnect everyone and end the threads, once devices have ended what they were given; what is on the pool or waits for Python goes on. */
 void bg_nbd_loop_stop(bg_nbd_loop *loop);
 
 /* -EBUSY while there are connections that were not released. */

@@ -288,10 +288,25 @@ void bg_nbd_kick(bg_nbd_conn *conn)
         nbd_leave(conn);
 }
 
+/* The thread that reaps sends the replies of all that has ended together. It does not free connections meanwhile. */
+static void kick_later(bg_nbd_conn *conn)
+{
+    if (conn->is_kicked)
+        return;
+    conn->is_kicked = true;
+    conn->next_kicked = conn->thread->kicked;
+    conn->thread->kicked = conn;
+}
+
 void nbd_done(bg_request *request)
 {
     nbd_request *r = request_of(request);
     bg_nbd_conn *conn = r->conn;
+    if (pthread_equal(pthread_self(), conn->thread->thread) && conn->thread->reaping) {
+        kick_later(conn);
+        post(r);
+        return;
+    }
     /* Once posted, the request keeps the connection in memory no longer. */
     atomic_fetch_add(&conn->visitors, 1);
     post(r);

@@ -16,14 +16,20 @@ typedef struct {
     bg_task *first, **last;
 } tasks;
 
+typedef struct {
+    int limit, running;
+    int count;  /* submitted and not ended */
+    tasks held; /* while as many run as may */
+} lane;
+
 struct bg_pool {
     pthread_mutex_t lock;
     bg_waiters work;
-    tasks ready, held; /* held: busy ones, while as many run as there are processors */
-    int busy, processors;
+    tasks ready;
+    lane lanes[BG_LANES];
     bool closing;
     bg_buffers *buffers;
-    int nthreads;
+    int usual, most, nthreads;
     pthread_t threads[];
 };
 
@@ -48,17 +54,18 @@ static bg_task *take(tasks *queue)
 /* With the lock held, but for the time in which the task runs. */
 static void run_or_hold(bg_pool *pool, bg_task *task)
 {
-    bool busy = task->busy; /* afterwards it may be gone */
-    if (busy && pool->busy == pool->processors) {
-        put(&pool->held, task);
+    lane *l = &pool->lanes[task->lane]; /* afterwards the task may be gone */
+    if (l->running == l->limit) {
+        put(&l->held, task);
         return;
     }
-    pool->busy += busy;
+    l->running++;
     pthread_mutex_unlock(&pool->lock);
     task->run(task);
     pthread_mutex_lock(&pool->lock);
-    pool->busy -= busy;
-    bg_task *next = busy ? take(&pool->held) : NULL;
+    l->running--;
+    l->count--;
+    bg_task *next = take(&l->held);
     if (next)
         put(&pool->ready, next); /* this thread looks again */
 }
@@ -87,11 +94,24 @@ static int processors(void)
     return count < 1 ? 1 : count;
 }
 
-int bg_pool_new(int threads, bg_pool **out)
+static int start_thread(bg_pool *pool)
 {
-    if (threads < 1 || threads > BG_POOL_MAX_THREADS)
+    /* Signals belong to the program's own threads. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int ret = -pthread_create(&pool->threads[pool->nthreads], NULL, worker, pool);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (ret == 0)
+        pool->nthreads++;
+    return ret;
+}
+
+int bg_pool_new(int threads, int most, bg_pool **out)
+{
+    if (threads < 1 || most < threads || most > BG_POOL_MAX_THREADS)
         return -EINVAL;
-    bg_pool *pool = calloc(1, sizeof(*pool) + (size_t)threads * sizeof(pool->threads[0]));
+    bg_pool *pool = calloc(1, sizeof(*pool) + (size_t)most * sizeof(pool->threads[0]));
     if (!pool)
         return -ENOMEM;
     pool->buffers = bg_buffers_new();
@@ -101,19 +121,14 @@ int bg_pool_new(int threads, bg_pool **out)
     }
     pthread_mutex_init(&pool->lock, NULL);
     pool->ready.last = &pool->ready.first;
-    pool->held.last = &pool->held.first;
-    pool->processors = processors();
-    /* Signals belong to the program's own threads. */
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (int i = 0; i < BG_LANES; i++)
+        pool->lanes[i].held.last = &pool->lanes[i].held.first;
+    pool->lanes[BG_LANE_PLAIN].limit = pool->usual = threads;
+    pool->lanes[BG_LANE_BUSY].limit = processors();
+    pool->lanes[BG_LANE_WAITS].limit = pool->most = most;
     int ret = 0;
-    while (ret == 0 && pool->nthreads < threads) {
-        ret = -pthread_create(&pool->threads[pool->nthreads], NULL, worker, pool);
-        if (ret == 0)
-            pool->nthreads++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    while (ret == 0 && pool->nthreads < threads)
+        ret = start_thread(pool);
     if (ret < 0) {
         bg_pool_free(pool);
         return ret;
@@ -130,7 +145,7 @@ void bg_pool_free(bg_pool *pool)
     pool->closing = true;
     bg_wake_all(&pool->work);
     pthread_mutex_unlock(&pool->lock);
-    for (int i = 0; i < pool->nthreads; i++)
+    for (int i = 0; i < pool->nthreads; i++) /* no more are started */
         pthread_join(pool->threads[i], NULL);
     pthread_mutex_destroy(&pool->lock);
     bg_buffers_free(pool->buffers);
@@ -144,7 +159,21 @@ bg_buffers *bg_pool_buffers(bg_pool *pool)
 
 int bg_pool_threads(const bg_pool *pool)
 {
-    return pool->nthreads;
+    return pool->usual;
+}
+
+int bg_pool_most(const bg_pool *pool)
+{
+    return pool->most;
+}
+
+/* With the lock held: how many threads would have something to do. */
+static int load(const bg_pool *pool)
+{
+    int sum = 0;
+    for (const lane *l = pool->lanes; l < pool->lanes + BG_LANES; l++)
+        sum += l->count < l->limit ? l->count : l->limit;
+    return sum;
 }
 
 void bg_pool_submit(bg_pool *pool, bg_task *task)
@@ -159,8 +188,12 @@ void bg_pool_submit_all(bg_pool *pool, bg_task *first)
     pthread_mutex_lock(&pool->lock);
     for (bg_task *task = first, *next; task; task = next, count++) {
         next = task->next;
+        pool->lanes[task->lane].count++;
         put(&pool->ready, task);
     }
+    /* Without one more it takes longer, that is all. */
+    while (!pool->closing && pool->nthreads < pool->most && pool->nthreads < load(pool) && start_thread(pool) == 0)
+        ;
     bool wake = bg_changed(&pool->work);
     pthread_mutex_unlock(&pool->lock);
     if (wake)

@@ -1,10 +1,15 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
 /*
- * Worker threads, buffers for them, and nothing more: a pool runs tasks in the order they were submitted, several at a
- * time, of busy ones no more than there are processors: the others pass those that wait for that. What a task is and where
- * its result goes is the submitter's: queue.h hands results to an event loop, copy.h runs copying jobs, and a native request
- * loop can embed a bg_task in its request and answer from the worker itself.
+ * Worker threads, buffers for them, and nothing more: a pool runs tasks in the order they were submitted, several at a time. How
+ * many of one lane run at once is bounded, and the others pass those that wait for that:
+ *
+ *     BUSY    never wait for a device           as many as there are processors
+ *     PLAIN   may wait for one, or not          the pool's threads
+ *     WAITS   do little else                    up to `most`: more threads are started when they are needed
+ *
+ * What a task is and where its result goes is the submitter's: queue.h hands results to an event loop, copy.h runs copying jobs,
+ * and a native request loop can embed a bg_task in its request and answer from the worker itself.
  *
  * Units:     -
  * Ownership: a task belongs to its submitter; the pool does not touch it after run() has begun.
@@ -24,19 +29,23 @@
 
 typedef struct bg_pool bg_pool;
 
-/* A pool of 1 to BG_POOL_MAX_THREADS threads. They take no signals. */
-int bg_pool_new(int threads, bg_pool **out);
+/* A pool of `threads`, 1 to BG_POOL_MAX_THREADS, and of up to `most` (>= threads) while tasks need them. They take no signals. */
+int bg_pool_new(int threads, int most, bg_pool **out);
 
 /* Run everything submitted so far, then end the threads. Must not be called from a task. */
 void bg_pool_free(bg_pool *pool);
 
+/* How many there are for tasks that may or may not wait, and at most for those that do. */
 int bg_pool_threads(const bg_pool *pool);
+int bg_pool_most(const bg_pool *pool);
 /* cffi:end */
+
+enum bg_lane { BG_LANE_PLAIN, BG_LANE_BUSY, BG_LANE_WAITS, BG_LANES };
 
 typedef struct bg_task {
     struct bg_task *next;
     void (*run)(struct bg_task *task);
-    bool busy; /* it never waits for a device: no more of them run at once than there are processors */
+    uint8_t lane;
 } bg_task;
 
 /* Never fails and never blocks for longer than the queue's mutex. */

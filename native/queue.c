@@ -130,6 +130,14 @@ static void run_entry(bg_task *task)
     bg_queue_complete(entry, execute(entry));
 }
 
+static uint8_t lane_of(int op, int fd)
+{
+    if (op == BG_OP_FDATASYNC)
+        return BG_LANE_WAITS;
+    enum bg_haste haste = bg_haste_of(fd);
+    return bg_always_waits(haste) || (haste == BG_HASTE_ASK && op == BG_OP_PREAD) ? BG_LANE_WAITS : BG_LANE_PLAIN;
+}
+
 int bg_queue_submit(bg_queue *queue, int64_t ticket, int op, int fd, void *buf, int64_t length, int64_t offset, int mode)
 {
     if (op < BG_OP_PREAD || op > BG_OP_ZERO)
@@ -137,7 +145,7 @@ int bg_queue_submit(bg_queue *queue, int64_t ticket, int op, int fd, void *buf, 
     bg_entry *entry = bg_queue_reserve(queue, ticket);
     if (!entry)
         return -ENOMEM;
-    entry->task = (bg_task){.run = run_entry};
+    entry->task = (bg_task){.run = run_entry, .lane = lane_of(op, fd)};
     entry->op = op;
     entry->fd = fd;
     entry->buf = buf;

@@ -3,6 +3,9 @@
 #define _GNU_SOURCE
 #include "request.h"
 
+#include "flight.h"
+#include "io.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -125,11 +128,13 @@ static int cache(const bg_request *r)
     return ret;
 }
 
-static int run(const bg_request *r)
+static int run(bg_request *r)
 {
     bg_map *map = r->source->map;
     int ret = 0;
-    if (r->kind == BG_REQUEST_READ)
+    if (r->flight)
+        ret = bg_flight_redo(r);
+    else if (r->kind == BG_REQUEST_READ)
         ret = bg_map_pread(map, (int64_t)r->offset, r->buf, r->length);
     else if (r->kind == BG_REQUEST_WRITE)
         ret = bg_map_pwrite(map, (int64_t)r->offset, r->buf, r->length);
@@ -156,8 +161,19 @@ static void run_on_pool(bg_task *task)
 void bg_request_submit(bg_request *first)
 {
     for (bg_request *r = first; r; r = r->next)
-        r->task = (bg_task){.next = r->next ? &r->next->task : NULL, .run = run_on_pool};
+        r->task = (bg_task){.next = r->next ? &r->next->task : NULL, .run = run_on_pool, .lane = r->lane};
     bg_pool_submit_all(first->source->pool, &first->task);
+}
+
+/* Whether it certainly has to wait for a device, if it can not be done now. */
+static bool waits(const bg_map_request *found)
+{
+    for (int i = 0; i < found->count; i++) {
+        const bg_map_piece *p = &found->pieces[i];
+        if (p->fd >= 0 && (bg_always_waits(p->haste) || (p->haste == BG_HASTE_ASK && !found->write)))
+            return true;
+    }
+    return false;
 }
 
 enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
@@ -190,13 +206,17 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
         uint32_t most = first & BG_MAP_COPY ? MAX_COPY_NOW : MAX_FIRST_NOW;
         bool done = request->length <= (longest < most ? longest : most) &&
                     bg_map_first_write_now(map, (int64_t)request->offset, request->buf, request->length) == 0;
+        request->lane = bg_map_is_direct(map) ? BG_LANE_WAITS : BG_LANE_PLAIN;
         return done ? BG_REQUEST_DONE : BG_REQUEST_BLOCKS;
     }
     if (ret != 0)
         return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
     bool blocks = request->kind == BG_REQUEST_CACHE || request->length > longest;
+    request->lane = waits(&found) ? BG_LANE_WAITS : BG_LANE_PLAIN;
     if (request->announce && !blocks && bg_map_in_memory(&found))
         request->source->begun(request);
+    if (bg_flight_begin(request, &found))
+        return BG_REQUEST_BEGUN;
     int done = blocks ? -EAGAIN : bg_map_move_now(&found, request->buf);
     bg_map_end(map, &found, done != -EAGAIN);
     if (done == -EAGAIN)

@@ -4,13 +4,14 @@
  * Requests of front ends (an NBD connection, a vhost-user queue, a caller in this process) to one backend.
  *
  *     source ── bg_request_try ──┬─ DONE: the extent map knew, and nothing had to be waited for
+ *                                ├─ BEGUN: bg_aio_submit of the source's aio begins it, bg_aio_reap calls source->done
  *                                ├─ BLOCKS: bg_request_submit does it on the pool, then source->done
  *                                └─ FAULTS: into bg_faults, to Python, which completes it: source->done
  *
  * Errors are faults too: Python does the request once more, and deals with its error as with any other.
  *
  * Units:     bytes.
- * Ownership: a request belongs to its source, and is lent from submit or post until done is called; its buffer likewise.
+ * Ownership: a request belongs to its source, and is lent from BEGUN, submit or post until done is called; its buffer likewise.
  *            The map, the pool and the faults must outlive the source.
  * Errno:     0 or a count, else -ENOMEM, -EBUSY, or -errno of a system call.
  * Threads:   any thread may try, submit, post and take; done is called on any thread.
@@ -18,6 +19,7 @@
 #ifndef BG_REQUEST_H
 #define BG_REQUEST_H
 
+#include "aio.h"
 #include "extent_map.h"
 #include "pool.h"
 
@@ -42,6 +44,7 @@ typedef struct {
 
 typedef struct bg_request bg_request;
 typedef struct bg_faults bg_faults;
+typedef struct bg_flight bg_flight;
 
 enum bg_request_kind {
     BG_REQUEST_READ,
@@ -56,6 +59,7 @@ enum bg_request_kind {
 typedef struct bg_source {
     bg_map *map; /* NULL: everything faults */
     bg_pool *pool;
+    bg_aio *aio; /* of the thread that tries; or NULL */
     bg_faults *faults;
     int64_t id; /* its name in faults */
     void (*done)(bg_request *request);
@@ -73,12 +77,14 @@ struct bg_request {
     uint16_t command, flags;
     int64_t error; /* of BG_REQUEST_ENDED */
     uint8_t kind;
+    uint8_t lane; /* of the task, set by bg_request_try */
     uint8_t zero; /* of BG_REQUEST_ZERO: how, see bg_map_set_zeroing */
     bool durable; /* with a flush, before it counts as done */
+    bg_flight *flight; /* while a device has it in hand: see flight.h */
     bool announce; /* a read: the source wants to hear that it has begun */
 };
 
-enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS };
+enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BEGUN, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS };
 
 /* Do it now, if that needs no waiting and it has no more than `longest` bytes. The range is one of the disk. */
 enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest);

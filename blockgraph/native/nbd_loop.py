@@ -44,7 +44,7 @@ class NbdStats(NamedTuple):
     hits: int
     """done by the extent map"""
     blocked: int
-    """of these, on the pool's threads"""
+    """of these, on the pool's threads, or at a device while the loop went on"""
     faults: int
     """done by Python"""
     refused: int

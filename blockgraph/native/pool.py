@@ -40,15 +40,17 @@ INLINE_MAX = 64 << 10
 
 _EAGAIN = -errno.EAGAIN
 _REAP = 256
+#: Shared threads, at most: so many requests wait for devices at once.
+_MOST = 64
 _PREAD: int = lib.BG_OP_PREAD
 _PWRITE: int = lib.BG_OP_PWRITE
 _FDATASYNC: int = lib.BG_OP_FDATASYNC
 _FALLOCATE: int = lib.BG_OP_FALLOCATE
 
 
-def _new_threads(threads: int) -> Any:
+def _new_threads(threads: int, most: int) -> Any:
     out = ffi.new("bg_pool **")
-    code = lib.bg_pool_new(threads, out)
+    code = lib.bg_pool_new(threads, most, out)
     if code == -errno.EINVAL:
         raise ValueError(f"threads must be between 1 and {lib.BG_POOL_MAX_THREADS}, not {threads}")
     check(code)
@@ -67,7 +69,8 @@ class _Shared:
     @classmethod
     def get(cls) -> Any:
         if cls.threads is None:
-            cls.threads = _new_threads(_default_threads())
+            usual = _default_threads()
+            cls.threads = _new_threads(usual, max(_MOST, usual))
         return cls.threads
 
     @classmethod
@@ -89,7 +92,8 @@ class Pool:
     call waits for its native operation (a copy is told to stop) before CancelledError goes on.
 
     Args:
-        threads: of its own; None: the process's shared ones (the number of processors, at least 4).
+        threads: of its own; None: the process's shared ones (the number of processors, at least 4; more while operations
+            do nothing but wait for devices).
     Raises:
         ValueError: threads out of range.
         OSError: no thread could be started.
@@ -99,7 +103,7 @@ class Pool:
         self._queue: Any = None
         self._own: Any = None
         if threads is not None:
-            self._own = _new_threads(threads)
+            self._own = _new_threads(threads, threads)
         self._native = _Shared.get() if threads is None else self._own
         out = ffi.new("bg_queue **")
         check(lib.bg_queue_new(self._native, out))

@@ -449,7 +449,7 @@ static void runs_are_copied_on_the_pool_and_let_others_pass(void)
     bg_copier_stats stats;
     bg_completion ended[2];
     char byte;
-    CHECK(bg_pool_new(1, &pool) == 0 && bg_queue_new(pool, &queue) == 0);
+    CHECK(bg_pool_new(1, 1, &pool) == 0 && bg_queue_new(pool, &queue) == 0);
     /* Single clusters, every other one: each is a run. */
     for (int64_t at = 0; at < SIZE; at += 2 * CLUSTER)
         CHECK(bg_bitmap_reset(todo, at, SIZE - at < CLUSTER ? SIZE - at : CLUSTER) == 0);

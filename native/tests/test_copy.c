@@ -42,7 +42,7 @@ void test_copy(void)
     bg_queue *queue;
     bg_copy *job;
     bg_copy_failure failure;
-    CHECK(bg_pool_new(3, &pool) == 0 && bg_queue_new(pool, &queue) == 0);
+    CHECK(bg_pool_new(3, 3, &pool) == 0 && bg_queue_new(pool, &queue) == 0);
     for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]); i++) {
         memset(copied, 0xee, SIZE);
         CHECK(pwrite(target, copied, SIZE, 0) == SIZE);

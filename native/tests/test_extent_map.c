@@ -272,8 +272,10 @@ static void transfers(void)
     e[3] = (bg_map_extent){12288, 4096, 2 << 20, loose, 0};
     CHECK(bg_map_insert(map, bg_map_generation(map), e, 4) == 4);
     CHECK(bg_map_pread(map, 512, buf, 512) == 0 && buf[0] == 0);
-    CHECK(bg_map_pread(map, 512, buf + 1, 512) == BG_MAP_MISS && bg_map_pread(map, 512, buf, 100) == BG_MAP_MISS);
+    CHECK(bg_map_pread(map, 512, buf + 1, 512) == 0 && bg_map_pread(map, 512, buf, 100) == BG_MAP_MISS);
     CHECK(bg_map_pread(map, 100, buf, 512) == BG_MAP_MISS);
+    CHECK(bg_map_align_slot(map, strict, 3) == -EINVAL && bg_map_align_slot(map, strict, 1024) > 0);
+    CHECK(bg_map_pread(map, 512, buf, 512) == BG_MAP_MISS && bg_map_pread(map, 1024, buf, 1024) == 0);
     CHECK(bg_map_pwrite(map, 4096, buf, 1) == BG_MAP_MISS && bg_map_pwrite(map, 12288, buf, 1) == BG_MAP_MISS);
     CHECK(bg_bitmap_count(bitmap) == 0 && bg_map_take_written(map, loose) == 0);
     CHECK(bg_map_pread(map, 8192, buf, 10) == -EBADF && bg_map_pwrite(map, 8192, buf, 10) == -EBADF);
@@ -293,6 +295,42 @@ static void transfers(void)
     close(fd);
 }
 
+/* Of several holds one after the other ends; requests beside them, and in other slots, do not notice. */
+static void holds(void)
+{
+    bg_map *map;
+    bg_map_piece piece;
+    bg_map_request request;
+    int64_t ticket, numbers[4];
+    char buf[1024];
+    int fd = memfd_create("driver", MFD_CLOEXEC);
+    CHECK(ftruncate(fd, 1 << 20) == 0 && bg_map_new(1 << 20, ROOMY, &map) == 0);
+    int slot = bg_map_add_slot(map, fd, 1, 1), other = bg_map_add_slot(map, fd, 1, 1);
+    bg_map_extent e[2] = {{0, 1 << 19, 1 << 19, slot, BG_MAP_WRITABLE}, {1 << 19, 1 << 19, 0, other, BG_MAP_WRITABLE}};
+    CHECK(bg_map_insert(map, bg_map_generation(map), e, 2) == 2);
+    CHECK(bg_map_hold(map, -1, 0, 1, &ticket) == -EINVAL && bg_map_hold(map, slot, 1, 1, &ticket) == -EINVAL);
+    CHECK(bg_map_release(map, 1) == -ENOENT);
+    CHECK(bg_map_begin(map, 1000, 100, 1, &piece, 1, &request) == 0);
+    for (int i = 0; i < 4; i++)
+        CHECK((numbers[i] = bg_map_hold(map, slot, (1 << 19) + i * 1024, (1 << 19) + i * 1024 + 512, &ticket)) > 0);
+    CHECK(!bg_map_settled(map, ticket)); /* the one that began before */
+    bg_map_end(map, &request, 1);
+    CHECK(bg_map_settled(map, ticket));
+    for (int released = 0; released <= 4; released++) {
+        for (int i = 0; i < 4; i++) {
+            int held = i >= released ? BG_MAP_MISS : 0;
+            CHECK(bg_map_pread(map, i * 1024, buf, 1) == held && bg_map_pwrite(map, i * 1024 + 511, buf, 2) == held);
+            CHECK(bg_map_pread(map, i * 1024 + 512, buf, 512) == 0 && bg_map_pread(map, (1 << 19) + i * 1024, buf, 1) == 0);
+            CHECK(bg_map_zero(map, i * 1024, 1, BG_MAP_PUNCH) == BG_MAP_MISS);
+        }
+        CHECK(released == 4 || bg_map_release(map, numbers[released]) == 0);
+    }
+    CHECK(bg_map_release(map, numbers[0]) == -ENOENT);
+    CHECK(bg_map_hold(map, slot, 0, INT64_MAX, &ticket) > 0 && bg_map_pread(map, 5, buf, 1) == BG_MAP_MISS);
+    CHECK(bg_map_free(map) == 0);
+    close(fd);
+}
+
 void test_extent_map(void)
 {
     bg_map *map;
@@ -308,4 +346,5 @@ void test_extent_map(void)
     staleness();
     tickets();
     transfers();
+    holds();
 }

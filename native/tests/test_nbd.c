@@ -305,7 +305,7 @@ void test_nbd(void)
     bg_pool *pool;
     pthread_t python_thread, unmap_thread, threads[CLIENTS];
     client clients[CLIENTS];
-    CHECK(bg_pool_new(2, &pool) == 0);
+    CHECK(bg_pool_new(2, 2, &pool) == 0);
     CHECK(bg_nbd_loop_new(0, pool, &loop) == -EINVAL);
     CHECK(bg_nbd_loop_new(2, pool, &loop) == 0);
     CHECK(bg_map_new(SIZE, BG_MAP_MIN_MEMORY, &map) == 0);

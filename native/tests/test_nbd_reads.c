@@ -262,7 +262,7 @@ static void run(bool structured)
     bg_pool *pool;
     bg_windows *windows;
     int pair[2];
-    CHECK(bg_pool_new(1, &pool) == 0 && bg_nbd_loop_new(1, pool, &loop) == 0);
+    CHECK(bg_pool_new(1, 1, &pool) == 0 && bg_nbd_loop_new(1, pool, &loop) == 0);
     CHECK(bg_map_new(SIZE, BG_MAP_MIN_MEMORY, &map) == 0 && bg_windows_new(fd, &windows) == 0);
     int slot = bg_map_add_slot(map, fd, 1, 1);
     CHECK(slot == 0 && bg_map_set_windows(map, slot, windows) == 0 && bg_map_set_windows(map, -1, windows) == -EINVAL);

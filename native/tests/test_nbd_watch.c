@@ -155,7 +155,7 @@ void test_nbd_watch(void)
     bg_map *map;
     unsigned char block[BLOCK];
     rules();
-    CHECK(bg_pool_new(1, &pool) == 0);
+    CHECK(bg_pool_new(1, 1, &pool) == 0);
     CHECK(bg_map_new(SIZE, BG_MAP_MIN_MEMORY, &map) == 0);
     int fd = memfd_create("watch", MFD_CLOEXEC);
     for (int i = 0; i < SIZE / BLOCK; i++) {

@@ -1,11 +1,15 @@
 /* SPDX-FileCopyrightText: blockgraph contributors */
 /* SPDX-License-Identifier: MIT */
-/* Of tasks that are busy as many run as there are processors; the others pass them, and none is lost. */
+/*
+ * Of tasks that are busy as many run as there are processors, of those that wait as many as the pool may have threads, of the others
+ * as many as it has; they pass each other, and none is lost.
+ */
 #define _GNU_SOURCE
 #include "driver.h"
 #include "pool.h"
 #include "wait.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
 
@@ -23,7 +27,7 @@ static void wait_until(const bool *flag)
         bg_wait(&changed, &lock);
 }
 
-static void run_busy(bg_task *task)
+static void run_counted(bg_task *task)
 {
     (void)task;
     pthread_mutex_lock(&lock);
@@ -54,37 +58,50 @@ static void wait_for_ended(int wanted)
     pthread_mutex_unlock(&lock);
 }
 
+/* Submit tasks of one lane: `limit` run, `more` do not, and one of `other` passes them. */
+static void fill_lane(bg_pool *pool, bg_task *tasks, enum bg_lane lane, int limit, int more, enum bg_lane other)
+{
+    running = most = ended = 0;
+    go = others_ran = false;
+    bg_task passes = {.run = run_other, .lane = (uint8_t)other};
+    for (int i = 0; i < limit + more; i++) {
+        tasks[i] = (bg_task){.run = run_counted, .lane = (uint8_t)lane};
+        bg_pool_submit(pool, &tasks[i]);
+    }
+    pthread_mutex_lock(&lock);
+    while (running < limit)
+        bg_wait(&changed, &lock);
+    pthread_mutex_unlock(&lock);
+    bg_pool_submit(pool, &passes);
+    pthread_mutex_lock(&lock);
+    wait_until(&others_ran);
+    CHECK(running == limit && most == limit && ended == 0);
+    go = true;
+    bg_wake_all(&changed);
+    pthread_mutex_unlock(&lock);
+    wait_for_ended(limit + more);
+}
+
 void test_pool(void)
 {
     cpu_set_t set;
     CHECK(sched_getaffinity(0, sizeof(set), &set) == 0);
-    int processors = CPU_COUNT(&set), count = processors + MORE;
+    int processors = CPU_COUNT(&set), usual = processors + 2, all = usual + 5;
     bg_pool *pool;
-    CHECK(bg_pool_new(count, &pool) == 0);
-    bg_task *tasks = calloc((size_t)count + ROUNDS, sizeof(*tasks));
-    bg_task other = {.run = run_other};
+    CHECK(bg_pool_new(2, 1, &pool) == -EINVAL && bg_pool_new(1, BG_POOL_MAX_THREADS + 1, &pool) == -EINVAL);
+    CHECK(bg_pool_new(usual, all, &pool) == 0);
+    CHECK(bg_pool_threads(pool) == usual && bg_pool_most(pool) == all);
+    bg_task *tasks = calloc((size_t)all + MORE + ROUNDS, sizeof(*tasks));
     CHECK(tasks);
-    for (int i = 0; i < count; i++) {
-        tasks[i] = (bg_task){.run = run_busy, .busy = true};
+    fill_lane(pool, tasks, BG_LANE_BUSY, processors, MORE, BG_LANE_PLAIN);
+    fill_lane(pool, tasks, BG_LANE_PLAIN, usual, MORE, BG_LANE_WAITS);
+    fill_lane(pool, tasks, BG_LANE_WAITS, all - 1, 0, BG_LANE_PLAIN);
+    ended = 0;
+    for (int i = 0; i < ROUNDS; i++) {
+        tasks[i] = (bg_task){.run = run_counted, .lane = (uint8_t)(i % BG_LANES)};
         bg_pool_submit(pool, &tasks[i]);
     }
-    pthread_mutex_lock(&lock);
-    while (running < processors)
-        bg_wait(&changed, &lock);
-    pthread_mutex_unlock(&lock);
-    bg_pool_submit(pool, &other);
-    pthread_mutex_lock(&lock);
-    wait_until(&others_ran);
-    CHECK(running == processors && most == processors && ended == 0);
-    go = true;
-    bg_wake_all(&changed);
-    pthread_mutex_unlock(&lock);
-    wait_for_ended(count);
-    for (int i = 0; i < ROUNDS; i++) {
-        tasks[count + i] = (bg_task){.run = run_busy, .busy = i % 3 != 0};
-        bg_pool_submit(pool, &tasks[count + i]);
-    }
     bg_pool_free(pool); /* runs what was submitted */
-    CHECK(ended == count + ROUNDS && running == 0);
+    CHECK(ended == ROUNDS && running == 0);
     free(tasks);
 }

@@ -46,8 +46,8 @@ void test_queue(void)
 {
     bg_pool *pool;
     pthread_t threads[SUBMITTERS];
-    CHECK(bg_pool_new(0, &pool) == -EINVAL);
-    CHECK(bg_pool_new(3, &pool) == 0);
+    CHECK(bg_pool_new(0, 1, &pool) == -EINVAL);
+    CHECK(bg_pool_new(3, 5, &pool) == 0);
     CHECK(bg_queue_new(pool, &queue) == 0);
     fd = memfd_create("driver", MFD_CLOEXEC);
     for (intptr_t i = 0; i < SUBMITTERS; i++)

@@ -33,7 +33,7 @@ static bg_map *map;
 static bg_pool *pool;
 static bg_faults *faults;
 static int fd, slot;
-static atomic_int outcomes[3], ended;
+static atomic_int outcomes[4], ended;
 static atomic_bool over;
 
 static void done(bg_request *request)
@@ -150,7 +150,7 @@ void test_request(void)
 {
     pthread_t python_thread, unmap_thread, threads[QUEUES];
     int numbers[QUEUES];
-    CHECK(bg_pool_new(2, &pool) == 0 && bg_faults_new(&faults) == 0);
+    CHECK(bg_pool_new(2, 4, &pool) == 0 && bg_faults_new(&faults) == 0);
     CHECK(bg_map_new(SIZE, BG_MAP_MIN_MEMORY, &map) == 0);
     fd = memfd_create("request", MFD_CLOEXEC);
     CHECK(ftruncate(fd, SIZE) == 0);
