@@ -1,7 +1,8 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""The NBD export of images opened with cache.direct, as guests with cache "none" have them, on a real file system, beside
-qemu-nbd and beside fio on the file itself, which is all that the device can do.
+"""The NBD export of images opened with cache.direct, as guests with cache "none" have them, on a real file system.
+
+Beside qemu-nbd, and beside fio on the file itself, which is all that the device can do.
 """
 
 from __future__ import annotations

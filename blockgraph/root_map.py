@@ -24,9 +24,9 @@ of these nodes ends that (`Node.not_flushed`), until the next flush in Python.
 
 What is not entered: ranges that a driver wants to see (SPECIAL, not `writable`), writes that a node's guard has to be
 asked about first, writes under a dirty bitmap of a node whose offsets differ from the root's, and anything while a
-serialising request is in flight on the way, unless that is at the storage: of that only its range is held. Requests that
-are not as aligned as the storage asks miss, so whatever is read, changed and written back is Python's, and so is the
-block with a file's end.
+serialising request is in flight on the way, unless that is at the storage: there only its range is held. Requests
+that are not as aligned as the storage asks miss, so whatever is read, changed and written back is Python's, and so is
+the block with a file's end.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ static void op_done(bg_aio_op *op, int64_t result)
 static bool suits(const bg_request *r, const bg_map_request *found)
 {
     const bg_aio *aio = r->source->aio;
-    if (!aio || r->durable || r->length > MAX_BYTES || found->count < 1 || found->count > MAX_OPS ||
+    if (!aio || r->passing || r->durable || r->length > MAX_BYTES || found->count < 1 || found->count > MAX_OPS ||
         !bg_aio_room(aio, found->count) || (r->kind != BG_REQUEST_READ && r->kind != BG_REQUEST_WRITE))
         return false;
     uintptr_t memory = (uintptr_t)r->buf;

@@ -124,6 +124,8 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
         hit(r->conn);
     } else if (outcome == BG_REQUEST_BLOCKS) {
         hit(r->conn);
+        if (r->base.lane == BG_LANE_WAITS && !r->conn->source.aio && !r->conn->by_caller && bg_map_is_direct(r->conn->source.map))
+            nbd_use_aio(r->conn);
         r->base.next = NULL;
         *r->conn->last_blocked = &r->base;
         r->conn->last_blocked = &r->base.next;
@@ -142,7 +144,9 @@ static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
         return false;
     r->base.buf = conn->input + conn->start + BG_NBD_HEADER;
     r->base.kind = BG_REQUEST_WRITE;
+    r->base.passing = true;
     enum bg_request_outcome outcome = bg_request_try(&r->base, conn->longest);
+    r->base.passing = false;
     if (outcome != BG_REQUEST_DONE) {
         const void *payload = r->base.buf;
         conn->requests--;
@@ -156,7 +160,7 @@ static bool write_in_place(bg_nbd_conn *conn, const bg_nbd_header *header)
         if (!nbd_give_buffer(r, cost))
             return false;
         memcpy(r->buffer, payload, header->length);
-        /* It may have been for the alignment of its memory only that it is not at the device. */
+        /* Now it may be at the device while the input is used for other requests. */
         if (outcome == BG_REQUEST_BLOCKS && r->base.lane == BG_LANE_WAITS && conn->source.aio)
             outcome = bg_request_try(&r->base, conn->longest);
     }

@@ -42,7 +42,8 @@ typedef struct nbd_request {
 typedef struct nbd_thread {
     bg_nbd_loop *loop;
     int epoll, wakeup;
-    bg_aio *aio; /* or NULL: the system has no more */
+    bool has_aio; /* since a request could use it first */
+    bg_aio *aio;  /* or NULL: the system has no more, and the pool does what it would do */
     bool reaping; /* connections of what has ended are collected in `kicked`, linked by next_kicked */
     bg_nbd_conn *kicked;
     pthread_t thread;
@@ -134,6 +135,7 @@ struct bg_nbd_conn {
 void nbd_watch(bg_nbd_conn *conn);   /* ask epoll for what the connection waits for */
 void nbd_unwatch(bg_nbd_conn *conn); /* before its socket is closed */
 void nbd_move(bg_nbd_conn *conn, bool to_caller);
+void nbd_use_aio(bg_nbd_conn *conn); /* on its own thread: requests may be begun at devices from now on */
 
 /* nbd_conn.c; with the lock */
 void nbd_turn(bg_nbd_conn *conn, uint32_t events); /* what epoll has said */

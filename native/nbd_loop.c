@@ -47,7 +47,7 @@ static int watch_first(bg_nbd_conn *conn, bool by_caller)
 {
     conn->by_caller = by_caller;
     conn->longest = by_caller ? CALLER_LONGEST : UINT32_MAX;
-    conn->source.aio = by_caller ? NULL : conn->thread->aio;
+    conn->source.aio = NULL;
     struct epoll_event event = {.events = conn->interest, .data.ptr = conn};
     return epoll_ctl(epoll_of(conn), EPOLL_CTL_ADD, conn->fd, &event) < 0 ? -errno : 0;
 }
@@ -107,6 +107,21 @@ static int await(nbd_thread *thread, struct epoll_event *events, bool *watched)
     }
     *watched = false;
     return epoll_wait(thread->epoll, events, EVENTS, -1);
+}
+
+void nbd_use_aio(bg_nbd_conn *conn)
+{
+    nbd_thread *thread = conn->thread;
+    if (!thread->has_aio) {
+        struct epoll_event event = {.events = EPOLLIN, .data.ptr = thread};
+        thread->has_aio = true;
+        if (bg_aio_new(BG_NBD_MAX_REQUESTS, &thread->aio) == 0 &&
+            epoll_ctl(thread->epoll, EPOLL_CTL_ADD, bg_aio_eventfd(thread->aio), &event) < 0) {
+            bg_aio_free(thread->aio);
+            thread->aio = NULL;
+        }
+    }
+    conn->source.aio = thread->aio;
 }
 
 /* Reply to what devices have done. */
@@ -169,17 +184,6 @@ int bg_nbd_loop_pollfd(const bg_nbd_loop *loop)
     return loop->caller_epoll;
 }
 
-/* Without it the pool does what it would have done. */
-static void start_aio(nbd_thread *thread)
-{
-    struct epoll_event event = {.events = EPOLLIN, .data.ptr = thread};
-    if (bg_aio_new(BG_NBD_MAX_REQUESTS, &thread->aio) == 0 &&
-        epoll_ctl(thread->epoll, EPOLL_CTL_ADD, bg_aio_eventfd(thread->aio), &event) < 0) {
-        bg_aio_free(thread->aio);
-        thread->aio = NULL;
-    }
-}
-
 static int start_thread(bg_nbd_loop *loop, nbd_thread *thread)
 {
     thread->loop = loop;
@@ -192,13 +196,11 @@ static int start_thread(bg_nbd_loop *loop, nbd_thread *thread)
         close(thread->epoll);
         return ret;
     }
-    start_aio(thread);
     pthread_mutex_init(&thread->lock, NULL);
     int ret = -pthread_create(&thread->thread, NULL, run, thread);
     if (ret == 0)
         pthread_setname_np(thread->thread, "bg-nbd");
     if (ret < 0) {
-        bg_aio_free(thread->aio);
         close(thread->wakeup);
         close(thread->epoll);
     }

@@ -81,6 +81,7 @@ struct bg_request {
     uint8_t zero; /* of BG_REQUEST_ZERO: how, see bg_map_set_zeroing */
     bool durable; /* with a flush, before it counts as done */
     bg_flight *flight; /* while a device has it in hand: see flight.h */
+    bool passing; /* its memory is good only while it is tried */
     bool announce; /* a read: the source wants to hear that it has begun */
 };
 

@@ -25,16 +25,17 @@ from blockgraph.testing.nbd_client import NbdClient
 CLUSTER = 64 << 10
 BLOCK = 4096
 #: Guests have the first part of the disk, the changes discard and check the second; a third comes and goes.
-GUESTS, DISCARDED, MORE = 2 << 20, 1 << 20, 1 << 20
+GUESTS, DISCARDED, MORE = 2 << 20, 1 << 20, (1 << 20) - 512
 SIZE = GUESTS + DISCARDED
 THREADS = 4
 #: Snapshots make a chain, and each of its images is kept.
 SNAPSHOTS = 4
 
 
-def image(name: str, path: Path, driver: str, **more: Any) -> dict[str, Any]:
+def image(name: str, path: Path, driver: str, *, direct: bool = False, **more: Any) -> dict[str, Any]:
     """A description of an image file."""
-    return {"driver": driver, "node-name": name, "file": {"driver": "file", "filename": str(path)}, **more}
+    file = {"driver": "file", "filename": str(path), "cache": {"direct": direct}}
+    return {"driver": driver, "node-name": name, "file": file, **more}
 
 
 class Disk(Protocol):
@@ -96,9 +97,14 @@ class Guest(threading.Thread):
                 self.rounds += 1
                 offset = (rng.randrange(GUESTS // BLOCK // THREADS) * THREADS + self.number) * BLOCK
                 choice = rng.random()
-                if choice < 0.55:
+                if choice < 0.5:
                     self.blocks[offset] = rng.randbytes(16) * (BLOCK // 16)
                     disk.pwrite(offset, self.blocks[offset])
+                elif choice < 0.55:
+                    part, data = rng.randrange(BLOCK - 16), rng.randbytes(16)
+                    old = self.blocks.get(offset, bytes(BLOCK))
+                    self.blocks[offset] = old[:part] + data + old[part + 16 :]
+                    disk.pwrite(offset + part, data)
                 elif choice < 0.6:
                     self.blocks[offset] = bytes(BLOCK)
                     disk.discard(offset, BLOCK) if isinstance(disk, NbdDisk) else disk.pwrite(offset, bytes(BLOCK))
@@ -115,8 +121,8 @@ class Guest(threading.Thread):
 class Changes:
     """What is done to the graph, one after the other."""
 
-    def __init__(self, graph: SyncGraph, disk: SyncBackend, path: Path, guests: list[Guest]) -> None:
-        self.graph, self.disk, self.path, self.guests = graph, disk, path, guests
+    def __init__(self, graph: SyncGraph, disk: SyncBackend, path: Path, guests: list[Guest], *, direct: bool) -> None:
+        self.graph, self.disk, self.path, self.guests, self.direct = graph, disk, path, guests, direct
         self.rng = random.Random(5)
         self.images = ["disk"]
         self.tail = bytearray(DISCARDED)
@@ -141,15 +147,14 @@ class Changes:
         if len(self.images) > SNAPSHOTS:
             return
         name = f"overlay{len(self.images)}"
-        self.call(
-            self.graph.graph.snapshot(self.images[-1], image(name, self.make(name, "qcow2"), "qcow2", backing=None))
-        )
+        overlay = image(name, self.make(name, "qcow2"), "qcow2", direct=self.direct, backing=None)
+        self.call(self.graph.graph.snapshot(self.images[-1], overlay))
         self.images.append(name)
 
     def backup_top(self) -> None:
         driver = self.rng.choice(["raw", "qcow2"])
         change = self.graph.graph
-        self.call(change.add_node(image("kept", self.make("kept", driver), driver)))
+        self.call(change.add_node(image("kept", self.make("kept", driver), driver, direct=self.direct)))
         top = {"driver": "backup-top", "node-name": "top", "file": self.images[-1], "target": "kept"}
         self.call(change.insert_filter(top, self.images[-1]))
         self.call(change.add_node({"driver": "snapshot-access", "node-name": "then", "file": "top"}))
@@ -165,7 +170,7 @@ class Changes:
         self.call(change.remove_node("kept"))
 
     def resize(self) -> None:
-        self.call(self.disk._backend.truncate(SIZE + MORE))
+        self.call(self.disk._backend.truncate(SIZE + MORE))  # which ends inside a page
         self.disk.pwrite(SIZE, b"m" * MORE)
         self.wait(10)
         assert self.disk.pread(SIZE, MORE) == b"m" * MORE
@@ -227,17 +232,20 @@ def served(graph: SyncGraph, disk: SyncBackend, path: Path) -> Iterator[str]:
         graph.call(server.close())
 
 
+@pytest.mark.parametrize("cache", ["memory", "direct"])
 @pytest.mark.parametrize("driver", ["raw", "qcow2"])
 @pytest.mark.parametrize("through", ["threads", "nbd"])
 def test_every_change_of_a_graph_under_native_requests_keeps_every_byte(
-    tmpfs: Path, through: str, driver: str, require_tool: Callable[[str], str]
+    tmpfs: Path, tmp_path: Path, through: str, driver: str, cache: str, require_tool: Callable[[str], str]
 ) -> None:
-    asyncio.run(create_file(str(tmpfs / "disk"), SIZE, driver, replace=True))
-    with blockgraph.open({"nodes": [image("disk", tmpfs / "disk", driver)]}) as graph:
+    direct = cache == "direct"
+    path = tmp_path if direct else tmpfs
+    asyncio.run(create_file(str(path / "disk"), SIZE, driver, replace=True))
+    with blockgraph.open({"nodes": [image("disk", path / "disk", driver, direct=direct)]}) as graph:
         disk = graph.backend("disk", writable=True, resize=True)
-        with served(graph, disk, tmpfs / "s") if through == "nbd" else nullcontext() as socket:
+        with served(graph, disk, path / "s") if through == "nbd" else nullcontext() as socket:
             guests = [Guest(i, lambda: NbdDisk(socket) if socket else disk) for i in range(THREADS)]
-            changes = Changes(graph, disk, tmpfs, guests)
+            changes = Changes(graph, disk, path, guests, direct=direct)
             every = [
                 changes.snapshot,
                 changes.backup_top,
@@ -264,13 +272,13 @@ def test_every_change_of_a_graph_under_native_requests_keeps_every_byte(
         expected = expectation(guests, changes.tail)
         assert disk.pread(0, SIZE) == expected
         assert disk.stats().hits > 500
-    images = [image("disk", tmpfs / "disk", driver)]
+    images = [image("disk", path / "disk", driver)]
     for below, name in zip(changes.images, changes.images[1:], strict=False):
-        images.append(image(name, tmpfs / name, "qcow2", backing=below))
+        images.append(image(name, path / name, "qcow2", backing=below))
     with blockgraph.open({"nodes": images}) as graph, graph.backend(changes.images[-1]) as again:
         assert again.pread(0, SIZE) == expected
     for name in changes.images[driver == "raw" :]:
-        subprocess.run([require_tool("qemu-img"), "check", "-q", "-f", "qcow2", tmpfs / name], check=True)
+        subprocess.run([require_tool("qemu-img"), "check", "-q", "-f", "qcow2", path / name], check=True)
 
 
 def expectation(guests: list[Guest], tail: bytearray) -> bytes:

@@ -92,8 +92,8 @@ class Pool:
     call waits for its native operation (a copy is told to stop) before CancelledError goes on.
 
     Args:
-        threads: of its own; None: the process's shared ones (the number of processors, at least 4; more while operations
-            do nothing but wait for devices).
+        threads: of its own; None: the process's shared ones (the number of processors, at least 4; more while
+            operations do nothing but wait for devices).
     Raises:
         ValueError: threads out of range.
         OSError: no thread could be started.

@@ -218,12 +218,21 @@ static void move(int64_t c)
     }
 }
 
+/* However the threads are scheduled: the last change is made again until there were first writes enough. */
+static void count_change(void)
+{
+    bg_map_stats stats;
+    bg_map_get_stats(map, &stats);
+    if (atomic_load(&changes_left) > 1 || stats.first_writes > CHANGES / 80)
+        atomic_fetch_sub(&changes_left, 1);
+}
+
 /* Moves clusters, as whoever rewrites entries would, and takes the reserve away now and then. */
 static void *change(void *arg)
 {
     uint64_t seed = 11;
     (void)arg;
-    for (; atomic_load(&changes_left); atomic_fetch_sub(&changes_left, 1)) {
+    for (; atomic_load(&changes_left); count_change()) {
         int64_t first = (int64_t)(next_random(&seed) % CLUSTERS), left = CLUSTERS - first;
         int64_t end = first + 1 + (int64_t)(next_random(&seed) % (uint64_t)(left < 8 ? left : 8));
         pthread_mutex_lock(&keeper);

@@ -167,11 +167,18 @@ static void *work(void *arg)
     return NULL;
 }
 
+/* However the threads are scheduled: the last change is made again until there were zeroes enough. */
+static void count_change(void)
+{
+    if (atomic_load(&changes_left) > 1 || atomic_load(&zeroed) > CHANGES / 100)
+        atomic_fetch_sub(&changes_left, 1);
+}
+
 static void *change(void *arg)
 {
     uint64_t seed = 5;
     (void)arg;
-    for (; atomic_load(&changes_left); atomic_fetch_sub(&changes_left, 1)) {
+    for (; atomic_load(&changes_left); count_change()) {
         int64_t first = (int64_t)(next_random(&seed) % CLUSTERS), left = CLUSTERS - first;
         int64_t end = first + 1 + (int64_t)(next_random(&seed) % (uint64_t)(left < 6 ? left : 6));
         pthread_mutex_lock(&keeper);

@@ -40,7 +40,8 @@ static atomic_int guests_left;
 static bg_map *map_of(int64_t size, int64_t shift, int fd, int flags, bg_map_copier *hook)
 {
     bg_map *map;
-    CHECK(bg_map_new(size, 1 << 20, &map) == 0);
+    /* Room for what cannot be given back while a thread that looks is kept from running: else extents go, and nobody fills them again. */
+    CHECK(bg_map_new(size, 1 << 28, &map) == 0);
     bg_map_extent e = {shift > 0 ? shift : 0, SIZE, 0, bg_map_add_slot(map, fd, 1, 1), flags};
     e.length = e.offset + e.length > size ? size - e.offset : e.length;
     CHECK(bg_map_insert(map, bg_map_generation(map), &e, 1) == 1);

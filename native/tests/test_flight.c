@@ -122,12 +122,14 @@ static void unsuitable(int slot, int buffered)
     bg_map_extent e[3] = {{0, BLOCK, 0, slot, BG_MAP_WRITABLE}, {BLOCK, BLOCK, 0, buffered, BG_MAP_WRITABLE}, {2 * BLOCK, BLOCK, 0, 0, BG_MAP_ZERO}};
     CHECK(bg_map_insert(map, bg_map_generation(map), e, 3) == 3);
     bg_request both = request(BG_REQUEST_READ, 0, 2 * BLOCK), zeroes = request(BG_REQUEST_READ, 2 * BLOCK, BLOCK),
-               shifted = request(BG_REQUEST_READ, 0, BLOCK), durable = request(BG_REQUEST_WRITE, 0, BLOCK);
+               shifted = request(BG_REQUEST_READ, 0, BLOCK), durable = request(BG_REQUEST_WRITE, 0, BLOCK),
+               passing = request(BG_REQUEST_WRITE, 0, BLOCK);
     shifted.buf = memory + 8 * BLOCK + 1;
     durable.durable = true;
+    passing.passing = true;
     CHECK(bg_request_try(&both, UINT32_MAX) == BG_REQUEST_BLOCKS && bg_request_try(&zeroes, UINT32_MAX) == BG_REQUEST_DONE);
     CHECK(bg_request_try(&shifted, UINT32_MAX) == BG_REQUEST_BLOCKS && shifted.lane == BG_LANE_WAITS);
-    CHECK(bg_request_try(&durable, UINT32_MAX) != BG_REQUEST_BEGUN);
+    CHECK(bg_request_try(&durable, UINT32_MAX) != BG_REQUEST_BEGUN && bg_request_try(&passing, UINT32_MAX) == BG_REQUEST_BLOCKS);
     bg_request_submit(&both);
     bg_request_submit(&shifted);
     wait_for(2);
