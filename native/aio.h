@@ -9,6 +9,7 @@
  *
  * Nothing waits in submit: what the kernel can not begin at once (RWF_NOWAIT: room has to be found in the file, somebody has its
  * lock, the page cache has some of it) ends with -EAGAIN, and is to be done where it may wait. -EOPNOTSUPP: the file system can not.
+ * -EINVAL: nor can the kernel.
  *
  * Units:     bytes.
  * Ownership: an operation and its memory are lent from add until its done is called.

@@ -41,7 +41,7 @@ static void op_done(bg_aio_op *op, int64_t result)
     bg_flight *f = own->flight;
     bg_request *r = f->request;
     f->failed |= result != own->piece->length;
-    if (result == -EOPNOTSUPP)
+    if (result == -EOPNOTSUPP || result == -EINVAL) /* the file system, or a kernel before 4.14 */
         bg_map_no_aio(r->source->map, own->piece->slot);
     if (--f->left > 0)
         return;

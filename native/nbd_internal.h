@@ -115,6 +115,7 @@ struct bg_nbd_conn {
     bool stalled;        /* there is one */
     bool more;           /* the turn ended before the input did */
     bool busy;           /* the turn had several requests, or a long one */
+    bool alone;          /* no other connection of the thread had something to do */
     bool sleeps;         /* its thread has waited for this turn, and so, probably, does the client for the reply */
     bool full;           /* the socket takes no more output */
     bool ending;         /* no more input is wanted */

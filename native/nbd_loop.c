@@ -148,6 +148,7 @@ static bool serve(bg_nbd_loop *loop, nbd_thread *thread, const struct epoll_even
             reap(thread);
         } else if (conn) {
             pthread_mutex_lock(&conn->lock);
+            conn->alone = n == 1;
             conn->sleeps = watched && n == 1;
             nbd_turn(conn, events[i].events);
             busy |= conn->busy;

@@ -316,6 +316,30 @@ async def test_many_requests_at_once_leave_in_few_system_calls() -> None:
         await client.disconnect()
 
 
+@pytest.mark.parametrize("command, sends", [(Cmd.WRITE, 2), (Cmd.READ, 1)], ids=["writes", "reads"])
+@run_async
+async def test_many_writes_are_answered_by_parts_while_the_rest_is_done(command: Cmd, sends: int) -> None:
+    async with serving_mapped(threads=1) as (served, disk):
+        disk.reveal()
+        client = await served.client()
+        assert client._task is not None
+        client._task.cancel()
+        await asyncio.wait([client._task])
+        payload = b"z" * 512 if command is Cmd.WRITE else b""
+        one = b"".join(
+            protocol.REQUEST.pack(protocol.REQUEST_MAGIC, 0, command, number, number * 512, 512) + payload
+            for number in range(16)
+        )
+        before = stats(served)
+        await client.wire.send(one)
+        for number in range(16):
+            assert (await client.wire.reply({number: 512} if command is Cmd.READ else None)).cookie == number
+        after = stats(served)
+        assert after.receives - before.receives == 1
+        assert after.sends - before.sends == sends
+        await client.disconnect()
+
+
 @run_async
 async def test_connections_200_mapped_are_served_together() -> None:
     async with serving_mapped() as (served, disk):
