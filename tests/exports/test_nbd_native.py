@@ -30,7 +30,7 @@ from blockgraph.native.nbd_loop import NbdStats
 from blockgraph.testing.memory_backend import Call
 from blockgraph.testing.nbd_client import NbdClient
 from tests.helpers.mapped_disk import MappedDisk
-from tests.helpers.nbd import Served, run_async, serving
+from tests.helpers.nbd import Served, raw_client, run_async, serving
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -321,10 +321,7 @@ async def test_many_requests_at_once_leave_in_few_system_calls() -> None:
 async def test_many_writes_are_answered_by_parts_while_the_rest_is_done(command: Cmd, sends: int) -> None:
     async with serving_mapped(threads=1) as (served, disk):
         disk.reveal()
-        client = await served.client()
-        assert client._task is not None
-        client._task.cancel()
-        await asyncio.wait([client._task])
+        client = await raw_client(served)
         payload = b"z" * 512 if command is Cmd.WRITE else b""
         one = b"".join(
             protocol.REQUEST.pack(protocol.REQUEST_MAGIC, 0, command, number, number * 512, 512) + payload
