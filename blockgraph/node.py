@@ -149,6 +149,11 @@ class Node:
             node = below
         return node
 
+    @property
+    def resizing(self) -> bool:
+        """A resize is under way: bitmaps are about to get another size."""
+        return bool(self._resizing)
+
     def size(self) -> int:
         """Length of the node, bytes."""
         return self.driver.size()

@@ -456,8 +456,9 @@ class RootMap:
         return start, end
 
     def _taken(self, path: Sequence[Node]) -> bool:
-        """Some serialising request has a range to itself that may be entered again; where the bytes live it is held."""
-        return any(node.serialising and node not in self._slots for node in path)
+        """Some serialising request has a range to itself. Where the bytes live it is held, and the rest may be entered;
+        but not while bitmaps, which would come back with it, get another size."""
+        return any(node.serialising and (node not in self._slots or node.resizing) for node in path)
 
     def hold(self, node: Node, start: int, end: int) -> tuple[int, int] | None:
         """Keep native requests from [start, end) of the node, if bytes live there: a number for `release`, and a ticket

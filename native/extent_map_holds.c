@@ -31,7 +31,7 @@ int bg_map_slot_open(bg_map *map, int slot, int64_t offset, int64_t length)
 {
     if (slot < 0 || slot >= BG_MAP_SLOTS)
         return 1;
-    uint32_t alignment = atomic_load_explicit(&map->slots[slot].alignment, memory_order_relaxed);
+    uint32_t alignment = atomic_load(&map->slots[slot].alignment); /* not before the request has begun */
     if ((uint64_t)(offset | length) & (alignment - 1))
         return 0;
     const hold_list *holds = atomic_load(&map->holds);

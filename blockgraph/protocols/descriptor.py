@@ -94,7 +94,10 @@ class DescriptorDriver(Protocol):
     #: somebody may make the file longer, or is about to be allowed to
     _grows = _will_grow = False
     _writable = False
+    #: of a flush that failed: what was written may be lost, for good
     _flush_error: OSError | None = None
+    #: of one in native code, which nobody has heard of
+    _untold_error: OSError | None = None
     _size = 0
 
     # For derived classes.
@@ -398,7 +401,8 @@ class DescriptorDriver(Protocol):
         return True
 
     def flush_failed(self, code: int) -> None:
-        self._keep_flush_error(OSError(code, os.strerror(code)))
+        self._untold_error = OSError(code, os.strerror(code))
+        self._keep_flush_error(self._untold_error)
 
     def _keep_flush_error(self, error: OSError) -> None:
         """What went around the page cache is not forgotten by the kernel."""
@@ -409,6 +413,9 @@ class DescriptorDriver(Protocol):
         # After one failure the kernel may forget the pages it could not write and report success next time.
         if self._flush_error is not None:
             raise self._failure(self._flush_error, "flush") from self._flush_error
+        untold, self._untold_error = self._untold_error, None
+        if untold is not None:
+            raise self._failure(untold, "flush") from untold
         try:
             await self._pool.fdatasync(self._fd)
         except OSError as error:

@@ -7,6 +7,7 @@ what is not is read, changed and written back in Python, and nobody comes betwee
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import threading
@@ -22,6 +23,7 @@ from helpers.qcow2 import check
 import blockgraph
 from blockgraph.backend import Backend
 from blockgraph.create import create_file
+from blockgraph.errors import IOFailure
 from blockgraph.formats.qcow2 import Qcow2
 from blockgraph.native import allocate_aligned
 from blockgraph.protocols.file import File
@@ -193,6 +195,54 @@ async def test_native_requests_keep_away_from_a_block_that_is_changed_and_from_n
             assert guest.use_map().extents.stats().inserts - inserts <= 1
             expected = b"n" * CLUSTER + b"N" * PAGE + b"n" * PAGE + b"o" * (CLUSTER - 2 * PAGE)
             assert await guest.pread(0, 2 * CLUSTER) == expected
+
+
+@pytest.mark.parametrize("above", [False, True], ids=["bitmap-here", "bitmap-above"])
+@in_loop
+async def test_no_bitmap_comes_back_while_the_storage_is_resized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: bool
+) -> None:
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    nodes: list[dict[str, Any]] = [storage(tmp_path / "disk", direct=False)]
+    if above:
+        nodes.append({"driver": "delay", "node-name": "top", "file": "storage"})
+    async with await blockgraph.aopen({"nodes": nodes}) as graph:
+        guest = await graph.backend(nodes[-1]["node-name"], writable=True)
+        other = await graph.backend("storage", writable=True, resize=True)
+        bitmap = await graph.add_bitmap(nodes[-1]["node-name"], "b0", granularity=CLUSTER)
+        await read(guest, 0, memoryview(bytearray(1)))
+        arrived, go = asyncio.Event(), asyncio.Event()
+        plain = File.truncate
+
+        async def waits(self: File, size: int) -> None:
+            arrived.set()
+            await go.wait()
+            await plain(self, size)
+
+        monkeypatch.setattr(File, "truncate", waits)
+        resize = asyncio.ensure_future(other.truncate(2 * SIZE))
+        await arrived.wait()
+        await read(guest, 0, memoryview(bytearray(1)))
+        mapped = guest.use_map().extents.find(0)
+        go.set()
+        await resize
+        assert mapped is None
+        await guest.pread(0, 1)
+        await write(guest, CLUSTER, b"x")
+        assert bitmap.contents().next_dirty(0) is not None
+
+
+@in_loop
+async def test_native_flush_that_failed_is_told_once(tmp_path: Path) -> None:
+    """There is nothing that the kernel might have forgotten by the next time."""
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    async with await blockgraph.aopen(over("raw", storage(tmp_path / "disk"))) as graph:
+        guest = await graph.backend("disk", writable=True)
+        await guest.pwrite(0, bytes(PAGE))
+        graph.node("storage").driver.flush_failed(errno.EIO)
+        with pytest.raises(IOFailure):
+            await guest.flush()
+        await guest.flush()
 
 
 def beside_each_other(guest: Backend, loop: asyncio.AbstractEventLoop, content: bytearray, rounds: int) -> int:
