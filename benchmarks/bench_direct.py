@@ -14,12 +14,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import servers
-from benchmarks.bench_nbd import PATTERNS, SIZE, compare, served
+from benchmarks.bench_nbd import SIZE, compare, patterns, served
 from benchmarks.fio import Figures, fio_file, need_fio, pattern
 from benchmarks.images import make, node
 from benchmarks.peers import need
-
-patterns = pytest.mark.parametrize("shape", PATTERNS, ids=lambda shape: shape[0].replace(" ", "-").replace(",", ""))
 
 
 @patterns

@@ -373,9 +373,10 @@ static enum bg_lane look_at_files(bg_copy *job)
     const bg_copy_extent *e = job->extents;
     enum bg_haste source = e->flags & BG_COPY_ZERO ? BG_HASTE_ALL : bg_haste_of(e->source_fd);
     enum bg_haste target = e->flags & BG_COPY_READ_ONLY ? BG_HASTE_ALL : bg_haste_of(e->target_fd);
-    job->buffer_size = bg_always_waits(source) || bg_always_waits(target) ? DIRECT : BUFFER;
+    bool waits = bg_always_waits(source) || bg_always_waits(target);
+    job->buffer_size = waits ? DIRECT : BUFFER;
     job->cached = target == BG_HASTE_ASK;
-    if (bg_always_waits(source) || bg_always_waits(target))
+    if (waits)
         return BG_LANE_WAITS;
     return source == BG_HASTE_ALL && target == BG_HASTE_ALL ? BG_LANE_BUSY : BG_LANE_PLAIN;
 }

@@ -82,7 +82,6 @@ bool bg_flight_begin(bg_request *r, const bg_map_request *found)
     f->failed = false;
     r->next = NULL;
     r->flight = f;
-    r->lane = BG_LANE_WAITS;
     char *at = r->buf;
     for (int i = 0; i < found->count; i++) {
         const bg_map_piece *p = &f->pieces[i];

@@ -62,6 +62,13 @@ static inline bool bg_always_waits(int haste)
 {
     return haste == BG_HASTE_NONE || haste == BG_HASTE_DIRECT;
 }
+
+/* Whether one does that can not be made now; of a write into the page cache nobody knows. */
+static inline bool bg_waits(int haste, bool write)
+{
+    return bg_always_waits(haste) || (haste == BG_HASTE_ASK && !write);
+}
+
 enum bg_haste bg_haste_of(int fd);
 int64_t bg_pread_in(enum bg_haste haste, int fd, void *buf, int64_t length, int64_t offset);
 int64_t bg_pwrite_in(enum bg_haste haste, int fd, const void *buf, int64_t length, int64_t offset);

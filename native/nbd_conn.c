@@ -121,22 +121,21 @@ static void hit(bg_nbd_conn *conn)
 
 static void go_on(nbd_request *r, enum bg_request_outcome outcome)
 {
+    if (outcome == BG_REQUEST_FAULTS) {
+        fault(r);
+        return;
+    }
+    hit(r->conn);
     if (outcome == BG_REQUEST_DONE) {
         r->conn->counted.hits++;
-        hit(r->conn);
         nbd_answer(r);
-    } else if (outcome == BG_REQUEST_BEGUN) {
-        hit(r->conn);
     } else if (outcome == BG_REQUEST_BLOCKS) {
-        hit(r->conn);
         if (r->base.lane == BG_LANE_WAITS && !r->conn->source.aio && !r->conn->by_caller && bg_map_is_direct(r->conn->source.map))
             nbd_use_aio(r->conn);
         r->base.next = NULL;
         *r->conn->last_blocked = &r->base;
         r->conn->last_blocked = &r->base.next;
         r->conn->gathered++;
-    } else {
-        fault(r);
     }
 }
 

@@ -29,7 +29,7 @@ struct bg_pool {
     lane lanes[BG_LANES];
     bool closing;
     bg_buffers *buffers;
-    int usual, most, nthreads;
+    int nthreads;
     pthread_t threads[];
 };
 
@@ -123,9 +123,9 @@ int bg_pool_new(int threads, int most, bg_pool **out)
     pool->ready.last = &pool->ready.first;
     for (int i = 0; i < BG_LANES; i++)
         pool->lanes[i].held.last = &pool->lanes[i].held.first;
-    pool->lanes[BG_LANE_PLAIN].limit = pool->usual = threads;
+    pool->lanes[BG_LANE_PLAIN].limit = threads;
     pool->lanes[BG_LANE_BUSY].limit = processors();
-    pool->lanes[BG_LANE_WAITS].limit = pool->most = most;
+    pool->lanes[BG_LANE_WAITS].limit = most;
     int ret = 0;
     while (ret == 0 && pool->nthreads < threads)
         ret = start_thread(pool);
@@ -159,12 +159,12 @@ bg_buffers *bg_pool_buffers(bg_pool *pool)
 
 int bg_pool_threads(const bg_pool *pool)
 {
-    return pool->usual;
+    return pool->lanes[BG_LANE_PLAIN].limit;
 }
 
 int bg_pool_most(const bg_pool *pool)
 {
-    return pool->most;
+    return pool->lanes[BG_LANE_WAITS].limit;
 }
 
 /* With the lock held: how many threads would have something to do. */
@@ -192,7 +192,7 @@ void bg_pool_submit_all(bg_pool *pool, bg_task *first)
         put(&pool->ready, task);
     }
     /* Without one more it takes longer, that is all. */
-    while (!pool->closing && pool->nthreads < pool->most && pool->nthreads < load(pool) && start_thread(pool) == 0)
+    while (!pool->closing && pool->nthreads < bg_pool_most(pool) && pool->nthreads < load(pool) && start_thread(pool) == 0)
         ;
     bool wake = bg_changed(&pool->work);
     pthread_mutex_unlock(&pool->lock);

@@ -134,8 +134,7 @@ static uint8_t lane_of(int op, int fd)
 {
     if (op == BG_OP_FDATASYNC)
         return BG_LANE_WAITS;
-    enum bg_haste haste = bg_haste_of(fd);
-    return bg_always_waits(haste) || (haste == BG_HASTE_ASK && op == BG_OP_PREAD) ? BG_LANE_WAITS : BG_LANE_PLAIN;
+    return bg_waits(bg_haste_of(fd), op != BG_OP_PREAD) ? BG_LANE_WAITS : BG_LANE_PLAIN;
 }
 
 int bg_queue_submit(bg_queue *queue, int64_t ticket, int op, int fd, void *buf, int64_t length, int64_t offset, int mode)

@@ -168,11 +168,9 @@ void bg_request_submit(bg_request *first)
 /* Whether it certainly has to wait for a device, if it can not be done now. */
 static bool waits(const bg_map_request *found)
 {
-    for (int i = 0; i < found->count; i++) {
-        const bg_map_piece *p = &found->pieces[i];
-        if (p->fd >= 0 && (bg_always_waits(p->haste) || (p->haste == BG_HASTE_ASK && !found->write)))
+    for (int i = 0; i < found->count; i++)
+        if (found->pieces[i].fd >= 0 && bg_waits(found->pieces[i].haste, found->write != 0))
             return true;
-    }
     return false;
 }
 
