@@ -60,7 +60,7 @@ struct bg_allocator {
 };
 
 static int64_t prepare(bg_map_allocator *hook, bg_map *map, int64_t offset, int64_t length, int now, bg_map_placing **out);
-static int write_placing(bg_map_allocator *hook, bg_map_placing *placing, const void *buf, int now);
+static int write_placing(bg_map_allocator *hook, bg_map_placing *placing, const void *buf, bg_pipe *pipe, int now);
 static void finish(bg_map_allocator *hook, bg_map *map, bg_map_placing *placing, int enter);
 static int zero(bg_map_allocator *hook, bg_map *map, int64_t offset, int64_t length);
 
@@ -579,11 +579,14 @@ static int64_t prepare(bg_map_allocator *hook, bg_map *map, int64_t offset, int6
     return ret == -EAGAIN ? ret : 0; /* BG_MAP_MISS would be a count */
 }
 
-static int write_placing(bg_map_allocator *hook, bg_map_placing *p, const void *buf, int now)
+static int write_placing(bg_map_allocator *hook, bg_map_placing *p, const void *buf, bg_pipe *pipe, int now)
 {
     bg_allocator *a = (bg_allocator *)hook;
-    int ret = put_content(a, &p->c, buf, p->room.host, now);
-    if (ret == -EAGAIN && now)
+    if (pipe && (a->haste != BG_HASTE_ALL || p->c.head || p->c.tail))
+        return -EAGAIN;
+    int ret = pipe ? bg_pipe_pwrite(pipe, a->fd, p->c.stop - p->c.offset, p->room.host + p->c.offset - p->c.start)
+                   : put_content(a, &p->c, buf, p->room.host, now);
+    if (ret == -EAGAIN && now && !pipe)
         atomic_store(&a->waits, true);
     p->room.fresh = 0;
     return ret;

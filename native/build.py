@@ -33,6 +33,7 @@ HEADERS = (
         "sums.h",
         "io.h",
         "windows.h",
+        "pipe.h",
         "pool.h",
         "queue.h",
         "copy.h",

@@ -35,6 +35,7 @@
 #define BG_EXTENT_MAP_H
 
 #include "bitmap.h"
+#include "pipe.h"
 #include "windows.h"
 
 #include <stddef.h>
@@ -180,7 +181,8 @@ int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
  * prepare: finds room for the first bytes of a write from `offset` on, and keeps others from placing them, until finish. Returns
  *          how many (> 0), or -EAGAIN: the extents have changed, look again; or, when it is to be done `now`, it would have to
  *          wait. Of one request it is called from the front to the back.
- * write:   that many bytes, where nobody sees them yet: 0, -errno, or -EAGAIN, when it would have to wait.
+ * write:   that many bytes, where nobody sees them yet: 0, -errno, or -EAGAIN, when it would have to wait. `pipe`: as in
+ *          bg_map_first_write_now.
  * finish:  `enter`: what was written is seen from now on; else nothing has happened. What was prepared is no more.
  *
  * zero:    makes zeroes, within a request of BG_MAP_ERASE, of a range that all may be overwritten in place, and keeps its place,
@@ -198,7 +200,7 @@ typedef struct bg_map_placing bg_map_placing; /* the allocator's */
 typedef struct bg_map_allocator bg_map_allocator;
 struct bg_map_allocator {
     int64_t (*prepare)(bg_map_allocator *self, bg_map *map, int64_t offset, int64_t length, int now, bg_map_placing **out);
-    int (*write)(bg_map_allocator *self, bg_map_placing *placing, const void *buf, int now);
+    int (*write)(bg_map_allocator *self, bg_map_placing *placing, const void *buf, bg_pipe *pipe, int now);
     void (*finish)(bg_map_allocator *self, bg_map *map, bg_map_placing *placing, int enter);
     int (*zero)(bg_map_allocator *self, bg_map *map, int64_t offset, int64_t length);
 };
@@ -226,9 +228,10 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length);
 
 /*
  * Such a write to one extent at once, if copier and allocator can do all of it without waiting: 0, or -errno; else call
- * bg_map_pwrite where it may wait.
+ * bg_map_pwrite where it may wait. `pipe`: NULL, or where the bytes are, to be written in files in memory; what
+ * of it has been written when it fails is in `buf` again (bg_pipe_empty).
  */
-int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t length);
+int bg_map_first_write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe, int64_t length);
 
 /* 1 when every request that began before the ticket was given has ended, else 0. */
 int bg_map_settled(bg_map *map, int64_t ticket);
@@ -324,8 +327,11 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, int write, bg_map_
 int bg_map_move(const bg_map_request *request, void *buf);
 /* The same if nothing has to be waited for, else -EAGAIN. A write that has begun waits. */
 int bg_map_move_now(const bg_map_request *request, void *buf);
-/* The same for bytes [start, end) of the request and of the buffer; of a write, what is before `start` was moved already. */
-int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start, int64_t end);
+/*
+ * The same for bytes [start, end) of the request and of the buffer; of a write, what is before `start` was moved already. `pipe`:
+ * NULL, or where those of a write are instead, which begins in files in memory only (-EAGAIN).
+ */
+int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end);
 /* Whether all pieces are in files in memory, or zeroes. */
 int bg_map_in_memory(const bg_map_request *request);
 /*

@@ -109,11 +109,14 @@ static int plan_part(bg_map *map, int64_t offset, int64_t length, int now, part 
 }
 
 /* 0, -errno, or -EAGAIN: `now` it would have to wait, and nothing was done. */
-static int write_part(bg_map *map, part *p, const char *buf, int now)
+static int write_part(bg_map *map, part *p, const char *buf, bg_pipe *pipe, int now)
 {
     if (p->allocator)
-        return p->allocator->write(p->allocator, p->placing, buf, now);
-    int64_t n = now ? bg_pwrite_in(p->piece.haste, p->piece.fd, buf, p->length, p->piece.storage_offset)
+        return p->allocator->write(p->allocator, p->placing, buf, pipe, now);
+    if (pipe && p->piece.haste != BG_HASTE_ALL)
+        return -EAGAIN;
+    int64_t n = pipe  ? bg_pipe_pwrite(pipe, p->piece.fd, p->length, p->piece.storage_offset)
+                : now ? bg_pwrite_in(p->piece.haste, p->piece.fd, buf, p->length, p->piece.storage_offset)
                     : bg_pwrite_aligned(p->piece.memory, p->piece.fd, buf, p->length, p->piece.storage_offset);
     if (n != -EAGAIN)
         bg_map_wrote(map, p->piece.slot);
@@ -152,7 +155,7 @@ static int write_all(bg_map *map, plan *p, const char *buf, bool placed, bool *b
         part *each = &p->parts[i];
         if (placed == (each->allocator != NULL)) {
             *begun |= !placed;
-            ret = write_part(map, each, buf, 0);
+            ret = write_part(map, each, buf, NULL, 0);
         }
         buf += each->length;
     }
@@ -219,21 +222,23 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length)
 }
 
 /* 0, a miss, or as write_part. */
-static int write_now(bg_map *map, int64_t offset, const char *buf, int64_t length)
+static int write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe, int64_t length)
 {
     part p;
     int ret = plan_part(map, offset, length, 1, &p);
     if (ret != 0)
         return ret;
     bool all = p.length == length;
-    ret = all ? write_part(map, &p, buf, 1) : BG_MAP_MISS;
+    ret = all ? write_part(map, &p, buf, pipe, 1) : BG_MAP_MISS;
+    if (ret != 0 && pipe)
+        bg_pipe_empty(pipe, buf); /* while what was written is still where it was */
     end_part(map, &p, ret == 0);
     if (all && ret != -EAGAIN)
         map_mark(map, offset, length);
     return ret;
 }
 
-int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t length)
+int bg_map_first_write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe, int64_t length)
 {
     bg_map_extent e;
     reader *r = hold(map);
@@ -245,7 +250,7 @@ int bg_map_first_write_now(bg_map *map, int64_t offset, const void *buf, int64_t
     bg_map_copier *copier = atomic_load(&map->copier);
     int ret = BG_MAP_MISS;
     if (fits && (!(e.flags & BG_MAP_COPY) || (copier && copier->copy(copier, map, offset, length, 1) == 0)))
-        ret = write_now(map, offset, buf, length);
+        ret = write_now(map, offset, buf, pipe, length);
     if (ret == 0)
         map_count(&r->first_writes, 1);
     map_leave(map, r);

@@ -229,10 +229,10 @@ int bg_map_move(const bg_map_request *request, void *buf)
 
 int bg_map_move_now(const bg_map_request *request, void *buf)
 {
-    return bg_map_move_part_now(request, buf, 0, request->length);
+    return bg_map_move_part_now(request, buf, NULL, 0, request->length);
 }
 
-int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start, int64_t end)
+int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end)
 {
     int64_t ret = 0, first = 0; /* of the piece, in the request */
     for (int i = 0; i < request->count && first < end && ret >= 0; i++) {
@@ -245,6 +245,8 @@ int bg_map_move_part_now(const bg_map_request *request, void *buf, int64_t start
             continue;
         if (p->fd < 0)
             memset(at, 0, (size_t)length);
+        else if (pipe)
+            ret = p->haste == BG_HASTE_ALL || from > 0 ? bg_pipe_pwrite(pipe, p->fd, length, offset) : -EAGAIN;
         else if (request->write && from > 0)
             ret = bg_pwrite_aligned(p->memory, p->fd, at, length, offset);
         else if (request->write)
@@ -549,7 +551,7 @@ int bg_map_pread_now(bg_map *map, int64_t offset, void *buf, int64_t length)
 int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t length)
 {
     int ret = transfer_now(map, offset, length, (void *)buf, 1);
-    return ret == BG_MAP_MISS ? bg_map_first_write_now(map, offset, buf, length) : ret;
+    return ret == BG_MAP_MISS ? bg_map_first_write_now(map, offset, (void *)buf, NULL, length) : ret;
 }
 
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)

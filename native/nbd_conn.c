@@ -31,6 +31,8 @@
 #define PART (64 << 10)
 /* Long writes done in one turn. */
 #define LONG_TURN 16
+/* Payloads in pipes of one connection. */
+#define MOST_READY 4
 /* Requests that go to the pool together. */
 #define GATHERED 3
 
@@ -121,21 +123,30 @@ static void hit(bg_nbd_conn *conn)
 
 static void go_on(nbd_request *r, enum bg_request_outcome outcome)
 {
+    bg_nbd_conn *conn = r->conn;
+    if (r->pipe && outcome == BG_REQUEST_DONE)
+        conn->counted.piped++;
+    nbd_give_pipe(r);
+    if (outcome == BG_REQUEST_LOST) {
+        nbd_forget(r);
+        nbd_close(conn, -EIO);
+        return;
+    }
     if (outcome == BG_REQUEST_FAULTS) {
         fault(r);
         return;
     }
-    hit(r->conn);
+    hit(conn);
     if (outcome == BG_REQUEST_DONE) {
-        r->conn->counted.hits++;
+        conn->counted.hits++;
         nbd_answer(r);
     } else if (outcome == BG_REQUEST_BLOCKS) {
-        if (r->base.lane == BG_LANE_WAITS && !r->conn->source.aio && !r->conn->by_caller && bg_map_is_direct(r->conn->source.map))
-            nbd_use_aio(r->conn);
+        if (r->base.lane == BG_LANE_WAITS && !conn->source.aio && !conn->by_caller && bg_map_is_direct(conn->source.map))
+            nbd_use_aio(conn);
         r->base.next = NULL;
-        *r->conn->last_blocked = &r->base;
-        r->conn->last_blocked = &r->base.next;
-        r->conn->gathered++;
+        *conn->last_blocked = &r->base;
+        conn->last_blocked = &r->base.next;
+        conn->gathered++;
     }
 }
 
@@ -251,6 +262,18 @@ static bool take_read(bg_nbd_conn *conn, const bg_nbd_header *header, uint32_t c
     return true;
 }
 
+/* Whether the payload that is about to be received should go through a pipe: if the map can do it, that is one copy less. */
+static bool wants_pipe(bg_nbd_conn *conn, const nbd_request *r)
+{
+    uint32_t length = r->base.length;
+    if (!conn->local || !conn->source.map || length < LONG_WRITE || length > LONGEST_IN_PARTS || length > conn->longest ||
+        r->base.durable || conn->end > conn->start)
+        return false;
+    if (conn->unpiped > 0)
+        conn->unpiped--;
+    return conn->unpiped == 0;
+}
+
 /* Take the request at the head of the input; false: it stays there, or the connection is closed. */
 static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
 {
@@ -283,6 +306,8 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
     if (header->command == BG_NBD_WRITE) {
         conn->writing = r;
         conn->have = 0;
+        r->pipe = r->base.pipe = wants_pipe(conn, r) ? bg_pipes_take(conn->loop->pipes) : NULL;
+        conn->piped = r->pipe != NULL;
     } else {
         r->base.kind = BG_REQUEST_CACHE;
         go_on(r, bg_request_try(&r->base, conn->longest));
@@ -310,13 +335,16 @@ static void move_part(bg_nbd_conn *conn)
 {
     nbd_request *r = conn->moving;
     int64_t length = r->base.length, end = conn->moved + PART < length ? conn->moved + PART : length;
-    int ret = bg_map_move_part_now(&conn->move, r->buffer, conn->moved, end);
+    int ret = bg_map_move_part_now(&conn->move, r->buffer, r->base.pipe, conn->moved, end);
     conn->moved = end;
+    if (ret < 0)
+        bg_request_unpipe(&r->base); /* while what was written is still where it was */
     if (ret == 0 && end < length)
         return;
     conn->moving = NULL;
     bg_map_end(conn->source.map, &conn->move, ret != -EAGAIN);
-    go_on(r, ret == -EAGAIN ? BG_REQUEST_BLOCKS : ret < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE);
+    enum bg_request_outcome outcome = ret == -EAGAIN ? BG_REQUEST_BLOCKS : ret < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE;
+    go_on(r, r->base.lost ? BG_REQUEST_LOST : outcome);
     if (conn->output && !conn->full)
         nbd_flush(conn);
 }
@@ -339,6 +367,13 @@ static bool take_payload(bg_nbd_conn *conn)
         move_part(conn);
     if (begin_moving(r))
         return true;
+    if (r->base.pipe) {
+        r->next = NULL;
+        *conn->last_ready = r;
+        conn->last_ready = &r->next;
+        conn->readied++;
+        return true;
+    }
     bool overlaps = r->base.length >= OVERLAP_WRITE && conn->end > conn->start;
     go_on(r, bg_request_try(&r->base, overlaps ? OVERLAP_WRITE - 1 : conn->longest));
     return true;
@@ -391,9 +426,32 @@ static void parse(bg_nbd_conn *conn)
     conn->more = true;
 }
 
+/* As receive, the payload only; what else there is to be said of it recvmsg says: *otherwise. */
+static bool fill_pipe(bg_nbd_conn *conn, bool *otherwise)
+{
+    nbd_request *r = conn->writing;
+    int64_t n = bg_pipe_fill(r->base.pipe, conn->fd, r->base.length - conn->have);
+    if (n > 0) {
+        conn->counted.receives++;
+        conn->counted.received += (uint64_t)n;
+        conn->have += (uint32_t)n;
+    } else if (n != -EAGAIN) {
+        *otherwise = true;
+        bg_request_unpipe(&r->base);
+        nbd_give_pipe(r);
+    }
+    return n > 0;
+}
+
 /* False: there is nothing to parse. */
 static bool receive(bg_nbd_conn *conn)
 {
+    bool otherwise = false;
+    if (conn->writing && conn->writing->base.pipe) {
+        bool filled = fill_pipe(conn, &otherwise);
+        if (!otherwise)
+            return filled;
+    }
     size_t rest = conn->end - conn->start;
     if (rest == 0) {
         conn->start = conn->end = 0;
@@ -447,12 +505,43 @@ static void move(bg_nbd_conn *conn)
     }
 }
 
+/*
+ * Write what waits in pipes. To wake the sender, when its socket has room again or a reply is there, costs a tenth of a write of
+ * 64 KiB: so several are received together, and answered two at a time, for the sender to have something to do meanwhile.
+ */
+static void write_ready(bg_nbd_conn *conn)
+{
+    for (nbd_request *r; (r = conn->ready);) {
+        conn->ready = r->next;
+        conn->readied--;
+        go_on(r, bg_request_try(&r->base, conn->longest));
+        if (conn->readied % 2 == 0 && conn->output && !conn->full)
+            nbd_flush(conn);
+    }
+    conn->last_ready = &conn->ready;
+}
+
+/* Long writes through pipes, as long as there are more. */
+static void pass(bg_nbd_conn *conn)
+{
+    for (int i = 0; i < LONG_TURN / MOST_READY; i++) {
+        while (conn->piped && conn->readied < MOST_READY && receive_more(conn)) {
+            parse(conn);
+            move(conn);
+        }
+        if (!conn->ready)
+            return;
+        write_ready(conn);
+    }
+}
+
 /* What goes to the pool goes there together with what is there to be received at once: waking its threads costs more than that. */
 static void submit_blocked(bg_nbd_conn *conn)
 {
     for (int i = 0; i < GATHERED && conn->gathered && conn->gathered < GATHERED && receive_more(conn); i++) {
         parse(conn);
         move(conn);
+        write_ready(conn);
     }
     if (conn->gathered)
         bg_request_submit(conn->blocked);
@@ -480,6 +569,7 @@ void nbd_turn(bg_nbd_conn *conn, uint32_t events)
     conn->stalled = conn->more = conn->busy = false;
     parse(conn);
     move(conn);
+    pass(conn);
     submit_blocked(conn);
     if (conn->source.aio)
         bg_aio_submit(conn->source.aio);

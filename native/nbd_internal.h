@@ -33,6 +33,7 @@ typedef struct nbd_request {
     struct nbd_request *next; /* among the posted, or in the output */
     void *buffer;             /* of `cost` bytes */
     uint32_t cost;
+    bg_pipe *pipe;            /* it has taken, or NULL */
     uint32_t head_size, payload_size; /* of the reply */
     unsigned char *head;              /* `small`, or allocated; NULL: there was no memory for it */
     enum bg_nbd_refusal refusal;
@@ -55,13 +56,14 @@ typedef struct nbd_thread {
 } nbd_thread;
 
 typedef struct {
-    atomic_uint_fast64_t requests, hits, blocked, faults, refused, received, sent, receives, sends, wakeups;
+    atomic_uint_fast64_t requests, hits, blocked, piped, faults, refused, received, sent, receives, sends, wakeups;
 } nbd_counters;
 
 struct bg_nbd_loop {
     bg_pool *pool;
     bg_faults *faults;
     bg_buffers *buffers;
+    bg_pipes *pipes;
     nbd_counters counters;
     pthread_mutex_t lock; /* of the spare requests */
     nbd_request *spare_requests;
@@ -92,6 +94,11 @@ struct bg_nbd_conn {
     size_t start, end;
     size_t limit;         /* of what is received into it: after a long write, the next header only */
     nbd_request *writing; /* its payload is being received */
+    bool local;           /* the socket is one of this machine: its payloads may go through pipes */
+    bool piped;           /* the last long write has */
+    nbd_request *ready, **last_ready; /* writes whose payloads wait in pipes, within a turn */
+    int readied;                      /* how many these are */
+    int unpiped;          /* long writes whose payloads are received into memory before a pipe is tried again */
     nbd_request *moving;  /* a long write that is being done, within a turn */
     bg_map_request move;  /* it, in the map */
     bg_map_piece pieces[BG_NBD_PIECES];
@@ -161,6 +168,7 @@ void nbd_refuse(nbd_request *r);                /* queue the error that its `ref
 void nbd_flush(bg_nbd_conn *conn);              /* send what the socket takes */
 void nbd_close(bg_nbd_conn *conn, int64_t why); /* idempotent */
 void nbd_forget(nbd_request *r);                /* it holds nothing any more */
+void nbd_give_pipe(nbd_request *r);             /* if it has one: nothing that is wanted is in it any more */
 void nbd_attend(bg_nbd_conn *conn);             /* take in the news of other threads; send; end if it is time */
 
 /* nbd_output.c; unlock, and go on if others have left news. The connection may be gone afterwards. */

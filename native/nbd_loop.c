@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -218,8 +219,9 @@ int bg_nbd_loop_new(int threads, bg_pool *pool, bg_nbd_loop **out)
     loop->pool = pool;
     pthread_mutex_init(&loop->lock, NULL);
     loop->buffers = bg_buffers_new();
+    loop->pipes = bg_pipes_new(BG_NBD_MAX_PIPES);
     loop->caller_epoll = epoll_create1(EPOLL_CLOEXEC);
-    int ret = loop->caller_epoll < 0 ? -errno : loop->buffers ? bg_faults_new(&loop->faults) : -ENOMEM;
+    int ret = loop->caller_epoll < 0 ? -errno : loop->buffers && loop->pipes ? bg_faults_new(&loop->faults) : -ENOMEM;
     /* Signals belong to the program's own threads. */
     sigset_t all, before;
     sigfillset(&all);
@@ -270,6 +272,7 @@ int bg_nbd_loop_free(bg_nbd_loop *loop)
         free(loop->spare_requests);
     }
     bg_buffers_free(loop->buffers);
+    bg_pipes_free(loop->pipes);
     bg_faults_free(loop->faults);
     close(loop->caller_epoll);
     pthread_mutex_destroy(&loop->lock);
@@ -294,6 +297,7 @@ void bg_nbd_loop_stats(bg_nbd_loop *loop, bg_nbd_stats *out)
         .requests = atomic_load(&c->requests),
         .hits = atomic_load(&c->hits),
         .blocked = atomic_load(&c->blocked),
+        .piped = atomic_load(&c->piped),
         .faults = atomic_load(&c->faults),
         .refused = atomic_load(&c->refused),
         .received = atomic_load(&c->received),
@@ -302,6 +306,13 @@ void bg_nbd_loop_stats(bg_nbd_loop *loop, bg_nbd_stats *out)
         .sends = atomic_load(&c->sends),
         .wakeups = atomic_load(&c->wakeups),
     };
+}
+
+static bool is_local(int fd)
+{
+    int domain = 0;
+    socklen_t size = sizeof(domain);
+    return getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX;
 }
 
 int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings *settings, bg_map *map,
@@ -326,8 +337,10 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
     conn->settings = *settings;
     conn->fd = fd;
     conn->limit = INPUT;
+    conn->local = is_local(fd);
     conn->last_fault = &conn->faults;
     conn->last_blocked = &conn->blocked;
+    conn->last_ready = &conn->ready;
     conn->last_output = &conn->output;
     conn->interest = EPOLLIN;
     pthread_mutex_init(&conn->lock, NULL);

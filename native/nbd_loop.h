@@ -14,7 +14,8 @@
  *
  * Memory is bounded whatever a client does: a request is taken while those whose replies have not reached the socket are
  * fewer than BG_NBD_MAX_REQUESTS and their payload is at most BG_NBD_MAX_BYTES (one is always taken); the rest stays in
- * the client's socket.
+ * the client's socket. Payloads of long writes that come by unix sockets may wait in pipes instead, of which the loop has at
+ * most BG_NBD_MAX_PIPES, with two descriptors each.
  *
  * Units:     bytes.
  * Ownership: a connection owns its socket from bg_nbd_conn_new on. Map, pool and loop must outlive it. The payload of a fault
@@ -34,6 +35,7 @@
 #define BG_NBD_MAX_THREADS 64
 #define BG_NBD_MAX_REQUESTS 128
 #define BG_NBD_MAX_BYTES 33554432
+#define BG_NBD_MAX_PIPES 16
 #define BG_NBD_MAX_SKIPPED 67108864 /* payload of a request that is refused; beyond, the connection ends */
 
 /* Why a connection ended, beside 0 and -errno: the client broke the protocol. */
@@ -52,6 +54,7 @@ typedef struct {
     uint64_t requests; /* taken */
     uint64_t hits;     /* done by the extent map, at once or not */
     uint64_t blocked;  /* of these, on the pool, or at a device meanwhile */
+    uint64_t piped;    /* of these, whose payload was copied once, from the socket into the file */
     uint64_t faults;   /* done by Python */
     uint64_t refused;  /* answered with an error here: the client should not have sent them */
     uint64_t received; /* bytes */

@@ -16,9 +16,23 @@
 /* A read of zeroes at least this long is answered without them (structured replies). */
 #define HOLE_WORTH (32 << 10)
 
+/* Long writes received into memory before a pipe is tried again, when one could not be done from there. */
+#define UNPIPED 16
+
+void nbd_give_pipe(nbd_request *r)
+{
+    if (!r->pipe)
+        return;
+    if (!r->base.pipe)
+        r->conn->unpiped = UNPIPED;
+    bg_pipes_give(r->conn->loop->pipes, r->pipe);
+    r->pipe = r->base.pipe = NULL;
+}
+
 void nbd_forget(nbd_request *r)
 {
     bg_nbd_conn *conn = r->conn;
+    nbd_give_pipe(r);
     if (r->buffer)
         bg_buffers_give(conn->loop->buffers, r->buffer, r->cost);
     if (r->head != r->small)
@@ -145,6 +159,7 @@ void nbd_count(bg_nbd_conn *conn)
     add(&all->requests, own->requests);
     add(&all->hits, own->hits);
     add(&all->blocked, own->blocked);
+    add(&all->piped, own->piped);
     add(&all->faults, own->faults);
     add(&all->refused, own->refused);
     add(&all->received, own->received);

@@ -128,6 +128,12 @@ static int cache(const bg_request *r)
     return ret;
 }
 
+void bg_request_unpipe(bg_request *r)
+{
+    r->lost |= r->pipe && bg_pipe_empty(r->pipe, r->buf) != 0;
+    r->pipe = NULL;
+}
+
 static int run(bg_request *r)
 {
     bg_map *map = r->source->map;
@@ -174,7 +180,7 @@ static bool waits(const bg_map_request *found)
     return false;
 }
 
-enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
+static enum bg_request_outcome attempt(bg_request *request, uint32_t longest)
 {
     bg_map *map = request->source->map;
     if (!map || request->kind == BG_REQUEST_OTHER)
@@ -201,9 +207,10 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
                     ? bg_map_has_first_write(map, (int64_t)request->offset, request->length)
                     : 0;
     if (first) {
-        uint32_t most = first & BG_MAP_COPY ? MAX_COPY_NOW : MAX_FIRST_NOW;
-        bool done = request->length <= (longest < most ? longest : most) &&
-                    bg_map_first_write_now(map, (int64_t)request->offset, request->buf, request->length) == 0;
+        uint32_t most = first & BG_MAP_COPY ? MAX_COPY_NOW : request->pipe ? UINT32_MAX : MAX_FIRST_NOW;
+        bool done =
+            request->length <= (longest < most ? longest : most) &&
+            bg_map_first_write_now(map, (int64_t)request->offset, request->buf, request->pipe, request->length) == 0;
         request->lane = bg_map_is_direct(map) ? BG_LANE_WAITS : BG_LANE_PLAIN;
         return done ? BG_REQUEST_DONE : BG_REQUEST_BLOCKS;
     }
@@ -213,11 +220,25 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
     request->lane = waits(&found) ? BG_LANE_WAITS : BG_LANE_PLAIN;
     if (request->announce && !blocks && bg_map_in_memory(&found))
         request->source->begun(request);
-    if (bg_flight_begin(request, &found))
+    if (!request->pipe && bg_flight_begin(request, &found))
         return BG_REQUEST_BEGUN;
-    int done = blocks ? -EAGAIN : bg_map_move_now(&found, request->buf);
+    int done = blocks ? -EAGAIN : bg_map_move_part_now(&found, request->buf, request->pipe, 0, request->length);
+    if (done < 0 && done != -EAGAIN)
+        bg_request_unpipe(request); /* while what was written is still where it was */
     bg_map_end(map, &found, done != -EAGAIN);
     if (done == -EAGAIN)
         return BG_REQUEST_BLOCKS;
     return done < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE;
+}
+
+enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
+{
+    enum bg_request_outcome outcome = attempt(request, longest);
+    if (outcome == BG_REQUEST_DONE || !request->pipe)
+        return request->lost ? BG_REQUEST_LOST : outcome;
+    bg_request_unpipe(request);
+    if (request->lost)
+        return BG_REQUEST_LOST;
+    /* From memory it may be done at once all the same. */
+    return outcome == BG_REQUEST_BLOCKS ? attempt(request, longest) : outcome;
 }

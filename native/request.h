@@ -72,6 +72,7 @@ struct bg_request {
     bg_source *source;
     bg_request *next; /* among faults, or those to be submitted */
     void *buf;
+    bg_pipe *pipe; /* until it is tried: a write's bytes are in it, and not in `buf`; or NULL */
     uint64_t tag, offset;
     uint32_t length;
     uint16_t command, flags;
@@ -81,17 +82,27 @@ struct bg_request {
     uint8_t zero; /* of BG_REQUEST_ZERO: how, see bg_map_set_zeroing */
     bool durable; /* with a flush, before it counts as done */
     bg_flight *flight; /* while a device has it in hand: see flight.h */
+    bool lost; /* after an error what was to be written is nowhere any more: nobody can do it, or tell that it was not done */
     bool passing; /* its memory is good only while it is tried */
     bool announce; /* a read: the source wants to hear that it has begun */
 };
 
-enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BEGUN, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS };
+enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BEGUN, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS, BG_REQUEST_LOST };
 
-/* Do it now, if that needs no waiting and it has no more than `longest` bytes. The range is one of the disk. */
+/*
+ * Do it now, if that needs no waiting and it has no more than `longest` bytes. The range is one of the disk. What
+ * its pipe has is in its memory when it was not done, or lost.
+ */
 enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest);
 
 /* Do the requests from `first` on, linked by next, of one source, on the pool; what turns out to be a fault there is posted. */
 void bg_request_submit(bg_request *first);
+
+/*
+ * What is in its pipe, or was written from there, into its memory, for whoever does it otherwise; or it is lost. Within the map's
+ * request, if there was one.
+ */
+void bg_request_unpipe(bg_request *request);
 
 int bg_faults_new(bg_faults **out);
 void bg_faults_free(bg_faults *faults);

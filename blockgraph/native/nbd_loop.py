@@ -45,6 +45,8 @@ class NbdStats(NamedTuple):
     """done by the extent map"""
     blocked: int
     """of these, on the pool's threads, or at a device while the loop went on"""
+    piped: int
+    """of the hits, long writes whose payload was copied once only, from the socket into a file in memory"""
     faults: int
     """done by Python"""
     refused: int

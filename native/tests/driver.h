@@ -37,6 +37,7 @@ void test_flight(void);
 void test_nbd(void);
 void test_nbd_reads(void);
 void test_nbd_watch(void);
+void test_pipe(void);
 void test_pool(void);
 void test_qcow2_l2(void);
 void test_queue(void);

@@ -97,7 +97,7 @@ static int write_at(int map, int64_t at)
 
 static int write_now_at(int map, int64_t at)
 {
-    return bg_map_first_write_now(guest[map], at + (map ? SHIFT : 0), &(char){NEW}, 1);
+    return bg_map_first_write_now(guest[map], at + (map ? SHIFT : 0), &(char){NEW}, NULL, 1);
 }
 
 static void copies_once_then_writes_in_place(void)
@@ -221,7 +221,7 @@ static void copies_without_waiting_or_not_at_all(void)
     CHECK(write_now_at(1, CLUSTER) == 0);
     char two[2 * CLUSTER];
     memset(two, NEW, sizeof(two));
-    CHECK(bg_map_first_write_now(guest[0], CLUSTER, two, 2 * CLUSTER) == 0);
+    CHECK(bg_map_first_write_now(guest[0], CLUSTER, two, NULL, 2 * CLUSTER) == 0);
     CHECK(byte_at(target_fd, 3 * CLUSTER - 1) == OLD && byte_at(source_fd, 3 * CLUSTER - 1) == NEW);
     bg_copier_get_stats(copier, &stats);
     CHECK(stats.copied == 3 * CLUSTER + SIZE % CLUSTER);
@@ -259,7 +259,7 @@ static void copies_without_waiting_or_not_at_all(void)
     /* No longer than one may be kept for: only where it may wait. */
     char *many = malloc(64 * CLUSTER);
     memset(many, NEW, 64 * CLUSTER);
-    CHECK(bg_map_first_write_now(guest[0], 100 * CLUSTER, many, 64 * CLUSTER) == BG_MAP_MISS);
+    CHECK(bg_map_first_write_now(guest[0], 100 * CLUSTER, many, NULL, 64 * CLUSTER) == BG_MAP_MISS);
     CHECK(bg_bitmap_get(todo, 100 * CLUSTER) == 1 && bg_map_pwrite(guest[0], 100 * CLUSTER, many, 64 * CLUSTER) == 0);
     free(many);
     end();
