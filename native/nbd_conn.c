@@ -124,8 +124,10 @@ static void hit(bg_nbd_conn *conn)
 static void go_on(nbd_request *r, enum bg_request_outcome outcome)
 {
     bg_nbd_conn *conn = r->conn;
-    if (r->pipe && outcome == BG_REQUEST_DONE)
+    if (r->pipe && outcome == BG_REQUEST_DONE && r->base.pipe) {
         conn->counted.piped++;
+        conn->pause = 0;
+    }
     nbd_give_pipe(r);
     if (outcome == BG_REQUEST_LOST) {
         nbd_forget(r);
@@ -525,7 +527,7 @@ static void write_ready(bg_nbd_conn *conn)
 static void pass(bg_nbd_conn *conn)
 {
     for (int i = 0; i < LONG_TURN / MOST_READY; i++) {
-        while (conn->piped && conn->readied < MOST_READY && receive_more(conn)) {
+        while (conn->piped && conn->readied < (conn->pause ? 1 : MOST_READY) && receive_more(conn)) {
             parse(conn);
             move(conn);
         }

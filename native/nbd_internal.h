@@ -99,6 +99,7 @@ struct bg_nbd_conn {
     nbd_request *ready, **last_ready; /* writes whose payloads wait in pipes, within a turn */
     int readied;                      /* how many these are */
     int unpiped;          /* long writes whose payloads are received into memory before a pipe is tried again */
+    int pause;            /* what `unpiped` was at first; 0: the last pipe was good for something */
     nbd_request *moving;  /* a long write that is being done, within a turn */
     bg_map_request move;  /* it, in the map */
     bg_map_piece pieces[BG_NBD_PIECES];

@@ -16,16 +16,20 @@
 /* A read of zeroes at least this long is answered without them (structured replies). */
 #define HOLE_WORTH (32 << 10)
 
-/* Long writes received into memory before a pipe is tried again, when one could not be done from there. */
-#define UNPIPED 16
+/* Long writes received into memory before a pipe is tried again, when one could not be done from there: more each time. */
+#define LEAST_UNPIPED 8
+#define MOST_UNPIPED 512
 
 void nbd_give_pipe(nbd_request *r)
 {
     if (!r->pipe)
         return;
-    if (!r->base.pipe)
-        r->conn->unpiped = UNPIPED;
-    bg_pipes_give(r->conn->loop->pipes, r->pipe);
+    bg_nbd_conn *conn = r->conn;
+    if (!r->base.pipe) {
+        conn->pause = conn->pause == 0 ? LEAST_UNPIPED : conn->pause < MOST_UNPIPED ? 2 * conn->pause : MOST_UNPIPED;
+        conn->unpiped = conn->pause;
+    }
+    bg_pipes_give(conn->loop->pipes, r->pipe);
     r->pipe = r->base.pipe = NULL;
 }
 

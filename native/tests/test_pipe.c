@@ -206,6 +206,7 @@ static void test_otherwise(void)
 static void test_failing(uint32_t length)
 {
     uint64_t before = piped();
+    int pause = conn->pause;
     bg_map_extent halves[2] = {{0, length / 2, 0, 0, BG_MAP_WRITABLE}, {length / 2, length / 2, length / 2, READ_ONLY, BG_MAP_WRITABLE}};
     CHECK(bg_map_insert(map, bg_map_generation(map), halves, 2) == 2);
     write_long(0, length, 0);
@@ -215,7 +216,7 @@ static void test_failing(uint32_t length)
     unsigned char head[64];
     CHECK(bg_nbd_reply(fault.ticket, head, (int64_t)bg_nbd_pack_simple(head, 1), 0) == 0);
     bg_nbd_kick(conn);
-    CHECK(replies() == 1 && piped() == before && conn->unpiped > 0);
+    CHECK(replies() == 1 && piped() == before && conn->unpiped == conn->pause && conn->pause > pause);
     CHECK(bg_map_insert(map, bg_map_generation(map), &(bg_map_extent){0, SIZE, 0, 0, BG_MAP_WRITABLE}, 1) == 1);
     conn->unpiped = 0;
 }
@@ -294,6 +295,8 @@ void test_pipe(void)
     test_otherwise();
     test_failing(LONG);
     test_failing(256 * KIB);
+    write_long(0, LONG, 0);
+    CHECK(replies() == 1 && conn->pause == 0);
     test_lost(LONG);
     test_lost(256 * KIB);
     test_left();
