@@ -329,7 +329,7 @@ int bg_map_move(const bg_map_request *request, void *buf);
 int bg_map_move_now(const bg_map_request *request, void *buf);
 /*
  * The same for bytes [start, end) of the request and of the buffer; of a write, what is before `start` was moved already. `pipe`:
- * NULL, or where those of a write are instead, which begins in files in memory only (-EAGAIN).
+ * NULL, or where those of a write are instead, all of which has to be in files in memory (-EAGAIN).
  */
 int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end);
 /* Whether all pieces are in files in memory, or zeroes. */

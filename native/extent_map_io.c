@@ -235,6 +235,8 @@ int bg_map_move_now(const bg_map_request *request, void *buf)
 int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end)
 {
     int64_t ret = 0, first = 0; /* of the piece, in the request */
+    if (pipe && start == 0 && !bg_map_in_memory(request))
+        return -EAGAIN;
     for (int i = 0; i < request->count && first < end && ret >= 0; i++) {
         const bg_map_piece *p = &request->pieces[i];
         int64_t from = start > first ? start : first, to = first + p->length < end ? first + p->length : end;
@@ -246,7 +248,7 @@ int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe
         if (p->fd < 0)
             memset(at, 0, (size_t)length);
         else if (pipe)
-            ret = p->haste == BG_HASTE_ALL || from > 0 ? bg_pipe_pwrite(pipe, p->fd, length, offset) : -EAGAIN;
+            ret = bg_pipe_pwrite(pipe, p->fd, length, offset);
         else if (request->write && from > 0)
             ret = bg_pwrite_aligned(p->memory, p->fd, at, length, offset);
         else if (request->write)

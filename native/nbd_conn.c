@@ -29,8 +29,9 @@
 #define OVERLAP_WRITE (128 << 10)
 #define LONGEST_IN_PARTS (1 << 20)
 #define PART (64 << 10)
-/* Long writes done in one turn. */
+/* In one turn: long writes done, and system calls that receive more than was there at first. Then others have theirs. */
 #define LONG_TURN 16
+#define RECEIVES_TURN 64
 /* Payloads in pipes of one connection. */
 #define MOST_READY 4
 /* Requests that go to the pool together. */
@@ -290,6 +291,7 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
                 conn->end - conn->start - BG_NBD_HEADER >= header->length;
     if (!admitted(conn, here ? 0 : cost))
         return false;
+    conn->piped = false;
     conn->limit = native && header->command == BG_NBD_WRITE && payload >= LONG_WRITE ? BG_NBD_HEADER : INPUT;
     if (refusal != BG_NBD_FINE)
         return take_refused(conn, header, refusal);
@@ -347,6 +349,7 @@ static void move_part(bg_nbd_conn *conn)
     bg_map_end(conn->source.map, &conn->move, ret != -EAGAIN);
     enum bg_request_outcome outcome = ret == -EAGAIN ? BG_REQUEST_BLOCKS : ret < 0 ? BG_REQUEST_FAULTS : BG_REQUEST_DONE;
     go_on(r, r->base.lost ? BG_REQUEST_LOST : outcome);
+    conn->long_left--;
     if (conn->output && !conn->full)
         nbd_flush(conn);
 }
@@ -441,6 +444,9 @@ static bool fill_pipe(bg_nbd_conn *conn, bool *otherwise)
         *otherwise = true;
         bg_request_unpipe(&r->base);
         nbd_give_pipe(r);
+        conn->piped = false;
+        if (r->base.lost)
+            nbd_close(conn, -EIO);
     }
     return n > 0;
 }
@@ -451,7 +457,7 @@ static bool receive(bg_nbd_conn *conn)
     bool otherwise = false;
     if (conn->writing && conn->writing->base.pipe) {
         bool filled = fill_pipe(conn, &otherwise);
-        if (!otherwise)
+        if (!otherwise || conn->closed)
             return filled;
     }
     size_t rest = conn->end - conn->start;
@@ -493,16 +499,16 @@ static bool receive(bg_nbd_conn *conn)
 /* Within a turn. */
 static bool receive_more(bg_nbd_conn *conn)
 {
-    return !conn->closed && !conn->ending && !conn->stalled && !conn->more && receive(conn);
+    return !conn->closed && !conn->ending && !conn->stalled && !conn->more && conn->long_left > 0 && conn->receives_left-- > 0 &&
+           receive(conn);
 }
 
 /* Do the long write that has begun, part by part, and receive meanwhile. */
 static void move(bg_nbd_conn *conn)
 {
-    for (int writes = 0; conn->moving;) {
+    while (conn->moving) {
         move_part(conn);
-        writes += !conn->moving;
-        if (writes < LONG_TURN && receive_more(conn))
+        if (receive_more(conn))
             parse(conn);
     }
 }
@@ -516,6 +522,7 @@ static void write_ready(bg_nbd_conn *conn)
     for (nbd_request *r; (r = conn->ready);) {
         conn->ready = r->next;
         conn->readied--;
+        conn->long_left--;
         go_on(r, bg_request_try(&r->base, conn->longest));
         if (conn->readied % 2 == 0 && conn->output && !conn->full)
             nbd_flush(conn);
@@ -526,7 +533,7 @@ static void write_ready(bg_nbd_conn *conn)
 /* Long writes through pipes, as long as there are more. */
 static void pass(bg_nbd_conn *conn)
 {
-    for (int i = 0; i < LONG_TURN / MOST_READY; i++) {
+    for (;;) {
         while (conn->piped && conn->readied < (conn->pause ? 1 : MOST_READY) && receive_more(conn)) {
             parse(conn);
             move(conn);
@@ -569,6 +576,8 @@ void nbd_turn(bg_nbd_conn *conn, uint32_t events)
     if (!conn->stalled && !conn->more && (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)) || !receive(conn)))
         return;
     conn->stalled = conn->more = conn->busy = false;
+    conn->long_left = LONG_TURN;
+    conn->receives_left = RECEIVES_TURN;
     parse(conn);
     move(conn);
     pass(conn);

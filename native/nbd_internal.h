@@ -95,7 +95,7 @@ struct bg_nbd_conn {
     size_t limit;         /* of what is received into it: after a long write, the next header only */
     nbd_request *writing; /* its payload is being received */
     bool local;           /* the socket is one of this machine: its payloads may go through pipes */
-    bool piped;           /* the last long write has */
+    bool piped;           /* the payload of the last request did */
     nbd_request *ready, **last_ready; /* writes whose payloads wait in pipes, within a turn */
     int readied;                      /* how many these are */
     int unpiped;          /* long writes whose payloads are received into memory before a pipe is tried again */
@@ -121,6 +121,7 @@ struct bg_nbd_conn {
     uint64_t bytes;
     uint32_t stalled_by; /* cost of the request that is not taken yet */
     bool stalled;        /* there is one */
+    int long_left, receives_left; /* of the turn: long writes that may be done, system calls that may receive more */
     bool more;           /* the turn ended before the input did */
     bool busy;           /* the turn had several requests, or a long one */
     bool alone;          /* no other connection of the thread had something to do */

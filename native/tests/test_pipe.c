@@ -103,6 +103,7 @@ static void ask(uint16_t command, uint16_t flags, uint64_t cookie, uint64_t offs
 static void turn(void)
 {
     pthread_mutex_lock(&conn->lock);
+    conn->misses = 0; /* else the loop's own thread would serve it after some hits */
     nbd_turn(conn, EPOLLIN);
     nbd_leave(conn);
 }
@@ -254,6 +255,44 @@ static void test_lost(uint32_t length)
     connect_new();
 }
 
+#define FLOOD 600
+
+static void *flood(void *unused)
+{
+    (void)unused;
+    uint32_t length = 128 * KIB;
+    for (uint64_t i = 0; i < FLOOD; i++) {
+        ask(BG_NBD_WRITE, 0, i, i % 4 * length, length);
+        for (uint32_t sent = 0; sent < length;) {
+            ssize_t n = send(sock, data + sent, length - sent, 0);
+            CHECK(n > 0);
+            sent += (uint32_t)n;
+        }
+    }
+    return NULL;
+}
+
+/* Who always has more to write leaves others their turn. */
+static void test_flood(void)
+{
+    pthread_t sender;
+    bg_nbd_stats before, after;
+    bg_nbd_loop_stats(loop, &before);
+    uint64_t first = before.requests, most = 0;
+    int answered = 0;
+    CHECK(pthread_create(&sender, NULL, flood, NULL) == 0);
+    do {
+        turn();
+        bg_nbd_loop_stats(loop, &after);
+        if (after.requests - before.requests > most)
+            most = after.requests - before.requests;
+        before = after;
+        answered += replies();
+    } while (answered < FLOOD);
+    pthread_join(sender, NULL);
+    CHECK(after.requests == first + FLOOD && most <= 20);
+}
+
 /* In the middle of a payload: nothing is written. */
 static void test_left(void)
 {
@@ -299,6 +338,7 @@ void test_pipe(void)
     CHECK(replies() == 1 && conn->pause == 0);
     test_lost(LONG);
     test_lost(256 * KIB);
+    test_flood();
     test_left();
     bg_nbd_loop_stop(loop);
     CHECK(bg_nbd_loop_free(loop) == 0);
