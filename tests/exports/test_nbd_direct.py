@@ -99,41 +99,47 @@ async def test_many_aligned_requests_at_once_never_reach_python(tmp_path: Path, 
             await client.disconnect()
 
 
-def whole(disk: bytes, kinds: bytes) -> None:
-    """Every write of 4 pages is there, or not."""
-    for at in range(0, len(disk), 4 * PAGE):
-        block = disk[at : at + 4 * PAGE]
-        assert block == block[:1] * (4 * PAGE)
+def whole(disk: bytes, unit: int, kinds: bytes) -> None:
+    """Every write of a unit is there, or not."""
+    for at in range(0, len(disk), unit):
+        block = disk[at : at + unit]
+        assert block == block[:1] * unit
         assert block[0] in kinds
+
+
+async def interrupted(disk: Exported, image: Path, unit: int, kinds: bytes) -> None:
+    """Writes of a unit each, among which a drain comes, which waits for them, clients leave, or the server is closed.
+
+    Args:
+        image: the disk's file.
+        kinds: what the disk is full of, a byte each.
+    """
+    for number in range(1, 9):
+        kinds += bytes([number])
+        client = await NbdClient.connect_unix(disk.socket, "disk")
+        data = bytes([number]) * unit
+        writes = [asyncio.ensure_future(client.pwrite(at * unit, data)) for at in range(64)]
+        await client.pread(0, PAGE)
+        if number % 3 == 0:
+            async with disk.graph.drained():
+                before = await asyncio.to_thread(image.read_bytes)
+                await asyncio.sleep(0.01)
+                assert await asyncio.to_thread(image.read_bytes) == before
+            await asyncio.gather(*writes)
+            kinds = bytes([number])
+            await client.disconnect()
+        else:
+            if number == 8:
+                await disk.server.close()
+            await client.abort()
+        await asyncio.gather(*writes, return_exceptions=True)
+        while disk.server.connections:  # noqa: ASYNC110  # the server announces it to nobody
+            await asyncio.sleep(0)
+        whole(await disk.guest.pread(0, 64 * unit), unit, kinds)
 
 
 @formats
 @run_async
 async def test_what_ends_among_requests_at_the_device_leaves_whole_writes(tmp_path: Path, fmt: str) -> None:
-    """A drain, which waits for them, clients that leave, and a server that is closed."""
     async with exported(tmp_path, fmt) as disk:
-        kinds = b"o"
-        for number in range(1, 10):
-            kinds += bytes([number])
-            client = await NbdClient.connect_unix(disk.socket, "disk")
-            data = bytes([number]) * (4 * PAGE)
-            writes = [asyncio.ensure_future(client.pwrite(at * 4 * PAGE, data)) for at in range(64)]
-            await client.pread(0, PAGE)
-            if number % 3 == 0:
-                async with disk.graph.drained():
-                    before = await asyncio.to_thread((tmp_path / "disk").read_bytes)
-                    await asyncio.sleep(0.01)
-                    assert await asyncio.to_thread((tmp_path / "disk").read_bytes) == before
-                await asyncio.gather(*writes)
-                kinds = bytes([number])
-                await client.disconnect()
-            else:
-                if number == 8:
-                    await disk.server.close()
-                await client.abort()
-            await asyncio.gather(*writes, return_exceptions=True)
-            while disk.server.connections:  # noqa: ASYNC110  # the server announces it to nobody
-                await asyncio.sleep(0)
-            whole(await disk.guest.pread(0, 256 * PAGE), kinds)
-            if number == 8:
-                break
+        await interrupted(disk, tmp_path / "disk", 4 * PAGE, b"o")
