@@ -325,11 +325,10 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, int write, bg_map_
  */
 /* All pieces between `buf` and their places: 0 or -errno. */
 int bg_map_move(const bg_map_request *request, void *buf);
-/* The same if nothing has to be waited for, else -EAGAIN. A write that has begun waits. */
-int bg_map_move_now(const bg_map_request *request, void *buf);
 /*
- * The same for bytes [start, end) of the request and of the buffer; of a write, what is before `start` was moved already. `pipe`:
- * NULL, or where those of a write are instead, all of which has to be in files in memory (-EAGAIN).
+ * Bytes [start, end) of the request and of the buffer, if nothing has to be waited for, else -EAGAIN. A write that has begun waits;
+ * what is before `start` was moved already. `pipe`: NULL, or where the bytes of a write are instead, all of which has to be in
+ * files in memory (-EAGAIN).
  */
 int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end);
 /* Whether all pieces are in files in memory, or zeroes. */

@@ -227,11 +227,6 @@ int bg_map_move(const bg_map_request *request, void *buf)
     return request->write ? do_write(request, buf) : do_read(request, buf);
 }
 
-int bg_map_move_now(const bg_map_request *request, void *buf)
-{
-    return bg_map_move_part_now(request, buf, NULL, 0, request->length);
-}
-
 int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end)
 {
     int64_t ret = 0, first = 0; /* of the piece, in the request */
@@ -287,7 +282,7 @@ static int transfer_now(bg_map *map, int64_t offset, int64_t length, void *buf, 
     int ret = bg_map_begin(map, offset, length, write, pieces, FEW_PIECES, &request);
     if (ret != 0)
         return ret == -E2BIG ? -EAGAIN : ret;
-    ret = bg_map_move_now(&request, buf);
+    ret = bg_map_move_part_now(&request, buf, NULL, 0, length);
     bg_map_end(map, &request, ret != -EAGAIN);
     return ret;
 }

@@ -125,7 +125,7 @@ static void hit(bg_nbd_conn *conn)
 static void go_on(nbd_request *r, enum bg_request_outcome outcome)
 {
     bg_nbd_conn *conn = r->conn;
-    if (r->pipe && outcome == BG_REQUEST_DONE && r->base.pipe) {
+    if (outcome == BG_REQUEST_DONE && r->base.pipe) {
         conn->counted.piped++;
         conn->pause = 0;
     }
@@ -431,8 +431,8 @@ static void parse(bg_nbd_conn *conn)
     conn->more = true;
 }
 
-/* As receive, the payload only; what else there is to be said of it recvmsg says: *otherwise. */
-static bool fill_pipe(bg_nbd_conn *conn, bool *otherwise)
+/* As receive, the payload only. Without the pipe afterwards it did not work, and recvmsg says why, or does it. */
+static bool fill_pipe(bg_nbd_conn *conn)
 {
     nbd_request *r = conn->writing;
     int64_t n = bg_pipe_fill(r->base.pipe, conn->fd, r->base.length - conn->have);
@@ -441,7 +441,6 @@ static bool fill_pipe(bg_nbd_conn *conn, bool *otherwise)
         conn->counted.received += (uint64_t)n;
         conn->have += (uint32_t)n;
     } else if (n != -EAGAIN) {
-        *otherwise = true;
         bg_request_unpipe(&r->base);
         nbd_give_pipe(r);
         conn->piped = false;
@@ -454,10 +453,9 @@ static bool fill_pipe(bg_nbd_conn *conn, bool *otherwise)
 /* False: there is nothing to parse. */
 static bool receive(bg_nbd_conn *conn)
 {
-    bool otherwise = false;
     if (conn->writing && conn->writing->base.pipe) {
-        bool filled = fill_pipe(conn, &otherwise);
-        if (!otherwise || conn->closed)
+        bool filled = fill_pipe(conn);
+        if (conn->closed || conn->writing->base.pipe)
             return filled;
     }
     size_t rest = conn->end - conn->start;

@@ -234,11 +234,11 @@ static enum bg_request_outcome attempt(bg_request *request, uint32_t longest)
 enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest)
 {
     enum bg_request_outcome outcome = attempt(request, longest);
-    if (outcome == BG_REQUEST_DONE || !request->pipe)
-        return request->lost ? BG_REQUEST_LOST : outcome;
-    bg_request_unpipe(request);
-    if (request->lost)
-        return BG_REQUEST_LOST;
-    /* From memory it may be done at once all the same. */
-    return outcome == BG_REQUEST_BLOCKS ? attempt(request, longest) : outcome;
+    if (outcome != BG_REQUEST_DONE && request->pipe) {
+        bg_request_unpipe(request);
+        /* From memory it may be done at once all the same. */
+        if (outcome == BG_REQUEST_BLOCKS && !request->lost)
+            outcome = attempt(request, longest);
+    }
+    return request->lost ? BG_REQUEST_LOST : outcome;
 }

@@ -2,10 +2,8 @@
 /* SPDX-License-Identifier: MIT */
 /* Reads of what is in memory, with the connection's turns made by hand: what was sent when, and what of a file may change meanwhile. */
 #define _GNU_SOURCE
-#include "driver.h"
-#include "nbd_internal.h"
+#include "nbd_by_hand.h"
 
-#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
@@ -83,13 +81,7 @@ static void test_windows_only_read(void)
 
 static void ask(uint16_t command, uint64_t cookie, uint64_t offset, uint32_t length)
 {
-    struct __attribute__((packed)) {
-        uint32_t magic;
-        uint16_t flags, command;
-        uint64_t cookie, offset;
-        uint32_t length;
-    } header = {htobe32(0x25609513), 0, htobe16(command), htobe64(cookie), htobe64(offset), htobe32(length)};
-    CHECK(send(sock, &header, sizeof(header), 0) == sizeof(header));
+    send_header(sock, command, 0, cookie, offset, length);
 }
 
 /* What is there to be received. */
@@ -261,19 +253,12 @@ static void run(bool structured)
 {
     bg_pool *pool;
     bg_windows *windows;
-    int pair[2];
     CHECK(bg_pool_new(1, 1, &pool) == 0 && bg_nbd_loop_new(1, pool, &loop) == 0);
     CHECK(bg_map_new(SIZE, BG_MAP_MIN_MEMORY, &map) == 0 && bg_windows_new(fd, &windows) == 0);
     int slot = bg_map_add_slot(map, fd, 1, 1);
     CHECK(slot == 0 && bg_map_set_windows(map, slot, windows) == 0 && bg_map_set_windows(map, -1, windows) == -EINVAL);
     CHECK(bg_map_insert(map, bg_map_generation(map), &(bg_map_extent){0, SIZE, 0, slot, 0}, 1) == 1);
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    sock = pair[1];
-    bg_nbd_settings settings = {SIZE, structured, true, true};
-    /* Without a map the loop's own threads have nothing to do with it. */
-    CHECK(bg_nbd_conn_new(loop, pair[0], 1, &settings, NULL, &conn) == 0);
-    conn->source.map = map;
-    conn->longest = UINT32_MAX;
+    sock = connect_by_hand(loop, map, &(bg_nbd_settings){SIZE, structured, true, true}, &conn);
     test_shown();
     test_full();
     test_announced();

@@ -2,10 +2,8 @@
 /* SPDX-License-Identifier: MIT */
 /* Payloads in pipes, and a connection that uses them, its turns made by hand: what is written when, and what becomes of it when it fails. */
 #define _GNU_SOURCE
-#include "driver.h"
-#include "nbd_internal.h"
+#include "nbd_by_hand.h"
 
-#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
@@ -91,13 +89,7 @@ static void test_passing(void)
 
 static void ask(uint16_t command, uint16_t flags, uint64_t cookie, uint64_t offset, uint32_t length)
 {
-    struct __attribute__((packed)) {
-        uint32_t magic;
-        uint16_t flags, command;
-        uint64_t cookie, offset;
-        uint32_t length;
-    } header = {htobe32(0x25609513), htobe16(flags), htobe16(command), htobe64(cookie), htobe64(offset), htobe32(length)};
-    CHECK(send(sock, &header, sizeof(header), 0) == sizeof(header));
+    send_header(sock, command, flags, cookie, offset, length);
 }
 
 static void turn(void)
@@ -174,6 +166,18 @@ static void test_written(void)
     CHECK(piped() == before + 6);
 }
 
+static void map_all(void)
+{
+    CHECK(bg_map_insert(map, bg_map_generation(map), &(bg_map_extent){0, SIZE, 0, 0, BG_MAP_WRITABLE}, 1) == 1);
+}
+
+static void answer(const bg_fault *fault)
+{
+    unsigned char head[64];
+    CHECK(bg_nbd_reply(fault->ticket, head, (int64_t)bg_nbd_pack_simple(head, 1), 0) == 0);
+    bg_nbd_kick(conn);
+}
+
 static void test_otherwise(void)
 {
     /* Small pieces: received into memory in the end, and for some time. */
@@ -195,11 +199,9 @@ static void test_otherwise(void)
     write_long(LONG, LONG, 0);
     bg_fault fault;
     CHECK(bg_nbd_take(loop, &fault, 1) == 1 && !memcmp(fault.buf, data + LONG, LONG) && conn->unpiped > 0);
-    unsigned char head[64];
-    CHECK(bg_nbd_reply(fault.ticket, head, (int64_t)bg_nbd_pack_simple(head, 1), 0) == 0);
-    bg_nbd_kick(conn);
+    answer(&fault);
     CHECK(replies() == 1 && piped() == before);
-    CHECK(bg_map_insert(map, bg_map_generation(map), &(bg_map_extent){0, SIZE, 0, 0, BG_MAP_WRITABLE}, 1) == 1);
+    map_all();
     conn->unpiped = 0;
 }
 
@@ -214,24 +216,15 @@ static void test_failing(uint32_t length)
     bg_fault fault;
     CHECK(bg_nbd_take(loop, &fault, 1) == 1 && fault.length == length && !memcmp(fault.buf, data, length));
     expect_written(0, length / 2);
-    unsigned char head[64];
-    CHECK(bg_nbd_reply(fault.ticket, head, (int64_t)bg_nbd_pack_simple(head, 1), 0) == 0);
-    bg_nbd_kick(conn);
+    answer(&fault);
     CHECK(replies() == 1 && piped() == before && conn->unpiped == conn->pause && conn->pause > pause);
-    CHECK(bg_map_insert(map, bg_map_generation(map), &(bg_map_extent){0, SIZE, 0, 0, BG_MAP_WRITABLE}, 1) == 1);
+    map_all();
     conn->unpiped = 0;
 }
 
 static void connect_new(void)
 {
-    int pair[2];
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    sock = pair[1];
-    bg_nbd_settings settings = {SIZE, false, true, true};
-    /* Without a map the loop's own threads have nothing to do with it. */
-    CHECK(bg_nbd_conn_new(loop, pair[0], 1, &settings, NULL, &conn) == 0);
-    conn->source.map = map;
-    conn->longest = UINT32_MAX;
+    sock = connect_by_hand(loop, map, &(bg_nbd_settings){SIZE, false, true, true}, &conn);
 }
 
 static void expect_end(int64_t error)
@@ -251,7 +244,7 @@ static void test_lost(uint32_t length)
     write_long(0, length, 0);
     CHECK(replies() == 0);
     expect_end(-EIO);
-    CHECK(bg_map_insert(map, bg_map_generation(map), &(bg_map_extent){0, SIZE, 0, 0, BG_MAP_WRITABLE}, 1) == 1);
+    map_all();
     connect_new();
 }
 
@@ -328,7 +321,7 @@ void test_pipe(void)
     CHECK(bg_map_new(SIZE, BG_MAP_MIN_MEMORY, &map) == 0);
     CHECK(bg_map_add_slot(map, fd, 1, 1) == 0 && bg_map_add_slot(map, read_only, 1, 1) == READ_ONLY);
     CHECK(bg_map_add_slot(map, write_only, 1, 1) == WRITE_ONLY);
-    CHECK(bg_map_insert(map, bg_map_generation(map), &(bg_map_extent){0, SIZE, 0, 0, BG_MAP_WRITABLE}, 1) == 1);
+    map_all();
     connect_new();
     test_written();
     test_otherwise();

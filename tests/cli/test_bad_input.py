@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command import command, disk, graph_file
+from helpers.limits import files_end_at
 
 from blockgraph.cli import main
 from blockgraph.testing.nbd_client import NbdClient
@@ -132,12 +132,8 @@ def test_target_of_another_size_is_told(capsys: pytest.CaptureFixture[str], tmp_
 
 def limited(limit: int, arguments: list[str]) -> int:
     """Run a command in this process, unable to make files longer than `limit`."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
+    with files_end_at(limit):
         return main(arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_target_that_can_not_grow_in_the_middle_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import resource
-import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from blockgraph.jobs.options import BackupOptions
 from blockgraph.native.nbd_loop import NbdStats
 from blockgraph.testing.nbd_client import NbdClient
 from tests.exports.test_nbd_direct import Exported, interrupted, whole
+from tests.helpers.limits import files_end_at
 from tests.helpers.nbd import run_async
 
 PAGE = 4096
@@ -146,19 +145,6 @@ async def test_a_point_in_time_holds_while_long_writes_go_on(tmpfs: Path, fmt: s
         await asyncio.gather(*writers)
         for client in clients:
             await client.disconnect()
-
-
-@contextmanager
-def files_end_at(size: int) -> Iterator[None]:
-    """Files of this process can not be written behind `size`: the kernel writes what is before it, and fails then."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @formats

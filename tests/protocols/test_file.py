@@ -7,8 +7,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import resource
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 from helpers.harness import EVERYTHING, READ, WRITE, extents, hold, make_node, opened, read, write
+from helpers.limits import files_end_at
 from helpers.loop import backend_over, in_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -336,14 +335,8 @@ def test_file_that_can_not_tell_holes_is_data(image: Path, monkeypatch: pytest.M
 @pytest.fixture
 def largest_file() -> Iterator[int]:
     """A limit of 1 MiB on the size of files."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, before[1]))
-    try:
+    with files_end_at(MIB):
         yield MIB
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_file_write_past_resource_limit_is_nospace_and_size_stays_true(folder: Path, largest_file: int) -> None:
