@@ -250,6 +250,8 @@ void bg_nbd_loop_stop(bg_nbd_loop *loop)
             pthread_join(thread->thread, NULL);
             for (bg_nbd_conn *conn = thread->first; conn; conn = conn->next)
                 bg_nbd_abort(conn);
+            for (bg_nbd_conn *conn = thread->first; conn; conn = conn->next)
+                bg_source_wait(&conn->source);
         }
     }
 }

@@ -66,7 +66,7 @@ typedef struct {
 
 int bg_nbd_loop_new(int threads, bg_pool *pool, bg_nbd_loop **out);
 
-/* Disconnect everyone and end the threads, once devices have ended what they were given; what is on the pool or waits for Python goes on. */
+/* Disconnect everyone and end the threads. No map is used any more then; what waits for Python goes on. */
 void bg_nbd_loop_stop(bg_nbd_loop *loop);
 
 /* -EBUSY while there are connections that were not released. */

@@ -4,6 +4,7 @@
 #include "queue.h"
 
 #include "io.h"
+#include "wait.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -27,7 +28,8 @@ struct bg_queue {
     int eventfd;
     pthread_mutex_t lock;
     bg_entry *first, **last; /* results */
-    uint64_t outstanding;    /* submitted, not reaped */
+    uint64_t under_way;
+    bg_waiters ended; /* for none to be under way */
 };
 
 int bg_queue_new(bg_pool *pool, bg_queue **out)
@@ -48,19 +50,26 @@ int bg_queue_new(bg_pool *pool, bg_queue **out)
     return 0;
 }
 
-int bg_queue_free(bg_queue *queue)
+static void free_results(bg_entry *first, const bg_entry *end)
+{
+    for (bg_entry *next; first != end; first = next) {
+        next = first->next;
+        free(first);
+    }
+}
+
+void bg_queue_free(bg_queue *queue)
 {
     if (!queue)
-        return 0;
+        return;
     pthread_mutex_lock(&queue->lock);
-    bool busy = queue->outstanding > 0;
+    while (queue->under_way)
+        bg_wait(&queue->ended, &queue->lock);
     pthread_mutex_unlock(&queue->lock);
-    if (busy)
-        return -EBUSY;
+    free_results(queue->first, NULL);
     close(queue->eventfd);
     pthread_mutex_destroy(&queue->lock);
     free(queue);
-    return 0;
 }
 
 int bg_queue_eventfd(const bg_queue *queue)
@@ -80,7 +89,7 @@ bg_entry *bg_queue_reserve(bg_queue *queue, int64_t ticket)
         entry->queue = queue;
         entry->ticket = ticket;
         pthread_mutex_lock(&queue->lock);
-        queue->outstanding++;
+        queue->under_way++;
         pthread_mutex_unlock(&queue->lock);
     }
     return entry;
@@ -95,9 +104,11 @@ void bg_queue_complete(bg_entry *entry, int64_t result)
     bool first = queue->first == NULL;
     *queue->last = entry;
     queue->last = &entry->next;
-    /* Under the lock: once it is released, a reaper may free the queue. */
+    /* Under the lock: once it is released, the queue may be freed. */
     if (first)
         eventfd_write(queue->eventfd, 1);
+    if (--queue->under_way == 0)
+        bg_wake_all(&queue->ended);
     pthread_mutex_unlock(&queue->lock);
 }
 
@@ -170,12 +181,7 @@ int64_t bg_queue_reap(bg_queue *queue, bg_completion *out, int64_t max)
         eventfd_t ignored;
         eventfd_read(queue->eventfd, &ignored);
     }
-    queue->outstanding -= (uint64_t)n;
     pthread_mutex_unlock(&queue->lock);
-    while (taken != rest) {
-        bg_entry *next = taken->next;
-        free(taken);
-        taken = next;
-    }
+    free_results(taken, rest);
     return n;
 }

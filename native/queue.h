@@ -7,7 +7,7 @@
  * Units:     bytes; offsets from the file's start.
  * Ownership: descriptors and buffers are borrowed from submit until the ticket has been reaped. The pool must outlive the
  *            queue.
- * Errno:     0 or a count, else -EINVAL, -ENOMEM, -EBUSY, or -errno of a system call.
+ * Errno:     0 or a count, else -EINVAL, -ENOMEM, or -errno of a system call.
  * Threads:   submit and reap may be called from any thread. Operations have no order among each other: who needs one waits
  *            for the first before submitting the second.
  */
@@ -37,8 +37,8 @@ typedef struct {
 
 int bg_queue_new(bg_pool *pool, bg_queue **out);
 
-/* -EBUSY while operations have not been reaped. */
-int bg_queue_free(bg_queue *queue);
+/* Waits for what is under way; results that were not reaped are forgotten. */
+void bg_queue_free(bg_queue *queue);
 
 /* Readable as long as there are results. Belongs to the queue. */
 int bg_queue_eventfd(const bg_queue *queue);

@@ -156,7 +156,9 @@ static int run(bg_request *r)
 static void run_on_pool(bg_task *task)
 {
     bg_request *r = (bg_request *)task;
-    if (run(r) == 0) {
+    int ret = run(r);
+    atomic_fetch_sub(&r->source->on_pool, 1);
+    if (ret == 0) {
         r->source->done(r);
     } else {
         r->next = NULL;
@@ -166,9 +168,17 @@ static void run_on_pool(bg_task *task)
 
 void bg_request_submit(bg_request *first)
 {
-    for (bg_request *r = first; r; r = r->next)
+    for (bg_request *r = first; r; r = r->next) {
+        atomic_fetch_add_explicit(&r->source->on_pool, 1, memory_order_relaxed);
         r->task = (bg_task){.next = r->next ? &r->next->task : NULL, .run = run_on_pool, .lane = r->lane};
+    }
     bg_pool_submit_all(first->source->pool, &first->task);
+}
+
+void bg_source_wait(const bg_source *source)
+{
+    while (atomic_load(&source->on_pool))
+        usleep(200);
 }
 
 /* Whether it certainly has to wait for a device, if it can not be done now. */

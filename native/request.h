@@ -23,6 +23,7 @@
 #include "extent_map.h"
 #include "pool.h"
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -65,6 +66,7 @@ typedef struct bg_source {
     void (*done)(bg_request *request);
     void (*begun)(bg_request *request); /* with `announce`: it is about to be done, from memory only; may be NULL */
     uint32_t step; /* of BG_REQUEST_CACHE */
+    atomic_int on_pool; /* its requests there that may still use the map */
 } bg_source;
 
 struct bg_request {
@@ -97,6 +99,9 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest);
 
 /* Do the requests from `first` on, linked by next, of one source, on the pool; what turns out to be a fault there is posted. */
 void bg_request_submit(bg_request *first);
+
+/* Until none of its requests that went to the pool uses the map any more. None must be tried or submitted meanwhile. */
+void bg_source_wait(const bg_source *source);
 
 /*
  * What is in its pipe, or was written from there, into its memory, for whoever does it otherwise; or it is lost. Within the map's

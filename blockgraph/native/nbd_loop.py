@@ -9,13 +9,13 @@ are handed out leaves together.
 from __future__ import annotations
 
 import asyncio
-import os
 import struct
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
+from blockgraph.native.ending import Ending
 from blockgraph.native.pool import shared_threads
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class NbdLoop:
             raise ValueError(f"threads must be between 1 and {lib.BG_NBD_MAX_THREADS}, not {threads}")
         check(lib.bg_nbd_loop_new(threads, shared_threads(), out))
         self._native = out[0]
-        self._pid = os.getpid()
+        self._ending = Ending(self, _end, self._native)
         self._loop = asyncio.get_running_loop()
         self._faults = ffi.new("bg_fault[]", _TAKE)
         assert ffi.sizeof("bg_fault") == _FAULT.size
@@ -117,12 +117,7 @@ class NbdLoop:
     @property
     def stats(self) -> NbdStats:
         """Counters so far; after `close` the last ones."""
-        return self._stats(self._native) if self._last is None else self._last
-
-    def _stats(self, native: Any) -> NbdStats:
-        out = ffi.new("bg_nbd_stats *")
-        lib.bg_nbd_loop_stats(native, out)
-        return NbdStats(*(getattr(out, name) for name in NbdStats._fields))
+        return _stats(self._native) if self._last is None else self._last
 
     def connect(
         self,
@@ -162,17 +157,14 @@ class NbdLoop:
         if self._native is None:
             return
         native, self._native = self._native, None
-        if self._pid != os.getpid():
-            return  # a forked child has no threads to end
+        if self._ending.is_inherited:
+            return
         if not self._loop.is_closed():
             self._loop.remove_reader(lib.bg_nbd_loop_eventfd(native))
             self._loop.remove_reader(lib.bg_nbd_loop_pollfd(native))
         lib.bg_nbd_loop_stop(native)
-        self._last = self._stats(native)
-        lib.bg_nbd_loop_free(native)
-
-    def __del__(self) -> None:
-        self.close()
+        self._last = _stats(native)
+        self._ending()
 
     def _poll(self) -> None:
         lib.bg_nbd_poll(self._native)
@@ -242,6 +234,17 @@ class NbdConnection:
         native, self._native = self._native, None
         lib.bg_nbd_release(native)
         self.handler.ended(error)
+
+
+def _end(native: Any) -> None:
+    lib.bg_nbd_loop_stop(native)
+    lib.bg_nbd_loop_free(native)
+
+
+def _stats(native: Any) -> NbdStats:
+    out = ffi.new("bg_nbd_stats *")
+    lib.bg_nbd_loop_stats(native, out)
+    return NbdStats(*(getattr(out, name) for name in NbdStats._fields))
 
 
 def payload_view(address: int, length: int) -> memoryview:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import select
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
 from blockgraph.native.copy import CopyExtent, CopyProgress, CopyResult, Job
+from blockgraph.native.ending import Ending
 from blockgraph.native.sums import Sums
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Pool:
         out = ffi.new("bg_queue **")
         check(lib.bg_queue_new(self._native, out))
         self._queue = out[0]
-        self._pid = os.getpid()
+        self._ending = Ending(self, _end, self._queue, self._own)
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
         # What each operation under way waits by, and what it borrows.
         self._pending: dict[int, tuple[asyncio.Future[int], object]] = {}
@@ -142,33 +142,19 @@ class Pool:
         if self._queue is None:
             return
         queue, self._queue = self._queue, None
-        if self._pid != os.getpid():
-            # A forked child has neither the threads nor a right to the parent's operations.
+        if self._ending.is_inherited:
             return
         loop = self._loop() if self._loop is not None else None
         if loop is not None and not loop.is_closed():
             loop.remove_reader(lib.bg_queue_eventfd(queue))
-        wakeup = select.poll()
-        wakeup.register(lib.bg_queue_eventfd(queue), select.POLLIN)
-        while self._pending:
-            wakeup.poll()
-            for ticket, _ in self._reap(queue):
-                del self._pending[ticket]
-        check(lib.bg_queue_free(queue))
-        if self._own is not None:
-            lib.bg_pool_free(self._own)
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _reap(self, queue: Any) -> zip[tuple[int, int]]:
-        count = lib.bg_queue_reap(queue, self._reaped, _REAP)
-        values = iter(ffi.unpack(self._reaped_flat, 2 * count) if count else ())
-        return zip(values, values, strict=True)
+        self._ending()
+        self._pending.clear()
 
     def _collect(self) -> None:
+        count = lib.bg_queue_reap(self._queue, self._reaped, _REAP)
+        values = iter(ffi.unpack(self._reaped_flat, 2 * count) if count else ())
         pending = self._pending
-        for ticket, result in self._reap(self._queue):
+        for ticket, result in zip(values, values, strict=True):
             future = pending.pop(ticket)[0]
             # Cancelled: its task has not run since, and will find the ticket gone.
             if not future.done():
@@ -315,6 +301,12 @@ class Pool:
 
     def _copy_threads(self, threads: int | None) -> int:
         return max(1, self.threads - 1) if threads is None else threads
+
+
+def _end(queue: Any, own_threads: Any) -> None:
+    lib.bg_queue_free(queue)
+    if own_threads is not None:
+        lib.bg_pool_free(own_threads)
 
 
 _pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pool] = weakref.WeakKeyDictionary()

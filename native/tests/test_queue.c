@@ -7,6 +7,8 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -42,6 +44,39 @@ static void reap(int64_t count, int64_t result)
     }
 }
 
+static atomic_bool has_begun, may_end;
+
+static void *complete(void *entry)
+{
+    atomic_store(&has_begun, true);
+    while (!atomic_load(&may_end))
+        sched_yield();
+    bg_queue_complete(entry, 0);
+    return NULL;
+}
+
+static void *let_end(void *arg)
+{
+    usleep(20000); /* for bg_queue_free to be waiting; it is right either way */
+    atomic_store(&may_end, true);
+    return arg;
+}
+
+static void check_free_waits(bg_pool *pool)
+{
+    pthread_t completer, other;
+    CHECK(bg_queue_new(pool, &queue) == 0);
+    CHECK(bg_queue_submit(queue, 1, BG_OP_FDATASYNC, fd, NULL, 0, 0, 0) == 0); /* never reaped */
+    CHECK(pthread_create(&completer, NULL, complete, bg_queue_reserve(queue, 2)) == 0);
+    while (!atomic_load(&has_begun))
+        sched_yield();
+    CHECK(pthread_create(&other, NULL, let_end, NULL) == 0);
+    bg_queue_free(queue);
+    CHECK(atomic_load(&may_end));
+    pthread_join(completer, NULL);
+    pthread_join(other, NULL);
+}
+
 void test_queue(void)
 {
     bg_pool *pool;
@@ -61,13 +96,13 @@ void test_queue(void)
     }
     CHECK(bg_queue_submit(queue, 0, 99, fd, NULL, 0, 0, 0) == -EINVAL);
     CHECK(bg_queue_submit(queue, 1, BG_OP_FDATASYNC, fd, NULL, 0, 0, 0) == 0);
-    CHECK(bg_queue_free(queue) == -EBUSY);
     reap(1, 0);
     CHECK(bg_queue_submit(queue, 2, BG_OP_PREAD, -1, written, 10, 0, 0) == 0);
     reap(1, -EBADF);
     CHECK(bg_queue_submit(queue, 3, BG_OP_ZERO, fd, NULL, 5000, 100, 0) == 0);
     reap(1, 0);
-    CHECK(bg_queue_free(queue) == 0);
+    bg_queue_free(queue);
+    check_free_waits(pool);
     bg_pool_free(pool);
     close(fd);
 }
