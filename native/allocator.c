@@ -81,7 +81,7 @@ int bg_allocator_new(int bits, int table_bits, int zeroes, bg_allocator **out)
         free(a);
         return ret;
     }
-    a->hook = (bg_map_allocator){prepare, write_placing, finish, zeroes ? zero : NULL};
+    a->hook = (bg_map_allocator){.prepare = prepare, .write = write_placing, .finish = finish, .zero = zeroes ? zero : NULL};
     a->bits = bits;
     a->table_bits = table_bits;
     a->fd = -1;
@@ -447,6 +447,12 @@ typedef struct {
     char *old;          /* or NULL */
 } content;
 
+/* Old bytes, those that need not be written left out. */
+static int64_t kept(const content *c)
+{
+    return (c->head ? c->offset - c->start : 0) + (c->tail ? c->end - c->stop : 0);
+}
+
 /* Of the buffer for the old bytes. */
 static uint32_t old_room(const content *c)
 {
@@ -588,6 +594,8 @@ static int write_placing(bg_map_allocator *hook, bg_map_placing *p, const void *
                    : put_content(a, &p->c, buf, p->room.host, now);
     if (ret == -EAGAIN && now && !pipe)
         atomic_store(&a->waits, true);
+    if (now)
+        atomic_store_explicit(&hook->lately, ret == 0 ? kept(&p->c) : 0, memory_order_relaxed);
     p->room.fresh = 0;
     return ret;
 }

@@ -622,17 +622,19 @@ static int copy_for(const bg_copier_link *link, int64_t *from, int64_t *to, int 
 static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length, int now)
 {
     /* The map may show a part of the disk only. */
-    int64_t start = 0, end = bg_map_size(map);
-    for (const bg_copier_link *link = (const bg_copier_link *)hook; link; link = link->next) {
+    int64_t start = 0, end = bg_map_size(map), longest = 0;
+    int ret = 0;
+    for (const bg_copier_link *link = (const bg_copier_link *)hook; link && ret == 0; link = link->next) {
         int64_t from = offset, to = offset + length;
-        int ret = copy_for(link, &from, &to, now);
-        if (ret != 0)
-            return ret;
+        ret = copy_for(link, &from, &to, now);
+        longest = to - from > longest ? to - from : longest;
         /* Clusters differ in size. Only what all are done with may be written without asking. */
         start = from > start ? from : start;
         end = to < end ? to : end;
     }
-    return bg_map_copied(map, start, end - start);
+    if (now)
+        atomic_store_explicit(&hook->lately, ret == 0 ? longest : 0, memory_order_relaxed);
+    return ret != 0 ? ret : bg_map_copied(map, start, end - start);
 }
 
 int bg_copier_link_new(bg_copier *copier, int64_t shift, const bg_copier_link *next, bg_copier_link **out)
@@ -640,7 +642,7 @@ int bg_copier_link_new(bg_copier *copier, int64_t shift, const bg_copier_link *n
     bg_copier_link *link = malloc(sizeof(*link));
     if (!link)
         return -ENOMEM;
-    *link = (bg_copier_link){{copy}, copier, shift, next};
+    *link = (bg_copier_link){{.copy = copy}, copier, shift, next};
     *out = link;
     return 0;
 }

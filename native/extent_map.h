@@ -193,6 +193,7 @@ int64_t bg_map_protect(bg_map *map, int64_t offset, int64_t length);
 typedef struct bg_map_copier bg_map_copier;
 struct bg_map_copier {
     int (*copy)(bg_map_copier *self, bg_map *map, int64_t offset, int64_t length, int now);
+    _Atomic int64_t lately; /* bytes that the last write had copied without waiting; 0: it would have had to wait */
 };
 
 typedef struct bg_map_placing bg_map_placing; /* the allocator's */
@@ -203,6 +204,7 @@ struct bg_map_allocator {
     int (*write)(bg_map_allocator *self, bg_map_placing *placing, const void *buf, bg_pipe *pipe, int now);
     void (*finish)(bg_map_allocator *self, bg_map *map, bg_map_placing *placing, int enter);
     int (*zero)(bg_map_allocator *self, bg_map *map, int64_t offset, int64_t length);
+    _Atomic int64_t lately; /* likewise: old bytes around what was written */
 };
 
 /* Borrowed until the ticket of their replacement has settled; NULL: none. Return a ticket. */
@@ -229,9 +231,10 @@ int bg_map_has_first_write(bg_map *map, int64_t offset, int64_t length);
 /*
  * Such a write to one extent at once, if copier and allocator can do all of it without waiting: 0, or -errno; else call
  * bg_map_pwrite where it may wait. `pipe`: NULL, or where the bytes are, to be written in files in memory; what
- * of it has been written when it fails is in `buf` again (bg_pipe_empty).
+ * of it has been written when it fails is in `buf` again (bg_pipe_empty). -E2BIG: the last one had more than `most` bytes copied,
+ * so this one was not begun.
  */
-int bg_map_first_write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe, int64_t length);
+int bg_map_first_write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe, int64_t length, int64_t most);
 
 /* 1 when every request that began before the ticket was given has ended, else 0. */
 int bg_map_settled(bg_map *map, int64_t ticket);

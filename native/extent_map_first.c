@@ -238,7 +238,16 @@ static int write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe, int6
     return ret;
 }
 
-int bg_map_first_write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe, int64_t length)
+/* What the last first write to such an extent had copied, bytes. Within a request. */
+static int64_t copied_lately(bg_map *map, const bg_map_extent *e)
+{
+    bg_map_copier *copier = e->flags & BG_MAP_COPY ? atomic_load(&map->copier) : NULL;
+    bg_map_allocator *allocator = e->flags & BG_MAP_ALLOCATE ? atomic_load(&map->allocator) : NULL;
+    return (copier ? atomic_load_explicit(&copier->lately, memory_order_relaxed) : 0) +
+           (allocator ? atomic_load_explicit(&allocator->lately, memory_order_relaxed) : 0);
+}
+
+int bg_map_first_write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe, int64_t length, int64_t most)
 {
     bg_map_extent e;
     reader *r = hold(map);
@@ -249,7 +258,9 @@ int bg_map_first_write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe
                 e.offset + e.length >= offset + length;
     bg_map_copier *copier = atomic_load(&map->copier);
     int ret = BG_MAP_MISS;
-    if (fits && (!(e.flags & BG_MAP_COPY) || (copier && copier->copy(copier, map, offset, length, 1) == 0)))
+    if (fits && copied_lately(map, &e) > most)
+        ret = -E2BIG;
+    else if (fits && (!(e.flags & BG_MAP_COPY) || (copier && copier->copy(copier, map, offset, length, 1) == 0)))
         ret = write_now(map, offset, buf, pipe, length);
     if (ret == 0)
         map_count(&r->first_writes, 1);

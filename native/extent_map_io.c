@@ -548,7 +548,7 @@ int bg_map_pread_now(bg_map *map, int64_t offset, void *buf, int64_t length)
 int bg_map_pwrite_now(bg_map *map, int64_t offset, const void *buf, int64_t length)
 {
     int ret = transfer_now(map, offset, length, (void *)buf, 1);
-    return ret == BG_MAP_MISS ? bg_map_first_write_now(map, offset, (void *)buf, NULL, length) : ret;
+    return ret == BG_MAP_MISS ? bg_map_first_write_now(map, offset, (void *)buf, NULL, length, INT64_MAX) : ret;
 }
 
 int bg_map_pwrite(bg_map *map, int64_t offset, const void *buf, int64_t length)

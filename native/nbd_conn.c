@@ -150,6 +150,11 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
         *conn->last_blocked = &r->base;
         conn->last_blocked = &r->base.next;
         conn->gathered++;
+    } else if (outcome == BG_REQUEST_HEAVY) {
+        r->base.next = NULL;
+        *conn->last_heavy = &r->base;
+        conn->last_heavy = &r->base.next;
+        conn->heavies++;
     }
 }
 
@@ -542,6 +547,19 @@ static void pass(bg_nbd_conn *conn)
     }
 }
 
+/* Do what is heavy, together with the pool. */
+static void share(bg_nbd_conn *conn)
+{
+    bg_request *r = conn->heavies ? bg_request_share(conn->heavy, conn->heavies) : NULL;
+    conn->heavy = NULL;
+    conn->last_heavy = &conn->heavy;
+    conn->heavies = 0;
+    for (bg_request *next; r; r = next) {
+        next = r->next;
+        go_on(request_of(r), bg_request_try(r, conn->longest));
+    }
+}
+
 /* What goes to the pool goes there together with what is there to be received at once: waking its threads costs more than that. */
 static void submit_blocked(bg_nbd_conn *conn)
 {
@@ -549,6 +567,7 @@ static void submit_blocked(bg_nbd_conn *conn)
         parse(conn);
         move(conn);
         write_ready(conn);
+        share(conn);
     }
     if (conn->gathered)
         bg_request_submit(conn->blocked);
@@ -579,6 +598,7 @@ void nbd_turn(bg_nbd_conn *conn, uint32_t events)
     parse(conn);
     move(conn);
     pass(conn);
+    share(conn);
     submit_blocked(conn);
     if (conn->source.aio)
         bg_aio_submit(conn->source.aio);

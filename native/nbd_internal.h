@@ -110,6 +110,8 @@ struct bg_nbd_conn {
     bg_request *faults, **last_fault; /* to be posted at the end of the turn */
     bg_request *blocked, **last_blocked; /* to go to the pool then */
     int gathered;                        /* how many these are */
+    bg_request *heavy, **last_heavy;     /* to be shared with the pool */
+    int heavies;                         /* how many these are */
 
     /* Output: requests whose replies are to be sent. */
     nbd_request *output, **last_output;

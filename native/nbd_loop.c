@@ -342,6 +342,7 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
     conn->local = is_local(fd);
     conn->last_fault = &conn->faults;
     conn->last_blocked = &conn->blocked;
+    conn->last_heavy = &conn->heavy;
     conn->last_ready = &conn->ready;
     conn->last_output = &conn->output;
     conn->interest = EPOLLIN;

@@ -157,6 +157,11 @@ bg_buffers *bg_pool_buffers(bg_pool *pool)
     return pool->buffers;
 }
 
+bool bg_pool_has_processors(const bg_pool *pool)
+{
+    return pool->lanes[BG_LANE_BUSY].limit > 1;
+}
+
 int bg_pool_threads(const bg_pool *pool)
 {
     return pool->lanes[BG_LANE_PLAIN].limit;

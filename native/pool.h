@@ -54,6 +54,9 @@ void bg_pool_submit(bg_pool *pool, bg_task *task);
 /* Several, linked by next: cheaper than one by one. */
 void bg_pool_submit_all(bg_pool *pool, bg_task *first);
 
+/* Whether a task of the BUSY lane can run beside the thread that submits it. */
+bool bg_pool_has_processors(const bg_pool *pool);
+
 /* For what tasks read into and write from. */
 bg_buffers *bg_pool_buffers(bg_pool *pool);
 

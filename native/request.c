@@ -21,6 +21,8 @@
  */
 #define MAX_FIRST_NOW (32U << 10)
 #define MAX_COPY_NOW (16U << 10)
+/* Shared with the pool are writes that have more bytes copied. */
+#define HEAVY (24 << 10)
 /* Zeroes in memory of more bytes go to the pool, too. */
 #define MAX_ZERO_NOW (128U << 10)
 
@@ -153,9 +155,14 @@ static int run(bg_request *r)
     return ret == 0 && r->durable ? bg_map_flush(map, 0) : ret;
 }
 
-static void run_on_pool(bg_task *task)
+/* To the pool. */
+static void lend(bg_request *r)
 {
-    bg_request *r = (bg_request *)task;
+    atomic_fetch_add_explicit(&r->source->on_pool, 1, memory_order_relaxed);
+}
+
+static void complete(bg_request *r)
+{
     int ret = run(r);
     atomic_fetch_sub(&r->source->on_pool, 1);
     if (ret == 0) {
@@ -166,13 +173,43 @@ static void run_on_pool(bg_task *task)
     }
 }
 
+static void run_on_pool(bg_task *task)
+{
+    complete((bg_request *)task);
+}
+
+static void run_in_turn(bg_task *task)
+{
+    for (bg_request *r = (bg_request *)task, *next; r; r = next) {
+        next = r->next;
+        complete(r);
+    }
+}
+
 void bg_request_submit(bg_request *first)
 {
     for (bg_request *r = first; r; r = r->next) {
-        atomic_fetch_add_explicit(&r->source->on_pool, 1, memory_order_relaxed);
+        lend(r);
         r->task = (bg_task){.next = r->next ? &r->next->task : NULL, .run = run_on_pool, .lane = r->lane};
     }
     bg_pool_submit_all(first->source->pool, &first->task);
+}
+
+bg_request *bg_request_share(bg_request *first, int count)
+{
+    bg_request *rest = first, **last = &rest;
+    int own = bg_pool_has_processors(first->source->pool) ? count - count / 2 : count;
+    for (; own > 0; own--, last = &(*last)->next)
+        (*last)->shared = true;
+    bg_request *given = *last;
+    *last = NULL;
+    for (bg_request *r = given; r; r = r->next)
+        lend(r);
+    if (given) {
+        given->task = (bg_task){.run = run_in_turn, .lane = BG_LANE_BUSY};
+        bg_pool_submit(given->source->pool, &given->task);
+    }
+    return rest;
 }
 
 void bg_source_wait(const bg_source *source)
@@ -218,11 +255,12 @@ static enum bg_request_outcome attempt(bg_request *request, uint32_t longest)
                     : 0;
     if (first) {
         uint32_t most = first & BG_MAP_COPY ? MAX_COPY_NOW : request->pipe ? UINT32_MAX : MAX_FIRST_NOW;
-        bool done =
-            request->length <= (longest < most ? longest : most) &&
-            bg_map_first_write_now(map, (int64_t)request->offset, request->buf, request->pipe, request->length) == 0;
+        int done = request->length <= (longest < most ? longest : most)
+                       ? bg_map_first_write_now(map, (int64_t)request->offset, request->buf, request->pipe, request->length,
+                                                request->pipe || request->shared ? INT64_MAX : HEAVY)
+                       : -EAGAIN;
         request->lane = bg_map_is_direct(map) ? BG_LANE_WAITS : BG_LANE_PLAIN;
-        return done ? BG_REQUEST_DONE : BG_REQUEST_BLOCKS;
+        return done == 0 ? BG_REQUEST_DONE : done == -E2BIG ? BG_REQUEST_HEAVY : BG_REQUEST_BLOCKS;
     }
     if (ret != 0)
         return ret == -E2BIG ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;

@@ -6,6 +6,7 @@
  *     source ── bg_request_try ──┬─ DONE: the extent map knew, and nothing had to be waited for
  *                                ├─ BEGUN: bg_aio_submit of the source's aio begins it, bg_aio_reap calls source->done
  *                                ├─ BLOCKS: bg_request_submit does it on the pool, then source->done
+ *                                ├─ HEAVY: bg_request_share gives half of such requests to the pool, and the others back
  *                                └─ FAULTS: into bg_faults, to Python, which completes it: source->done
  *
  * Errors are faults too: Python does the request once more, and deals with its error as with any other.
@@ -86,10 +87,18 @@ struct bg_request {
     bg_flight *flight; /* while a device has it in hand: see flight.h */
     bool lost; /* after an error what was to be written is nowhere any more: nobody can do it, or tell that it was not done */
     bool passing; /* its memory is good only while it is tried */
+    bool shared; /* never HEAVY (any more) */
     bool announce; /* a read: the source wants to hear that it has begun */
 };
 
-enum bg_request_outcome { BG_REQUEST_DONE, BG_REQUEST_BEGUN, BG_REQUEST_BLOCKS, BG_REQUEST_FAULTS, BG_REQUEST_LOST };
+enum bg_request_outcome {
+    BG_REQUEST_DONE,
+    BG_REQUEST_BEGUN,
+    BG_REQUEST_BLOCKS,
+    BG_REQUEST_HEAVY, /* a short write for which much has to be copied first, without waiting */
+    BG_REQUEST_FAULTS,
+    BG_REQUEST_LOST
+};
 
 /*
  * Do it now, if that needs no waiting and it has no more than `longest` bytes. The range is one of the disk. What
@@ -99,6 +108,13 @@ enum bg_request_outcome bg_request_try(bg_request *request, uint32_t longest);
 
 /* Do the requests from `first` on, linked by next, of one source, on the pool; what turns out to be a fault there is posted. */
 void bg_request_submit(bg_request *first);
+
+/*
+ * Have half of the `count` heavy requests from `first` on, linked by next, of one source, done on the pool, one after the other by
+ * one of its threads: to wake several, and for one request each, costs more than they bring. Returns the others, likewise
+ * linked, to be tried now.
+ */
+bg_request *bg_request_share(bg_request *first, int count);
 
 /* Until none of its requests that went to the pool uses the map any more. None must be tried or submitted meanwhile. */
 void bg_source_wait(const bg_source *source);

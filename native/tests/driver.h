@@ -34,6 +34,7 @@ void test_extent_map(void);
 void test_extent_map_threads(void);
 void test_first_writes(void);
 void test_flight(void);
+void test_heavy(void);
 void test_nbd(void);
 void test_nbd_reads(void);
 void test_nbd_watch(void);

@@ -172,7 +172,7 @@ static void *write_own(void *arg)
         }
         int ret = BG_MAP_MISS;
         if (next_random(&seed) % 2)
-            ret = bg_map_first_write_now(map, first * SECTOR, buf, NULL, count * SECTOR);
+            ret = bg_map_first_write_now(map, first * SECTOR, buf, NULL, count * SECTOR, INT64_MAX);
         if (ret)
             ret = bg_map_pwrite(map, first * SECTOR, buf, count * SECTOR);
         CHECK(ret == 0 || ret == BG_MAP_MISS);
@@ -345,10 +345,10 @@ static void test_now(void)
         fill_map(bg_map_generation(map), c);
     int64_t before = bg_allocator_reserve(allocator);
     /* Not a first write, or not of one extent. */
-    CHECK(bg_map_first_write_now(map, CLUSTERS / 2 * CLUSTER, buf, NULL, SECTOR) == BG_MAP_MISS);
-    CHECK(bg_map_first_write_now(map, 3 * CLUSTER - SECTOR, buf, NULL, 2 * SECTOR) == BG_MAP_MISS);
+    CHECK(bg_map_first_write_now(map, CLUSTERS / 2 * CLUSTER, buf, NULL, SECTOR, INT64_MAX) == BG_MAP_MISS);
+    CHECK(bg_map_first_write_now(map, 3 * CLUSTER - SECTOR, buf, NULL, 2 * SECTOR, INT64_MAX) == BG_MAP_MISS);
     CHECK(bg_allocator_hold(allocator, 1, 2) == 0);
-    CHECK(bg_map_first_write_now(map, CLUSTER, buf, NULL, SECTOR) == BG_MAP_MISS);
+    CHECK(bg_map_first_write_now(map, CLUSTER, buf, NULL, SECTOR, INT64_MAX) == BG_MAP_MISS);
     CHECK(bg_allocator_release(allocator, 1, 2) == 0);
     CHECK(bg_allocator_reserve(allocator) == before && !bg_allocator_has_links(allocator));
     /* The kernel would wait for the device: found out once, then not tried again. */
@@ -358,17 +358,19 @@ static void test_now(void)
     CHECK(slow >= 0);
     bg_allocator_bind(allocator, slow, 1, data_slot);
     for (int i = 0; i < 2; i++)
-        CHECK(bg_map_first_write_now(map, CLUSTER + SECTOR, buf, NULL, SECTOR) == -EAGAIN);
+        CHECK(bg_map_first_write_now(map, CLUSTER + SECTOR, buf, NULL, SECTOR, INT64_MAX) == -EAGAIN);
     CHECK(bg_allocator_reserve(allocator) == before && !bg_allocator_has_links(allocator));
     CHECK(bg_map_pwrite(map, CLUSTER + SECTOR, buf, SECTOR) == 0);
     bg_allocator_bind(allocator, data_fd, 1, data_slot);
     close(slow);
     /* In the middle, at the end, over zeroes. */
-    CHECK(bg_map_first_write_now(map, 2 * CLUSTER + SECTOR, buf, NULL, SECTOR) == 0);
-    CHECK(bg_map_first_write_now(map, 5 * CLUSTER - 3 * SECTOR, buf, NULL, 3 * SECTOR) == 0);
-    CHECK(bg_map_first_write_now(map, 3 * CLUSTER, buf, NULL, SECTOR) == 0);
+    const bg_map_allocator *hook = bg_allocator_hook(allocator);
+    CHECK(bg_map_first_write_now(map, 2 * CLUSTER + SECTOR, buf, NULL, SECTOR, 0) == 0 && hook->lately == CLUSTER - SECTOR);
+    CHECK(bg_map_first_write_now(map, 4 * CLUSTER, buf, NULL, SECTOR, CLUSTER - SECTOR - 1) == -E2BIG);
+    CHECK(bg_map_first_write_now(map, 5 * CLUSTER - 3 * SECTOR, buf, NULL, 3 * SECTOR, INT64_MAX) == 0);
+    CHECK(bg_map_first_write_now(map, 3 * CLUSTER, buf, NULL, SECTOR, CLUSTER) == 0 && hook->lately == 0);
     CHECK(bg_allocator_reserve(allocator) == before - 4);
-    CHECK(bg_map_first_write_now(map, 3 * CLUSTER, buf, NULL, SECTOR) == BG_MAP_MISS); /* it has a place */
+    CHECK(bg_map_first_write_now(map, 3 * CLUSTER, buf, NULL, SECTOR, INT64_MAX) == BG_MAP_MISS); /* it has a place */
     static const struct { int cluster, from, sectors; } wrote[] = {{1, 1, 1}, {2, 1, 1}, {3, 0, 1}, {4, 5, 3}};
     for (int i = 0; i < 4; i++) {
         int64_t start = wrote[i].cluster * CLUSTER;

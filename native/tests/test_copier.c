@@ -97,7 +97,7 @@ static int write_at(int map, int64_t at)
 
 static int write_now_at(int map, int64_t at)
 {
-    return bg_map_first_write_now(guest[map], at + (map ? SHIFT : 0), &(char){NEW}, NULL, 1);
+    return bg_map_first_write_now(guest[map], at + (map ? SHIFT : 0), &(char){NEW}, NULL, 1, INT64_MAX);
 }
 
 static void copies_once_then_writes_in_place(void)
@@ -215,13 +215,14 @@ static void copies_without_waiting_or_not_at_all(void)
     begin(BG_MAP_WRITABLE);
     CHECK(bg_sums_new(SIZE, CLUSTER, &sums) == 0 && bg_copier_set_sums(copier, sums) == 0);
     CHECK(write_now_at(0, 5) == 0 && byte_at(target_fd, 5) == OLD && byte_at(source_fd, 5) == NEW);
+    CHECK(bg_map_first_write_now(guest[0], CLUSTER, &(char){NEW}, NULL, 1, CLUSTER - 1) == -E2BIG);
     CHECK(write_now_at(0, 5) == BG_MAP_MISS && write_at(0, 5) == 0); /* a write in place now */
     /* Of a map with another shift, and the short last cluster. Two clusters, of which one is copied. */
     CHECK(write_now_at(1, SIZE - 600) == 0 && byte_at(target_fd, SIZE - 600) == OLD && byte_at(source_fd, SIZE - 600) == NEW);
     CHECK(write_now_at(1, CLUSTER) == 0);
     char two[2 * CLUSTER];
     memset(two, NEW, sizeof(two));
-    CHECK(bg_map_first_write_now(guest[0], CLUSTER, two, NULL, 2 * CLUSTER) == 0);
+    CHECK(bg_map_first_write_now(guest[0], CLUSTER, two, NULL, 2 * CLUSTER, INT64_MAX) == 0);
     CHECK(byte_at(target_fd, 3 * CLUSTER - 1) == OLD && byte_at(source_fd, 3 * CLUSTER - 1) == NEW);
     bg_copier_get_stats(copier, &stats);
     CHECK(stats.copied == 3 * CLUSTER + SIZE % CLUSTER);
@@ -239,9 +240,11 @@ static void copies_without_waiting_or_not_at_all(void)
     CHECK(slow >= 0);
     bg_map_extent fast, e;
     CHECK(bg_map_find(target, 0, &fast));
+    CHECK(bg_map_first_write_now(guest[0], 6 * CLUSTER, &(char){NEW}, NULL, 1, 0) == -E2BIG);
     e = (bg_map_extent){0, SIZE, 0, bg_map_add_slot(target, slow, 1, 1), BG_MAP_WRITABLE};
     CHECK(bg_map_insert(target, bg_map_generation(target), &e, 1) == 1);
     CHECK(write_now_at(0, 6 * CLUSTER) == BG_MAP_MISS && byte_at(source_fd, 6 * CLUSTER) == OLD);
+    CHECK(bg_map_first_write_now(guest[0], 6 * CLUSTER, &(char){NEW}, NULL, 1, 0) == BG_MAP_MISS); /* not heavy: it waits */
     CHECK(bg_bitmap_get(todo, 6 * CLUSTER) == 1 && bg_copier_claimed(copier, 0, SIZE) == 0);
     CHECK(write_at(0, 6 * CLUSTER) == 0 && byte_at(target_fd, 6 * CLUSTER) == OLD);
     e.slot = fast.slot;
@@ -259,7 +262,7 @@ static void copies_without_waiting_or_not_at_all(void)
     /* No longer than one may be kept for: only where it may wait. */
     char *many = malloc(64 * CLUSTER);
     memset(many, NEW, 64 * CLUSTER);
-    CHECK(bg_map_first_write_now(guest[0], 100 * CLUSTER, many, NULL, 64 * CLUSTER) == BG_MAP_MISS);
+    CHECK(bg_map_first_write_now(guest[0], 100 * CLUSTER, many, NULL, 64 * CLUSTER, INT64_MAX) == BG_MAP_MISS);
     CHECK(bg_bitmap_get(todo, 100 * CLUSTER) == 1 && bg_map_pwrite(guest[0], 100 * CLUSTER, many, 64 * CLUSTER) == 0);
     free(many);
     end();

@@ -84,8 +84,8 @@ static void finish(bg_map_allocator *self, bg_map *asks, bg_map_placing *placing
     free(placing);
 }
 
-static bg_map_copier copier = {copy};
-static bg_map_allocator allocator = {prepare, write_placing, finish, NULL};
+static bg_map_copier copier = {.copy = copy};
+static bg_map_allocator allocator = {.prepare = prepare, .write = write_placing, .finish = finish};
 
 /* Units in turn: to be placed, in place, to be copied before, both. */
 static void fill(void)

@@ -33,7 +33,7 @@ static bg_map *map;
 static bg_pool *pool;
 static bg_faults *faults;
 static int fd, slot;
-static atomic_int outcomes[4], ended;
+static atomic_int outcomes[BG_REQUEST_LOST + 1], ended;
 static atomic_bool over;
 
 static void done(bg_request *request)

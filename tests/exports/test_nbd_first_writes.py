@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,47 @@ async def test_short_first_writes_in_memory_are_made_by_the_thread_that_received
             for offset in offsets:
                 start = offset + 512 * (length < CLUSTER)
                 model[start : start + length] = b"\xff" * length
+            assert await client.pread(0, size) == model
+        await server.close()
+        assert backend.map is not None
+        await backend.map.clear()
+        await driver.node.wait_idle()
+
+
+@run_async
+async def test_many_at_once_with_old_bytes_to_copy_are_shared_with_the_pool(tmpfs: Path) -> None:
+    clusters = 300
+    size = clusters * CLUSTER
+    old = bytes(i // 512 % 255 + 1 for i in range(size))
+    (tmpfs / "base").write_bytes(old)
+    await create(tmpfs / "disk", size, backing_file=str(tmpfs / "base"), backing_fmt="raw")
+    async with (
+        opened("file", "base", filename=str(tmpfs / "base")) as base,
+        opened("file", "file", filename=str(tmpfs / "disk")) as file,
+        over(file.node, backing=base.node) as driver,
+    ):
+        backend = Backend("root", need=EVERYTHING)
+        backend.set_child("root", edge(driver.node))
+        server = NbdServer(threads=1)
+        await server.listen_unix(str(tmpfs / "socket"))
+        server.add_export(NbdExport("disk", backend, writable=True))
+        async with await NbdClient.connect_unix(str(tmpfs / "socket"), "disk") as client:
+            await client.pwrite(size - CLUSTER, old[size - CLUSTER :])
+            assert await client.pread(0, size) == old
+            model = bytearray(old)
+            for cluster in range(clusters):
+                start = cluster * CLUSTER + 512 * (cluster % 100)
+                model[start : start + 1024] = bytes([cluster % 251]) * 1024
+            await asyncio.gather(
+                *(
+                    client.pwrite(c * CLUSTER + 512 * (c % 100), bytes([c % 251]) * 1024)
+                    for c in random.Random(1).sample(range(clusters), clusters)
+                )
+            )
+            stats = server.stats
+            assert stats is not None
+            # Of those that came together, half.
+            assert stats.blocked > 0
             assert await client.pread(0, size) == model
         await server.close()
         assert backend.map is not None
