@@ -14,9 +14,9 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import servers
-from benchmarks.bench_nbd import SIZE, compare, patterns, served
-from benchmarks.fio import Figures, fio_file, need_fio, pattern
-from benchmarks.images import make, node
+from benchmarks.bench_nbd import KIB, SIZE, Server, compare, patterns, served
+from benchmarks.fio import Figures, fio_file, first_touches, need_fio, pattern
+from benchmarks.images import empty, make, node
 from benchmarks.peers import need
 
 
@@ -45,3 +45,35 @@ def test_direct(
         "fio on the file": lambda: fio_file(bare, *options),
     }
     compare(benchmark, "3.1", f"{driver}, cache.direct, {what}", sides, {})
+
+
+@pytest.mark.parametrize("block", [4 * KIB, 64 * KIB], ids=["4-KiB", "64-KiB"])
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+def test_first_touch(benchmark: BenchmarkFixture, disk_directory: Path, driver: str, block: int) -> None:
+    """Writes that room has to be found for: in the file, and for qcow2 in the image."""
+    need_fio()
+    need("qemu-nbd")
+    image = disk_directory / "disk"
+    options = first_touches(disk_directory / "requests", SIZE // 4, block)
+    ours = [node("disk", image, driver, cache={"direct": True})]
+
+    def one(server: Server) -> Figures:
+        image.unlink(missing_ok=True)
+        empty(image, SIZE // 4, driver)
+        return served(server, options)
+
+    def peer(*more: str) -> Callable[[], Figures]:
+        return lambda: one(lambda: servers.qemu_nbd(disk_directory, image, driver, "--cache=none", *more))
+
+    sides: dict[str, Callable[[], Figures]] = {
+        "ours": lambda: one(lambda: servers.ours(disk_directory, ours)),
+        "qemu-nbd": peer(),
+        "qemu-nbd, aio native": peer("--aio=native"),
+    }
+    compare(
+        benchmark,
+        "3.5",
+        f"empty {driver}, cache.direct, first touch of 64 KiB by {block // KIB} KiB, depth 16",
+        sides,
+        {},
+    )

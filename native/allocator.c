@@ -487,7 +487,7 @@ static int read_old(bg_map *map, int64_t start, int64_t end, int64_t size, char 
 
 static int put(const bg_allocator *a, const char *buf, int64_t length, int64_t host, bool now)
 {
-    int64_t n = now ? bg_pwrite_in(a->haste, a->fd, buf, length, host) : bg_pwrite_aligned(a->memory, a->fd, buf, length, host);
+    int64_t n = now ? bg_pwrite_in(a->haste, a->fd, buf, length, host) : bg_pwrite_aligned(a->haste, a->memory, a->fd, buf, length, host);
     return n < 0 ? (int)n : 0;
 }
 

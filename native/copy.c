@@ -50,6 +50,7 @@ struct bg_copy {
     int active;            /* runners that have not ended */
     bg_copy_failure failure;
     uint32_t buffer_size;
+    enum bg_haste target; /* its files */
     bool cached; /* the target's bytes wait in the page cache for a device */
     int threads;
     runner runners[];
@@ -179,7 +180,7 @@ static int make_zero(const chunk *c, int64_t done, int64_t length)
 static int write_part(const chunk *c, const char *data, int64_t done, int64_t length)
 {
     const bg_copy_extent *e = c->extent;
-    int64_t ret = bg_pwrite(e->target_fd, data, length, e->target_offset + c->offset + done);
+    int64_t ret = bg_pwrite_aligned(c->job->target, 1, e->target_fd, data, length, e->target_offset + c->offset + done);
     if (ret < 0)
         return fail(c, done, BG_COPY_WRITE, ret);
     account(c, length, false);
@@ -375,6 +376,7 @@ static enum bg_lane look_at_files(bg_copy *job)
     enum bg_haste target = e->flags & BG_COPY_READ_ONLY ? BG_HASTE_ALL : bg_haste_of(e->target_fd);
     bool waits = bg_always_waits(source) || bg_always_waits(target);
     job->buffer_size = waits ? DIRECT : BUFFER;
+    job->target = target;
     job->cached = target == BG_HASTE_ASK;
     if (waits)
         return BG_LANE_WAITS;

@@ -214,7 +214,7 @@ static int do_write(const bg_map_request *request, const char *buf)
 {
     for (int i = 0; i < request->count; i++) {
         const bg_map_piece *p = &request->pieces[i];
-        int64_t n = bg_pwrite_aligned(p->memory, p->fd, buf, p->length, p->storage_offset);
+        int64_t n = bg_pwrite_aligned(p->haste, p->memory, p->fd, buf, p->length, p->storage_offset);
         if (n < 0)
             return (int)n;
         buf += p->length;
@@ -245,7 +245,7 @@ int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe
         else if (pipe)
             ret = bg_pipe_pwrite(pipe, p->fd, length, offset);
         else if (request->write && from > 0)
-            ret = bg_pwrite_aligned(p->memory, p->fd, at, length, offset);
+            ret = bg_pwrite_aligned(p->haste, p->memory, p->fd, at, length, offset);
         else if (request->write)
             ret = bg_pwrite_in(p->haste, p->fd, at, length, offset);
         else

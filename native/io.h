@@ -34,13 +34,6 @@ int64_t bg_pwrite(int fd, const void *buf, int64_t length, int64_t offset);
 int64_t bg_pread_now(int fd, void *buf, int64_t length, int64_t offset);
 int64_t bg_pwrite_now(int fd, const void *buf, int64_t length, int64_t offset);
 
-/*
- * As bg_pread and bg_pwrite, for descriptors that want memory at multiples of `alignment` (a power of two): through memory of their
- * own where `buf` is not. -ENOMEM: there is none.
- */
-int64_t bg_pread_aligned(int alignment, int fd, void *buf, int64_t length, int64_t offset);
-int64_t bg_pwrite_aligned(int alignment, int fd, const void *buf, int64_t length, int64_t offset);
-
 #define BG_ZERO_UNMAP 1
 /*
  * Make a range read as zeroes. With BG_ZERO_UNMAP the space is given back where the file system can, and the file never
@@ -70,6 +63,15 @@ static inline bool bg_waits(int haste, bool write)
 }
 
 enum bg_haste bg_haste_of(int fd);
+
+/*
+ * As bg_pread and bg_pwrite, for descriptors that want memory at multiples of `alignment` (a power of two): through memory of their
+ * own where `buf` is not. -ENOMEM: there is none. Writes with O_DIRECT are made by direct.h.
+ */
+int64_t bg_pread_aligned(int alignment, int fd, void *buf, int64_t length, int64_t offset);
+int64_t bg_pwrite_aligned(enum bg_haste haste, int alignment, int fd, const void *buf, int64_t length, int64_t offset);
+
+/* The _now functions for who knows the descriptor. */
 int64_t bg_pread_in(enum bg_haste haste, int fd, void *buf, int64_t length, int64_t offset);
 int64_t bg_pwrite_in(enum bg_haste haste, int fd, const void *buf, int64_t length, int64_t offset);
 

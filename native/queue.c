@@ -19,6 +19,7 @@ struct bg_entry {
     bg_entry *next; /* among the results */
     int64_t ticket, result;
     int op, fd, mode;
+    enum bg_haste haste;
     void *buf;
     int64_t length, offset;
 };
@@ -119,7 +120,7 @@ static int64_t execute(const bg_entry *e)
     case BG_OP_PREAD:
         return bg_pread(e->fd, e->buf, e->length, e->offset);
     case BG_OP_PWRITE:
-        return bg_pwrite(e->fd, e->buf, e->length, e->offset);
+        return bg_pwrite_aligned(e->haste, 1, e->fd, e->buf, e->length, e->offset);
     case BG_OP_FDATASYNC:
         do
             ret = fdatasync(e->fd) < 0 ? -errno : 0;
@@ -141,12 +142,6 @@ static void run_entry(bg_task *task)
     bg_queue_complete(entry, execute(entry));
 }
 
-static uint8_t lane_of(int op, int fd)
-{
-    if (op == BG_OP_FDATASYNC)
-        return BG_LANE_WAITS;
-    return bg_waits(bg_haste_of(fd), op != BG_OP_PREAD) ? BG_LANE_WAITS : BG_LANE_PLAIN;
-}
 
 int bg_queue_submit(bg_queue *queue, int64_t ticket, int op, int fd, void *buf, int64_t length, int64_t offset, int mode)
 {
@@ -155,7 +150,9 @@ int bg_queue_submit(bg_queue *queue, int64_t ticket, int op, int fd, void *buf, 
     bg_entry *entry = bg_queue_reserve(queue, ticket);
     if (!entry)
         return -ENOMEM;
-    entry->task = (bg_task){.run = run_entry, .lane = lane_of(op, fd)};
+    entry->haste = bg_haste_of(fd);
+    bool waits = op == BG_OP_FDATASYNC || bg_waits(entry->haste, op != BG_OP_PREAD);
+    entry->task = (bg_task){.run = run_entry, .lane = waits ? BG_LANE_WAITS : BG_LANE_PLAIN};
     entry->op = op;
     entry->fd = fd;
     entry->buf = buf;

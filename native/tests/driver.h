@@ -30,6 +30,7 @@ void test_allocator_zeroes(void);
 void test_bitmap(void);
 void test_copier(void);
 void test_copy(void);
+void test_direct(void);
 void test_extent_map(void);
 void test_extent_map_threads(void);
 void test_first_writes(void);
