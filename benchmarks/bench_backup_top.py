@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import servers
 from benchmarks.fio import Figures, fio, first_touches, need_fio, pattern
-from benchmarks.images import GIB, MIB, dense, empty, node
+from benchmarks.images import GIB, MIB, dense, empty, node, touch_memory
 from benchmarks.peers import add_row, against, in_turn, need
 
 KIB = 1024
@@ -47,10 +47,12 @@ def test_first_write(benchmark: BenchmarkFixture, shm: Path, block: int, target_
 
     def ours() -> Figures:
         with servers.ours(shm, under_filter(shm, target_driver), "top") as uri:
+            touch_memory(shm, SIZE + SIZE // 4)
             return fio(uri, *options)
 
     def peer() -> Figures:
         with servers.storage_daemon(shm, under_filter(shm, target_driver), "top") as uri:
+            touch_memory(shm, SIZE + SIZE // 4)
             return fio(uri, *options)
 
     runs = benchmark.pedantic(in_turn, args=({"ours": ours, "peer": peer},), rounds=1)

@@ -577,6 +577,8 @@ static int64_t prepare(bg_map_allocator *hook, bg_map *map, int64_t offset, int6
     if (ret != 0) {
         free(p);
     } else if ((ret = prepare_claimed(a, map, p, length, now)) != 0) {
+        if (now)
+            atomic_store_explicit(&hook->lately, 0, memory_order_relaxed);
         end_placing(a, p);
     } else {
         *out = p;

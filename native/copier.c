@@ -586,10 +586,14 @@ int bg_copier_start_runs(bg_copier *c, bg_copier_run *runs, int64_t count, bg_co
     return 0;
 }
 
-/* With the lock held: 0 once [start, end) may be overwritten; -EAGAIN `now`. */
-static int make_done(bg_copier *c, int64_t start, int64_t end, bool now)
+/* With the lock held: 0 once [start, end) may be overwritten; -EAGAIN `now`. What had to be written for that is added to *moved. */
+static int make_done(bg_copier *c, int64_t start, int64_t end, bool now, int64_t *moved)
 {
-    int ret = copy_all(c, start, end, now, &c->stats);
+    bg_copier_stats mine = {0};
+    int ret = copy_all(c, start, end, now, &mine);
+    c->stats.copied += mine.copied;
+    c->stats.moved += mine.moved;
+    *moved += mine.moved;
     if (c->mode == BG_COPIER_BROKEN)
         return 0;
     if (ret == 0 && frozen_in(c, start, end))
@@ -599,8 +603,8 @@ static int make_done(bg_copier *c, int64_t start, int64_t end, bool now)
     return ret;
 }
 
-/* 0 when one copier is done with [*from, *to) of the map's disk, which grows to whole clusters. */
-static int copy_for(const bg_copier_link *link, int64_t *from, int64_t *to, int now)
+/* 0 when one copier is done with [*from, *to) of the map's disk, which grows to whole clusters; *moved: see make_done. */
+static int copy_for(const bg_copier_link *link, int64_t *from, int64_t *to, int now, int64_t *moved)
 {
     bg_copier *c = link->copier;
     int64_t start = *from - link->shift, end = *to - link->shift;
@@ -610,7 +614,7 @@ static int copy_for(const bg_copier_link *link, int64_t *from, int64_t *to, int 
     end += (c->cluster - end % c->cluster) % c->cluster;
     end = end < c->size ? end : c->size;
     pthread_mutex_lock(&c->lock);
-    int ret = make_done(c, start, end, now);
+    int ret = make_done(c, start, end, now, moved);
     if (ret != 0 && !now)
         c->stats.refused++;
     pthread_mutex_unlock(&c->lock);
@@ -622,18 +626,17 @@ static int copy_for(const bg_copier_link *link, int64_t *from, int64_t *to, int 
 static int copy(bg_map_copier *hook, bg_map *map, int64_t offset, int64_t length, int now)
 {
     /* The map may show a part of the disk only. */
-    int64_t start = 0, end = bg_map_size(map), longest = 0;
+    int64_t start = 0, end = bg_map_size(map), moved = 0;
     int ret = 0;
     for (const bg_copier_link *link = (const bg_copier_link *)hook; link && ret == 0; link = link->next) {
         int64_t from = offset, to = offset + length;
-        ret = copy_for(link, &from, &to, now);
-        longest = to - from > longest ? to - from : longest;
+        ret = copy_for(link, &from, &to, now, &moved);
         /* Clusters differ in size. Only what all are done with may be written without asking. */
         start = from > start ? from : start;
         end = to < end ? to : end;
     }
     if (now)
-        atomic_store_explicit(&hook->lately, ret == 0 ? longest : 0, memory_order_relaxed);
+        atomic_store_explicit(&hook->lately, ret == 0 ? moved : 0, memory_order_relaxed);
     return ret != 0 ? ret : bg_map_copied(map, start, end - start);
 }
 

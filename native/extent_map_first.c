@@ -262,6 +262,8 @@ int bg_map_first_write_now(bg_map *map, int64_t offset, void *buf, bg_pipe *pipe
         ret = -E2BIG;
     else if (fits && (!(e.flags & BG_MAP_COPY) || (copier && copier->copy(copier, map, offset, length, 1) == 0)))
         ret = write_now(map, offset, buf, pipe, length);
+    if (ret == -EAGAIN && copier)
+        atomic_store_explicit(&copier->lately, 0, memory_order_relaxed);
     if (ret == 0)
         map_count(&r->first_writes, 1);
     map_leave(map, r);

@@ -139,6 +139,13 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
         fault(r);
         return;
     }
+    if (outcome == BG_REQUEST_HEAVY) {
+        r->base.next = NULL;
+        *conn->last_heavy = &r->base;
+        conn->last_heavy = &r->base.next;
+        conn->heavies++;
+        return;
+    }
     hit(conn);
     if (outcome == BG_REQUEST_DONE) {
         conn->counted.hits++;
@@ -150,11 +157,6 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
         *conn->last_blocked = &r->base;
         conn->last_blocked = &r->base.next;
         conn->gathered++;
-    } else if (outcome == BG_REQUEST_HEAVY) {
-        r->base.next = NULL;
-        *conn->last_heavy = &r->base;
-        conn->last_heavy = &r->base.next;
-        conn->heavies++;
     }
 }
 
@@ -554,9 +556,12 @@ static void share(bg_nbd_conn *conn)
     conn->heavy = NULL;
     conn->last_heavy = &conn->heavy;
     conn->heavies = 0;
+    int count = 0;
     for (bg_request *next; r; r = next) {
         next = r->next;
         go_on(request_of(r), bg_request_try(r, conn->longest));
+        if (++count % EARLY == 0 && conn->output && !conn->full)
+            nbd_flush(conn);
     }
 }
 

@@ -4,7 +4,7 @@
 
 When a cycle of objects is collected, the finalizers of all that is in it run in no order: a `__del__` that ends threads
 would find what they are still using freed by ffi.gc already. Callbacks of weak references come before all of them
-(PEP 442).
+(PEP 442). Whoever in the cycle is finalized after that, and still uses the owner, finds `native` gone.
 """
 
 from __future__ import annotations
@@ -12,22 +12,30 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, TypeVar
+
+N = TypeVar("N")
 
 
-class Ending:
-    """Calls `end` once: when it is called itself, when `owner` is dropped, or at exit. Never in a forked child, which
-    has no native threads to end, and no right to its parent's descriptors.
+class Ending(Generic[N]):
+    """Calls `end` once: when it is called itself, or when `owner` is dropped. Never in a forked child, which has no
+    native threads to end, and no right to its parent's descriptors; nor at exit, when other threads may be at work.
 
     Args:
-        end: called with `natives`, which must not lead to `owner`.
+        native: what is ended; must not lead to `owner`.
+        end: called with it.
     """
 
-    __slots__ = ("_finalize", "_pid")
+    __slots__ = ("_end", "_pid", "native")
 
-    def __init__(self, owner: object, end: Callable[..., object], *natives: Any) -> None:
+    native: N | None
+    """None once it has ended."""
+
+    def __init__(self, owner: object, native: N, end: Callable[[N], object]) -> None:
+        self.native = native
+        self._end = end
         self._pid = os.getpid()
-        self._finalize = weakref.finalize(owner, _end_here, self._pid, end, natives)
+        weakref.finalize(owner, self).atexit = False
 
     @property
     def is_inherited(self) -> bool:
@@ -36,9 +44,6 @@ class Ending:
 
     def __call__(self) -> None:
         """End it now."""
-        self._finalize()
-
-
-def _end_here(pid: int, end: Callable[..., object], natives: tuple[Any, ...]) -> None:
-    if pid == os.getpid():
-        end(*natives)
+        native, self.native = self.native, None
+        if native is not None and not self.is_inherited:
+            self._end(native)

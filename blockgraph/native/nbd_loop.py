@@ -62,6 +62,9 @@ class NbdStats(NamedTuple):
     """of the loop's threads"""
 
 
+_NOTHING = NbdStats(*[0] * len(NbdStats._fields))
+
+
 class Handler(Protocol):
     """Who does the faults of a connection."""
 
@@ -95,14 +98,12 @@ class NbdLoop:
     """
 
     def __init__(self, threads: int) -> None:
-        self._native: Any = None
-        self._last: NbdStats | None = None
         out = ffi.new("bg_nbd_loop **")
         if not 1 <= threads <= lib.BG_NBD_MAX_THREADS:
             raise ValueError(f"threads must be between 1 and {lib.BG_NBD_MAX_THREADS}, not {threads}")
         check(lib.bg_nbd_loop_new(threads, shared_threads(), out))
-        self._native = out[0]
-        self._ending = Ending(self, _end, self._native)
+        self._ending: Ending[Any] = Ending(self, out[0], _end)
+        self._last = _NOTHING
         self._loop = asyncio.get_running_loop()
         self._faults = ffi.new("bg_fault[]", _TAKE)
         assert ffi.sizeof("bg_fault") == _FAULT.size
@@ -117,7 +118,12 @@ class NbdLoop:
     @property
     def stats(self) -> NbdStats:
         """Counters so far; after `close` the last ones."""
-        return _stats(self._native) if self._last is None else self._last
+        native = self._native
+        return self._last if native is None else _stats(native)
+
+    @property
+    def _native(self) -> Any:
+        return self._ending.native
 
     def connect(
         self,
@@ -154,16 +160,13 @@ class NbdLoop:
 
         Close it when all connections have ended. Else faults not replied to keep their memory for good.
         """
-        if self._native is None:
-            return
-        native, self._native = self._native, None
-        if self._ending.is_inherited:
-            return
-        if not self._loop.is_closed():
-            self._loop.remove_reader(lib.bg_nbd_loop_eventfd(native))
-            self._loop.remove_reader(lib.bg_nbd_loop_pollfd(native))
-        lib.bg_nbd_loop_stop(native)
-        self._last = _stats(native)
+        native = self._native
+        if native is not None and not self._ending.is_inherited:
+            if not self._loop.is_closed():
+                self._loop.remove_reader(lib.bg_nbd_loop_eventfd(native))
+                self._loop.remove_reader(lib.bg_nbd_loop_pollfd(native))
+            lib.bg_nbd_loop_stop(native)
+            self._last = _stats(native)
         self._ending()
 
     def _poll(self) -> None:

@@ -24,7 +24,7 @@ import errno
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
@@ -84,6 +84,13 @@ def shared_threads() -> Any:
     return _Shared.get()
 
 
+class _Native(NamedTuple):
+    queue: Any
+    threads: Any
+    owned: bool
+    """the threads"""
+
+
 class Pool:
     """I/O on worker threads.
 
@@ -100,15 +107,11 @@ class Pool:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self._queue: Any = None
-        self._own: Any = None
-        if threads is not None:
-            self._own = _new_threads(threads, threads)
-        self._native = _Shared.get() if threads is None else self._own
+        workers = _Shared.get() if threads is None else _new_threads(threads, threads)
         out = ffi.new("bg_queue **")
-        check(lib.bg_queue_new(self._native, out))
-        self._queue = out[0]
-        self._ending = Ending(self, _end, self._queue, self._own)
+        check(lib.bg_queue_new(workers, out))
+        self._threads = int(lib.bg_pool_threads(workers))
+        self._ending: Ending[_Native] = Ending(self, _Native(out[0], workers, threads is not None), _end)
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
         # What each operation under way waits by, and what it borrows.
         self._pending: dict[int, tuple[asyncio.Future[int], object]] = {}
@@ -119,7 +122,11 @@ class Pool:
     @property
     def threads(self) -> int:
         """Worker threads, also when shared."""
-        return int(lib.bg_pool_threads(self._native))
+        return self._threads
+
+    @property
+    def _native(self) -> _Native | None:
+        return self._ending.native
 
     def attach(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Deliver completions to `loop` (None: the running one).
@@ -127,10 +134,11 @@ class Pool:
         Raises:
             RuntimeError: it is attached already, or closed.
         """
-        if self._queue is None or self._loop is not None:
-            raise RuntimeError("the pool is closed" if self._queue is None else "the pool is attached to a loop")
+        native = self._native
+        if native is None or self._loop is not None:
+            raise RuntimeError("the pool is closed" if native is None else "the pool is attached to a loop")
         loop = asyncio.get_running_loop() if loop is None else loop
-        loop.add_reader(lib.bg_queue_eventfd(self._queue), self._collect)
+        loop.add_reader(lib.bg_queue_eventfd(native.queue), self._collect)
         # Weak, so that a loop dropped without closing the pool takes the pool along.
         self._loop = weakref.ref(loop)
 
@@ -139,19 +147,17 @@ class Pool:
 
         Must not be called while a coroutine of the pool is awaited: it would never be resumed.
         """
-        if self._queue is None:
-            return
-        queue, self._queue = self._queue, None
-        if self._ending.is_inherited:
-            return
+        native = self._native
         loop = self._loop() if self._loop is not None else None
-        if loop is not None and not loop.is_closed():
-            loop.remove_reader(lib.bg_queue_eventfd(queue))
+        if native is not None and not self._ending.is_inherited and loop is not None and not loop.is_closed():
+            loop.remove_reader(lib.bg_queue_eventfd(native.queue))
         self._ending()
         self._pending.clear()
 
     def _collect(self) -> None:
-        count = lib.bg_queue_reap(self._queue, self._reaped, _REAP)
+        native = self._native
+        assert native is not None
+        count = lib.bg_queue_reap(native.queue, self._reaped, _REAP)
         values = iter(ffi.unpack(self._reaped_flat, 2 * count) if count else ())
         pending = self._pending
         for ticket, result in zip(values, values, strict=True):
@@ -162,7 +168,7 @@ class Pool:
 
     def _future(self) -> asyncio.Future[int]:
         loop = asyncio.get_running_loop()
-        if self._loop is None or self._loop() is not loop or self._queue is None:
+        if self._loop is None or self._loop() is not loop:
             raise RuntimeError("the pool is not attached to this loop, or closed")
         return loop.create_future()
 
@@ -279,8 +285,11 @@ class Pool:
         Cancelled: after its end.
         """
         future = self._future()
+        native = self._native
+        if native is None:
+            raise RuntimeError("the pool is closed")
         self._ticket = ticket = self._ticket + 1
-        check(start(self._queue, ticket))
+        check(start(native.queue, ticket))
         self._pending[ticket] = (future, borrowed)
         try:
             return await future
@@ -294,19 +303,20 @@ class Pool:
         self, extents: Sequence[CopyExtent], *, threads: int | None = None, progress: CopyProgress | None = None
     ) -> CopyResult:
         """`copy` for callers outside a loop: waits without the GIL, from any thread. Only `progress` can cancel it."""
-        if self._queue is None:
+        native = self._native
+        if native is None:
             raise RuntimeError("the pool is closed")
         job = Job(extents, self._copy_threads(threads), progress)
-        return job.finish(lib.bg_copy_run(job.native, self._native))
+        return job.finish(lib.bg_copy_run(job.native, native.threads))
 
     def _copy_threads(self, threads: int | None) -> int:
         return max(1, self.threads - 1) if threads is None else threads
 
 
-def _end(queue: Any, own_threads: Any) -> None:
-    lib.bg_queue_free(queue)
-    if own_threads is not None:
-        lib.bg_pool_free(own_threads)
+def _end(native: _Native) -> None:
+    lib.bg_queue_free(native.queue)
+    if native.owned:
+        lib.bg_pool_free(native.threads)
 
 
 _pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pool] = weakref.WeakKeyDictionary()

@@ -367,6 +367,16 @@ static void test_now(void)
     const bg_map_allocator *hook = bg_allocator_hook(allocator);
     CHECK(bg_map_first_write_now(map, 2 * CLUSTER + SECTOR, buf, NULL, SECTOR, 0) == 0 && hook->lately == CLUSTER - SECTOR);
     CHECK(bg_map_first_write_now(map, 4 * CLUSTER, buf, NULL, SECTOR, CLUSTER - SECTOR - 1) == -E2BIG);
+    /* Nor what is to be read would come at once. */
+    snprintf(name, sizeof(name), "/proc/self/fd/%d", backing_fd);
+    slow = open(name, O_RDWR | O_DSYNC | O_CLOEXEC);
+    int slow_slot = bg_map_add_slot(map, slow, 1, 1);
+    bg_map_extent e = {4 * CLUSTER, CLUSTER, 4 * CLUSTER, slow_slot, BG_MAP_ALLOCATE};
+    CHECK(slow >= 0 && bg_map_insert(map, bg_map_generation(map), &e, 1) == 1);
+    CHECK(bg_map_first_write_now(map, 4 * CLUSTER, buf, NULL, SECTOR, INT64_MAX) == -EAGAIN && hook->lately == 0);
+    bg_map_wait(map, bg_map_remove_slot(map, slow_slot));
+    close(slow);
+    fill_map(bg_map_generation(map), 4);
     CHECK(bg_map_first_write_now(map, 5 * CLUSTER - 3 * SECTOR, buf, NULL, 3 * SECTOR, INT64_MAX) == 0);
     CHECK(bg_map_first_write_now(map, 3 * CLUSTER, buf, NULL, SECTOR, CLUSTER) == 0 && hook->lately == 0);
     CHECK(bg_allocator_reserve(allocator) == before - 4);

@@ -240,6 +240,7 @@ static void copies_without_waiting_or_not_at_all(void)
     CHECK(slow >= 0);
     bg_map_extent fast, e;
     CHECK(bg_map_find(target, 0, &fast));
+    CHECK(write_now_at(0, 10 * CLUSTER) == 0);
     CHECK(bg_map_first_write_now(guest[0], 6 * CLUSTER, &(char){NEW}, NULL, 1, 0) == -E2BIG);
     e = (bg_map_extent){0, SIZE, 0, bg_map_add_slot(target, slow, 1, 1), BG_MAP_WRITABLE};
     CHECK(bg_map_insert(target, bg_map_generation(target), &e, 1) == 1);
@@ -259,6 +260,21 @@ static void copies_without_waiting_or_not_at_all(void)
     CHECK(sum[0] != 0 && bg_sums_reset(sums, 8 * CLUSTER, CLUSTER) == 0);
     CHECK(bg_pread(target_fd, two, CLUSTER, 8 * CLUSTER) == CLUSTER && bg_sums_add(sums, 8 * CLUSTER, two, CLUSTER) == 0);
     CHECK(bg_sums_read(sums, 8, 1, same) == 0 && same[0] == sum[0] && same[1] == sum[1]);
+    /* Copied at once, but what is written then would be waited for: no longer heavy. */
+    snprintf(name, sizeof(name), "/proc/self/fd/%d", source_fd);
+    int slow_source = open(name, O_RDWR | O_DSYNC | O_CLOEXEC);
+    CHECK(slow_source >= 0);
+    e = (bg_map_extent){20 * CLUSTER, CLUSTER, 20 * CLUSTER, bg_map_add_slot(guest[0], slow_source, 1, 1),
+                        BG_MAP_WRITABLE | BG_MAP_COPY};
+    CHECK(bg_map_insert(guest[0], bg_map_generation(guest[0]), &e, 1) == 1);
+    CHECK(bg_copier_link_hook(links[0])->lately == CLUSTER && write_now_at(0, 20 * CLUSTER) == -EAGAIN);
+    CHECK(bg_copier_link_hook(links[0])->lately == 0 && byte_at(target_fd, 20 * CLUSTER) == OLD);
+    CHECK(write_at(0, 20 * CLUSTER) == 0 && byte_at(source_fd, 20 * CLUSTER) == NEW);
+    /* Nothing but a look at a bitmap: somebody else has copied it. */
+    bg_copier_stats one;
+    CHECK(write_now_at(0, 21 * CLUSTER) == 0 && bg_copier_link_hook(links[0])->lately == CLUSTER);
+    CHECK(bg_copier_copy(copier, 22 * CLUSTER, 23 * CLUSTER, &one) == 0 && one.moved == CLUSTER);
+    CHECK(write_now_at(0, 22 * CLUSTER) == 0 && bg_copier_link_hook(links[0])->lately == 0);
     /* No longer than one may be kept for: only where it may wait. */
     char *many = malloc(64 * CLUSTER);
     memset(many, NEW, 64 * CLUSTER);
@@ -267,6 +283,7 @@ static void copies_without_waiting_or_not_at_all(void)
     free(many);
     end();
     close(slow);
+    close(slow_source);
     bg_sums_free(sums);
 }
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import subprocess
@@ -12,8 +13,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from blockgraph._native import ffi
 from blockgraph.native.ending import Ending
+from blockgraph.native.pool import Pool
 
 
 class Member:
@@ -29,7 +33,7 @@ def test_a_collected_cycle_ends_before_what_was_made_earlier_is_finalized() -> N
     owner, other = Member(), Member()
     owner.others += [used, other]
     other.others += [used, owner]
-    Ending(owner, events.append, "ended")
+    Ending(owner, "ended", events.append)
     del used, owner, other
     gc.collect()
     assert events == ["ended", "freed"]
@@ -38,7 +42,7 @@ def test_a_collected_cycle_ends_before_what_was_made_earlier_is_finalized() -> N
 def test_it_is_called_once() -> None:
     events: list[str] = []
     owner = Member()
-    ending = Ending(owner, events.append, "ended")
+    ending = Ending(owner, "ended", events.append)
     ending()
     ending()
     del owner
@@ -48,7 +52,7 @@ def test_it_is_called_once() -> None:
 def test_a_forked_child_ends_nothing() -> None:
     events: list[str] = []
     owner = Member()
-    ending = Ending(owner, events.append, "ended")
+    ending = Ending(owner, "ended", events.append)
     child = os.fork()
     if child == 0:
         inherited = ending.is_inherited
@@ -73,16 +77,76 @@ def run(program: str, *args: str) -> str:
     return done.stdout
 
 
-def test_what_is_alive_at_exit_is_ended() -> None:
-    assert (
-        run("""
-        from blockgraph.native.ending import Ending
-        class Owner: pass
-        owner = Owner()
-        Ending(owner, print, "ended")
-    """)
-        == "ended\n"
-    )
+def test_who_uses_it_when_its_native_part_has_ended_finds_that_out() -> None:
+    seen: list[Any] = []
+
+    class Late(Member):
+        def __del__(self) -> None:
+            ending = self.others[0].others[0]
+            seen.append(ending.native)
+            ending()
+
+    late, owner = Late(), Member()
+    owner.others += [Ending(owner, "native", seen.append), late]
+    late.others.append(owner)
+    del owner, late
+    gc.collect()
+    assert seen == ["native", None]
+
+
+def test_pool_is_closed_by_a_coroutine_that_is_collected_with_it() -> None:
+    async def use() -> None:
+        pool = Pool(2)
+        pool.attach()
+        me = asyncio.current_task()  # a cycle
+        try:
+            await asyncio.Event().wait()
+        finally:
+            with pytest.raises(RuntimeError, match="closed"):
+                pool.copy_blocking([])
+            assert pool.threads == 2
+            pool.close()
+            ended.append(me)
+
+    ended: list[object] = []
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(use())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    del loop, task
+    gc.collect()
+    assert len(ended) == 1
+
+
+AT_WORK_AT_EXIT = """
+    import os, threading
+    import blockgraph
+
+    with open("disk", "wb") as file:
+        file.truncate(1 << 24)
+    graph = blockgraph.open({"nodes": [
+        {"driver": "raw", "node-name": "disk", "file": {"driver": "file", "filename": "disk"}},
+    ]})
+    disk = graph.backend("disk", writable=True)
+    busy = threading.Barrier(5)
+
+    def use():
+        disk.pwrite(0, bytes(1 << 20))
+        busy.wait()
+        while True:
+            disk.pwrite(0, bytes(1 << 20))
+            disk.flush()
+
+    for _ in range(4):
+        threading.Thread(target=use, daemon=True).start()
+    busy.wait()
+"""
+
+
+def test_threads_may_be_at_work_at_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert run(AT_WORK_AT_EXIT) == ""
 
 
 # A process of its own: it writes while the server's process collects, and has the interpreter.
