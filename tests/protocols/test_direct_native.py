@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.limits import files_end_at
 from helpers.loop import driver_of, in_loop
 from helpers.qcow2 import check
 
 import blockgraph
 from blockgraph.backend import Backend
 from blockgraph.create import create_file
-from blockgraph.errors import IOFailure
+from blockgraph.errors import IOFailure, NoSpace
 from blockgraph.formats.qcow2 import Qcow2
 from blockgraph.native import allocate_aligned
 from blockgraph.protocols.file import File
@@ -132,6 +133,50 @@ async def test_first_writes_to_an_image_are_native(tmp_path: Path) -> None:
         assert await guest.pread(0, SIZE) == content
     check(path)
     async with await blockgraph.aopen(over("qcow2", storage(path, direct=False))) as graph:
+        assert await (await graph.backend("disk")).pread(0, SIZE) == content
+
+
+@in_loop
+async def test_file_is_made_longer_for_many_clusters_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    await create_file(str(path), SIZE, "qcow2", replace=True, cluster_size=CLUSTER)
+    before = path.stat().st_size
+    async with await blockgraph.aopen(over("qcow2", storage(path))) as graph:
+        guest = await graph.backend("disk", writable=True)
+        await write(guest, 0, b"x" * CLUSTER)  # has the reserve filled
+        first_writes = driver_of(graph, "disk", Qcow2).first_writes
+        assert first_writes is not None
+        await until(lambda: first_writes.reserve > 0)
+        end = path.stat().st_size
+        assert end >= before + (first_writes.reserve + 1) * CLUSTER
+        for cluster in range(1, 8):
+            assert await write(guest, cluster * CLUSTER, b"y" * CLUSTER)
+        assert path.stat().st_size == end
+        assert await guest.pread(0, SIZE) == b"x" * CLUSTER + b"y" * 7 * CLUSTER + bytes(SIZE - 8 * CLUSTER)
+    check(path)
+
+
+@in_loop
+async def test_file_that_can_not_be_made_that_long_is_used_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    await create_file(str(path), SIZE, "qcow2", replace=True, cluster_size=CLUSTER)
+    room = 5  # clusters, one of them a table; the reserve would be more
+    content = bytearray(SIZE)
+    refused = 0
+    with files_end_at(path.stat().st_size + room * CLUSTER):
+        async with await blockgraph.aopen(over("qcow2", storage(path))) as graph:
+            guest = await graph.backend("disk", writable=True)
+            for start in range(0, 20 * CLUSTER, CLUSTER):
+                try:
+                    await write(guest, start, b"x" * CLUSTER)
+                except NoSpace:
+                    refused += 1
+                else:
+                    content[start : start + CLUSTER] = b"x" * CLUSTER
+            assert refused == 20 - (room - 1)
+            assert await guest.pread(0, SIZE) == content
+    check(path)
+    async with await blockgraph.aopen(over("qcow2", storage(path))) as graph:
         assert await (await graph.backend("disk")).pread(0, SIZE) == content
 
 

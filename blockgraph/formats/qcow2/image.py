@@ -8,12 +8,14 @@ Host offsets are bytes in the child `file`; guest offsets are bytes in the node.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from blockgraph.errors import CorruptImage, NoSpace, Unsupported
+from blockgraph.errors import BlockGraphError, CorruptImage, NoSpace, Unsupported
+from blockgraph.flags import Flag
 from blockgraph.formats.qcow2.header import INCOMPATIBLE, Header, Incompatible
 from blockgraph.node import Child, Node
 
@@ -116,6 +118,17 @@ class Image:
                 errno=errno.ENOSPC,
                 hint="make the storage larger",
             ) from None
+
+    async def reach(self, end: int) -> None:
+        """Make the file reach `end`, a cluster's, which is new, if it is one that is better not made longer by many
+        writes: with O_DIRECT they go one after the other, as long as the device takes for each (ext4: 9,000 a second,
+        and 23,000 inside the file). A file that can not be made longer stays: the write will say why.
+        """
+        below = self.file.node
+        align = below.driver.request_alignment
+        if below.driver.growable and align > 1 and self.cluster_size % align == 0 and end > below.size():
+            with contextlib.suppress(BlockGraphError):
+                await self.file.pwrite_zeroes(end - self.cluster_size, self.cluster_size, Flag.NO_FALLBACK)
 
 
 async def run_all(work: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -224,6 +224,8 @@ class Refcounts:
         """Set refcounts from 0 to 1, inside one block."""
         host = first << self._bits
         await self._check_room(host, count)
+        if count > 1:
+            await self._image.reach(host + (count << self._bits))
         index, at = divmod(first, self._per_block)
         block = await self._block(index)
         assert block is not None
