@@ -64,6 +64,10 @@ _GUEST_CHUNK = 1 << 20
 #: Shorter runs than this, bytes, are copied natively, many at once, where the maps can tell where they are.
 _FRAGMENT = 1 << 20
 
+#: Transfers to or from devices that each worker of a job has under way. Four workers with 4 of 512 KiB each are faster
+#: by a tenth than with one of 2 MiB, and than with 8 (ext4 on virtio, 2 GiB: 1.47, 1.61, 1.62 s).
+_DIRECT_TRANSFERS = 4
+
 #: Pieces of source that are held at a time.
 _MAX_LEAVES = 512
 
@@ -682,11 +686,10 @@ class BlockCopy:
 
     async def _copy_native(self, extents: list[CopyExtent], storages: list[tuple[Node, Node]]) -> None:
         progress = CopyProgress()  # of its own: cancelled with this call
-        # Devices get as many transfers at once as the job has workers. More of them made one take a fifth longer.
         direct = any(node.options.cache.direct for pair in storages for node in pair)
         try:
             await get_pool(asyncio.get_running_loop()).copy(
-                extents, threads=1 if direct else None, progress=progress, sums=self.sums
+                extents, threads=_DIRECT_TRANSFERS if direct else None, progress=progress, sums=self.sums
             )
         except CopyError as error:
             source, target = storages[error.extent]

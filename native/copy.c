@@ -18,9 +18,9 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#define BUFFER (256 << 10)    /* fits a core's own cache: what was read is still there when it is written */
-#define DIRECT (2 << 20)      /* the same with O_DIRECT, where each transfer waits for the device: a huge page */
-#define CHUNK (1 << 20)       /* bytes a task copies before it looks for waiters and cancellation, or a buffer */
+#define BUFFER (256 << 10)    /* of a runner: fits a core's own cache, so that what was read is still there when it is written */
+#define DIRECT (512 << 10)    /* the same with O_DIRECT; four are a huge page */
+#define CHUNK (1 << 20)       /* bytes a task copies before it looks for waiters and cancellation */
 #define ZERO_CHUNK (64 << 20) /* the same for ranges made zero, mostly one system call */
 #define WINDOW (8 << 20)      /* bytes after which a device is told to begin writing them */
 #define BLOCK 4096 /* unit of zero detection: smaller holes save nothing on common file systems */
@@ -31,7 +31,6 @@
 typedef struct {
     bg_task task; /* first: a task of ours is its runner */
     bg_copy *job;
-    char *buffer; /* from the first use on */
 } runner;
 
 struct bg_copy {
@@ -49,6 +48,7 @@ struct bg_copy {
     atomic_bool no_clones; /* the file systems have refused */
     int active;            /* runners that have not ended */
     bg_copy_failure failure;
+    char *memory;     /* a buffer for each runner, from the first use on */
     uint32_t buffer_size;
     enum bg_haste target; /* its files */
     bool cached; /* the target's bytes wait in the page cache for a device */
@@ -60,7 +60,7 @@ typedef struct {
     bg_copy *job;
     const bg_copy_extent *extent;
     int64_t index, offset, length; /* offset in the extent */
-    char **buffer;
+    const runner *runner;
 } chunk;
 
 int64_t bg_copy_bytes(const bg_copy_progress *progress)
@@ -213,15 +213,33 @@ static int add_sum(const chunk *c, const char *data, int64_t done, int64_t lengt
     return ret < 0 ? fail(c, done, BG_COPY_READ, ret) : 0;
 }
 
+static uint32_t memory_size(const bg_copy *job)
+{
+    return bg_buffer_size((uint32_t)job->threads * job->buffer_size);
+}
+
+/* The runner's; NULL: there is no memory. */
+static char *take_buffer(const chunk *c)
+{
+    bg_copy *job = c->job;
+    pthread_mutex_lock(&job->lock);
+    if (!job->memory)
+        job->memory = bg_buffers_take(bg_pool_buffers(job->pool), memory_size(job));
+    char *memory = job->memory;
+    pthread_mutex_unlock(&job->lock);
+    return memory ? memory + (c->runner - job->runners) * job->buffer_size : NULL;
+}
+
 static int read_and_write(const chunk *c, int64_t done)
 {
     const bg_copy_extent *e = c->extent;
     const int64_t size = c->job->buffer_size;
-    if (!*c->buffer && !(*c->buffer = bg_buffers_take(bg_pool_buffers(c->job->pool), c->job->buffer_size)))
+    char *buffer = take_buffer(c);
+    if (!buffer)
         return fail(c, done, BG_COPY_READ, -ENOMEM);
     for (int64_t part; done < c->length; done += part) {
         part = c->length - done < size ? c->length - done : size;
-        int64_t n = bg_pread(e->source_fd, *c->buffer, part, e->source_offset + c->offset + done);
+        int64_t n = bg_pread(e->source_fd, buffer, part, e->source_offset + c->offset + done);
         if (n < 0)
             return fail(c, done, BG_COPY_READ, n);
         int ret = 0;
@@ -230,11 +248,11 @@ static int read_and_write(const chunk *c, int64_t done)
         else if (n == 0)
             ret = make_zero(c, done, part);
         else if (e->flags & BG_COPY_DETECT_ZEROES)
-            ret = write_detecting(c, *c->buffer, done, part);
+            ret = write_detecting(c, buffer, done, part);
         else
-            ret = write_part(c, *c->buffer, done, part);
+            ret = write_part(c, buffer, done, part);
         if (ret == 0 && e->flags & BG_COPY_SUM)
-            ret = add_sum(c, *c->buffer, done, part);
+            ret = add_sum(c, buffer, done, part);
         if (ret < 0)
             return ret;
     }
@@ -305,11 +323,6 @@ static void write_behind(const chunk *c)
     sync_file_range(e->target_fd, e->target_offset + start, end - start, SYNC_FILE_RANGE_WRITE);
 }
 
-static int64_t chunk_size(const bg_copy *job)
-{
-    return job->buffer_size > CHUNK ? job->buffer_size : CHUNK;
-}
-
 static bool next_chunk(bg_copy *job, chunk *c)
 {
     bool found = false;
@@ -317,9 +330,9 @@ static bool next_chunk(bg_copy *job, chunk *c)
     bool stop = job->failure.error || __atomic_load_n(&job->progress->cancel, __ATOMIC_RELAXED);
     while (!stop && !found && job->at < job->count) {
         const bg_copy_extent *e = &job->extents[job->at];
-        int64_t left = e->length - job->at_offset, most = e->flags & BG_COPY_ZERO ? ZERO_CHUNK : chunk_size(job);
+        int64_t left = e->length - job->at_offset, most = e->flags & BG_COPY_ZERO ? ZERO_CHUNK : CHUNK;
         if (left > 0) {
-            *c = (chunk){job, e, job->at, job->at_offset, left < most ? left : most, c->buffer};
+            *c = (chunk){job, e, job->at, job->at_offset, left < most ? left : most, c->runner};
             job->at_offset += c->length;
             found = true;
         }
@@ -344,7 +357,7 @@ static void run_runner(bg_task *task)
 {
     runner *self = (runner *)task;
     bg_copy *job = self->job;
-    chunk c = {.buffer = &self->buffer};
+    chunk c = {.runner = self};
     while (next_chunk(job, &c)) {
         if (copy_chunk(&c) == 0)
             write_behind(&c);
@@ -353,10 +366,10 @@ static void run_runner(bg_task *task)
             return;
         }
     }
-    if (self->buffer)
-        bg_buffers_give(bg_pool_buffers(job->pool), self->buffer, job->buffer_size);
     pthread_mutex_lock(&job->lock);
     bool last = --job->active == 0;
+    if (last && job->memory)
+        bg_buffers_give(bg_pool_buffers(job->pool), job->memory, memory_size(job));
     int64_t result = job_result(job);
     bg_entry *entry = job->entry;
     if (last && !entry)
