@@ -19,7 +19,8 @@
 #include <unistd.h>
 
 #define BUFFER (256 << 10)    /* of a runner: fits a core's own cache, so that what was read is still there when it is written */
-#define DIRECT (512 << 10)    /* the same with O_DIRECT; four are a huge page */
+#define DIRECT (512 << 10)    /* the same with O_DIRECT */
+#define HUGE_PAGE (2 << 20)   /* a device is told such a buffer in one piece; in small pages a copy takes nearly twice as long */
 #define CHUNK (1 << 20)       /* bytes a task copies before it looks for waiters and cancellation */
 #define ZERO_CHUNK (64 << 20) /* the same for ranges made zero, mostly one system call */
 #define WINDOW (8 << 20)      /* bytes after which a device is told to begin writing them */
@@ -215,7 +216,8 @@ static int add_sum(const chunk *c, const char *data, int64_t done, int64_t lengt
 
 static uint32_t memory_size(const bg_copy *job)
 {
-    return bg_buffer_size((uint32_t)job->threads * job->buffer_size);
+    uint32_t size = bg_buffer_size((uint32_t)job->threads * job->buffer_size);
+    return job->buffer_size == DIRECT && size < HUGE_PAGE ? HUGE_PAGE : size;
 }
 
 /* The runner's; NULL: there is no memory. */
