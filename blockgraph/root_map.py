@@ -262,7 +262,8 @@ class RootMap:
             writable = writable and not node.read_only and node.options.detect_zeroes == "off"
             recording = [bitmap for bitmap in node.bitmaps.values() if bitmap.recording]
             enabled = {bitmap.recorder for bitmap in recording}
-            if (shift and enabled) or any(bitmap.size < size for bitmap in recording):
+            # Native writes set bits by offsets of the disk, up to its size: below a format some happen to be the same.
+            if (shift and enabled) or any(bitmap.size < max(size, self.extents.size) for bitmap in recording):
                 writable = False
             if placing is None:
                 bitmaps |= enabled
