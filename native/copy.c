@@ -32,6 +32,7 @@
 typedef struct {
     bg_task task; /* first: a task of ours is its runner */
     bg_copy *job;
+    int place; /* of its buffer, from 1 on; 0: it has read nothing yet */
 } runner;
 
 struct bg_copy {
@@ -49,7 +50,8 @@ struct bg_copy {
     atomic_bool no_clones; /* the file systems have refused */
     int active;            /* runners that have not ended */
     bg_copy_failure failure;
-    char *memory;     /* a buffer for each runner, from the first use on */
+    char *memory; /* a buffer for each runner that reads, from the first use on */
+    int places, placed;
     uint32_t buffer_size;
     enum bg_haste target; /* its files */
     bool cached; /* the target's bytes wait in the page cache for a device */
@@ -61,7 +63,7 @@ typedef struct {
     bg_copy *job;
     const bg_copy_extent *extent;
     int64_t index, offset, length; /* offset in the extent */
-    const runner *runner;
+    runner *runner;
 } chunk;
 
 int64_t bg_copy_bytes(const bg_copy_progress *progress)
@@ -216,7 +218,7 @@ static int add_sum(const chunk *c, const char *data, int64_t done, int64_t lengt
 
 static uint32_t memory_size(const bg_copy *job)
 {
-    uint32_t size = bg_buffer_size((uint32_t)job->threads * job->buffer_size);
+    uint32_t size = bg_buffer_size((uint32_t)job->places * job->buffer_size);
     return job->buffer_size == DIRECT && size < HUGE_PAGE ? HUGE_PAGE : size;
 }
 
@@ -228,8 +230,10 @@ static char *take_buffer(const chunk *c)
     if (!job->memory)
         job->memory = bg_buffers_take(bg_pool_buffers(job->pool), memory_size(job));
     char *memory = job->memory;
+    if (!c->runner->place)
+        c->runner->place = ++job->placed;
     pthread_mutex_unlock(&job->lock);
-    return memory ? memory + (c->runner - job->runners) * job->buffer_size : NULL;
+    return memory ? memory + (int64_t)(c->runner->place - 1) * job->buffer_size : NULL;
 }
 
 static int read_and_write(const chunk *c, int64_t done)
@@ -398,10 +402,20 @@ static enum bg_lane look_at_files(bg_copy *job)
     return source == BG_HASTE_ALL && target == BG_HASTE_ALL ? BG_LANE_BUSY : BG_LANE_PLAIN;
 }
 
+/* Runners that may have something to read. */
+static int readers(const bg_copy *job)
+{
+    int64_t chunks = 0;
+    for (int64_t i = 0; i < job->count && chunks < job->threads; i++)
+        chunks += (job->extents[i].length + CHUNK - 1) / CHUNK;
+    return chunks < job->threads ? (int)chunks : job->threads;
+}
+
 static void start_runners(bg_copy *job)
 {
     /* Between files in memory more threads than processors only spin for the target's lock. */
     enum bg_lane lane = look_at_files(job);
+    job->places = readers(job);
     job->active = job->threads;
     for (int i = 0; i < job->threads; i++) {
         job->runners[i] = (runner){.task = {.run = run_runner, .lane = (uint8_t)lane}, .job = job};
