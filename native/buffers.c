@@ -9,7 +9,6 @@
 
 #define SMALLEST_BITS 12
 #define CLASSES 20
-#define HUGE_PAGE (2U << 20)
 #define KEPT (8 << 20) /* free bytes kept for each size; larger buffers are not kept */
 
 typedef struct spare {
@@ -58,9 +57,9 @@ void bg_buffers_free(bg_buffers *buffers)
 
 static void *allocate(uint32_t size)
 {
-    if (size < HUGE_PAGE)
+    if (size < BG_HUGE_PAGE)
         return aligned_alloc(1U << SMALLEST_BITS, size);
-    void *made = aligned_alloc(HUGE_PAGE, size);
+    void *made = aligned_alloc(BG_HUGE_PAGE, size);
     if (made)
         madvise(made, size, MADV_HUGEPAGE);
     return made;

@@ -21,6 +21,7 @@ void bg_buffer_free(void *buf);
 /* cffi:end */
 
 #define BG_BUFFER_MAX (UINT32_C(1) << 31)
+#define BG_HUGE_PAGE (UINT32_C(2) << 20)
 
 typedef struct bg_buffers bg_buffers;
 

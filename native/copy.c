@@ -19,8 +19,7 @@
 #include <unistd.h>
 
 #define BUFFER (256 << 10)    /* of a runner: fits a core's own cache, so that what was read is still there when it is written */
-#define DIRECT (512 << 10)    /* the same with O_DIRECT */
-#define HUGE_PAGE (2 << 20)   /* a device is told such a buffer in one piece; in small pages a copy takes nearly twice as long */
+#define DIRECT (512 << 10)    /* the same with O_DIRECT, in a huge page: in small ones a copy takes nearly twice as long */
 #define CHUNK (1 << 20)       /* bytes a task copies before it looks for waiters and cancellation */
 #define ZERO_CHUNK (64 << 20) /* the same for ranges made zero, mostly one system call */
 #define WINDOW (8 << 20)      /* bytes after which a device is told to begin writing them */
@@ -54,7 +53,6 @@ struct bg_copy {
     int places, placed;
     uint32_t buffer_size;
     enum bg_haste target; /* its files */
-    bool cached; /* the target's bytes wait in the page cache for a device */
     int threads;
     runner runners[];
 };
@@ -183,7 +181,7 @@ static int make_zero(const chunk *c, int64_t done, int64_t length)
 static int write_part(const chunk *c, const char *data, int64_t done, int64_t length)
 {
     const bg_copy_extent *e = c->extent;
-    int64_t ret = bg_pwrite_aligned(c->job->target, 1, e->target_fd, data, length, e->target_offset + c->offset + done);
+    int64_t ret = bg_pwrite_by(c->job->target, e->target_fd, data, length, e->target_offset + c->offset + done);
     if (ret < 0)
         return fail(c, done, BG_COPY_WRITE, ret);
     account(c, length, false);
@@ -219,7 +217,7 @@ static int add_sum(const chunk *c, const char *data, int64_t done, int64_t lengt
 static uint32_t memory_size(const bg_copy *job)
 {
     uint32_t size = bg_buffer_size((uint32_t)job->places * job->buffer_size);
-    return job->buffer_size == DIRECT && size < HUGE_PAGE ? HUGE_PAGE : size;
+    return job->buffer_size == DIRECT && size < BG_HUGE_PAGE ? BG_HUGE_PAGE : size;
 }
 
 /* The runner's; NULL: there is no memory. */
@@ -322,7 +320,7 @@ static void write_behind(const chunk *c)
 {
     const bg_copy_extent *e = c->extent;
     int64_t end = c->offset + c->length;
-    if (!c->job->cached || e->length < CHUNK || (end % WINDOW && end < e->length))
+    if (c->job->target != BG_HASTE_ASK || e->length < CHUNK || (end % WINDOW && end < e->length))
         return;
     int64_t start = (end - 1) / WINDOW * WINDOW; /* and the window before: chunks of it may have been late */
     start = start > WINDOW ? start - WINDOW : 0;
@@ -396,7 +394,6 @@ static enum bg_lane look_at_files(bg_copy *job)
     bool waits = bg_always_waits(source) || bg_always_waits(target);
     job->buffer_size = waits ? DIRECT : BUFFER;
     job->target = target;
-    job->cached = target == BG_HASTE_ASK;
     if (waits)
         return BG_LANE_WAITS;
     return source == BG_HASTE_ALL && target == BG_HASTE_ALL ? BG_LANE_BUSY : BG_LANE_PLAIN;

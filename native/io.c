@@ -114,7 +114,7 @@ int64_t bg_pread_aligned(int alignment, int fd, void *buf, int64_t length, int64
     return ret < 0 ? ret : got;
 }
 
-static int64_t write_whole(enum bg_haste haste, int fd, const void *buf, int64_t length, int64_t offset)
+int64_t bg_pwrite_by(enum bg_haste haste, int fd, const void *buf, int64_t length, int64_t offset)
 {
     return haste == BG_HASTE_DIRECT ? bg_pwrite_direct(fd, buf, length, offset) : bg_pwrite(fd, buf, length, offset);
 }
@@ -125,12 +125,12 @@ int64_t bg_pwrite_aligned(enum bg_haste haste, int alignment, int fd, const void
     if (!range_ok(length, offset))
         return -EINVAL;
     if (in_place(alignment, buf, length, &bounce))
-        return write_whole(haste, fd, buf, length, offset);
+        return bg_pwrite_by(haste, fd, buf, length, offset);
     int64_t ret = bounce ? 0 : -ENOMEM;
     for (int64_t done = 0, n; done < length && ret >= 0; done += n) {
         n = length - done < BOUNCE ? length - done : BOUNCE;
         memcpy(bounce, (const char *)buf + done, (size_t)n);
-        ret = write_whole(haste, fd, bounce, n, offset + done);
+        ret = bg_pwrite_by(haste, fd, bounce, n, offset + done);
     }
     free(bounce);
     return ret < 0 ? ret : length;

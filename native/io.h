@@ -64,9 +64,12 @@ static inline bool bg_waits(int haste, bool write)
 
 enum bg_haste bg_haste_of(int fd);
 
+/* As bg_pwrite, for who knows the descriptor: with O_DIRECT by direct.h. */
+int64_t bg_pwrite_by(enum bg_haste haste, int fd, const void *buf, int64_t length, int64_t offset);
+
 /*
- * As bg_pread and bg_pwrite, for descriptors that want memory at multiples of `alignment` (a power of two): through memory of their
- * own where `buf` is not. -ENOMEM: there is none. Writes with O_DIRECT are made by direct.h.
+ * As bg_pread and bg_pwrite_by, for descriptors that want memory at multiples of `alignment` (a power of two): through memory of
+ * their own where `buf` is not. -ENOMEM: there is none.
  */
 int64_t bg_pread_aligned(int alignment, int fd, void *buf, int64_t length, int64_t offset);
 int64_t bg_pwrite_aligned(enum bg_haste haste, int alignment, int fd, const void *buf, int64_t length, int64_t offset);

@@ -99,14 +99,19 @@ bool nbd_give_buffer(nbd_request *r, uint32_t cost)
     return true;
 }
 
+static void append(bg_request ***last, bg_request *r)
+{
+    r->next = NULL;
+    **last = r;
+    *last = &r->next;
+}
+
 static void fault(nbd_request *r)
 {
     bg_nbd_conn *conn = r->conn;
     if (conn->misses < MISSES)
         conn->misses++;
-    r->base.next = NULL;
-    *conn->last_fault = &r->base;
-    conn->last_fault = &r->base.next;
+    append(&conn->last_fault, &r->base);
 }
 
 static void post_faults(bg_nbd_conn *conn)
@@ -140,9 +145,7 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
         return;
     }
     if (outcome == BG_REQUEST_HEAVY) {
-        r->base.next = NULL;
-        *conn->last_heavy = &r->base;
-        conn->last_heavy = &r->base.next;
+        append(&conn->last_heavy, &r->base);
         conn->heavies++;
         return;
     }
@@ -153,9 +156,7 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
     } else if (outcome == BG_REQUEST_BLOCKS) {
         if (r->base.lane == BG_LANE_WAITS && !conn->source.aio && !conn->by_caller && bg_map_is_direct(conn->source.map))
             nbd_use_aio(conn);
-        r->base.next = NULL;
-        *conn->last_blocked = &r->base;
-        conn->last_blocked = &r->base.next;
+        append(&conn->last_blocked, &r->base);
         conn->gathered++;
     }
 }

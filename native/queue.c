@@ -120,7 +120,7 @@ static int64_t execute(const bg_entry *e)
     case BG_OP_PREAD:
         return bg_pread(e->fd, e->buf, e->length, e->offset);
     case BG_OP_PWRITE:
-        return bg_pwrite_aligned(e->haste, 1, e->fd, e->buf, e->length, e->offset);
+        return bg_pwrite_by(e->haste, e->fd, e->buf, e->length, e->offset);
     case BG_OP_FDATASYNC:
         do
             ret = fdatasync(e->fd) < 0 ? -errno : 0;
@@ -141,7 +141,6 @@ static void run_entry(bg_task *task)
     bg_entry *entry = (bg_entry *)task;
     bg_queue_complete(entry, execute(entry));
 }
-
 
 int bg_queue_submit(bg_queue *queue, int64_t ticket, int op, int fd, void *buf, int64_t length, int64_t offset, int mode)
 {

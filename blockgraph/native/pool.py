@@ -168,7 +168,7 @@ class Pool:
 
     def _future(self) -> asyncio.Future[int]:
         loop = asyncio.get_running_loop()
-        if self._loop is None or self._loop() is not loop:
+        if self._loop is None or self._loop() is not loop or self._native is None:
             raise RuntimeError("the pool is not attached to this loop, or closed")
         return loop.create_future()
 
@@ -286,8 +286,7 @@ class Pool:
         """
         future = self._future()
         native = self._native
-        if native is None:
-            raise RuntimeError("the pool is closed")
+        assert native is not None
         self._ticket = ticket = self._ticket + 1
         check(start(native.queue, ticket))
         self._pending[ticket] = (future, borrowed)

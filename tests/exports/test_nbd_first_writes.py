@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +18,7 @@ from blockgraph.exports.nbd import NbdExport, NbdServer, protocol
 from blockgraph.exports.nbd.protocol import Cmd
 from blockgraph.formats.qcow2 import Qcow2
 from blockgraph.testing.nbd_client import NbdClient
-from tests.helpers.nbd import run_async
+from tests.helpers.nbd import leave_replies, run_async
 
 CLUSTER = 64 << 10
 CLUSTERS = 8  # fewer than the least reserve
@@ -103,9 +102,7 @@ async def test_many_at_once_with_old_bytes_to_copy_are_shared_with_the_pool(tmpf
         assert before is not None
         model = bytearray(old)
         writer = await NbdClient.connect_unix(str(tmpfs / "socket"), "disk")
-        assert writer._task is not None
-        writer._task.cancel()  # the replies are read here
-        await asyncio.wait([writer._task])
+        await leave_replies(writer)
         together = 8
         for first in range(0, clusters - together, together):
             while driver.first_writes.reserve < together:

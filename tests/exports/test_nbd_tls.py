@@ -20,7 +20,7 @@ from blockgraph.exports.nbd.tls import server_context
 from blockgraph.exports.options import TlsCredentials
 from blockgraph.testing.nbd_client import OptionRefusedError, string
 from tests.helpers.certificates import make_certificates
-from tests.helpers.nbd import run_async, serving
+from tests.helpers.nbd import raw_client, run_async, serving
 
 MIB = 1 << 20
 
@@ -69,10 +69,7 @@ async def test_tls_client_that_does_not_read_stops_only_itself(certificates: Pat
     context = client_context(certificates)
     async with serving(size=2 * MIB, tls=context_for(certificates)) as served:
         served.disk.data[:] = os.urandom(MIB) * 2
-        lazy = await served.client(tls=context, server_hostname="localhost")
-        assert lazy._task is not None
-        lazy._task.cancel()
-        await asyncio.wait([lazy._task])
+        lazy = await raw_client(served, tls=context, server_hostname="localhost")
         for number in range(100):
             await lazy.wire.send_request(Cmd.READ, number, number, MIB)
         async with await served.client() as other:

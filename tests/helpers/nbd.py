@@ -82,10 +82,15 @@ class Served:
 async def raw_client(served: Served, **how: Any) -> NbdClient:
     """A client whose replies the test reads itself."""
     client = await served.client(**how)
+    await leave_replies(client)
+    return client
+
+
+async def leave_replies(client: NbdClient) -> None:
+    """The test reads the client's replies itself from now on."""
     assert client._task is not None
     client._task.cancel()
     await asyncio.wait([client._task])
-    return client
 
 
 @asynccontextmanager
