@@ -56,8 +56,8 @@ typedef struct {
 /*
  * The extents of a region, in the form that takes less memory.
  * List: start[i] is relative to the region and belongs to at[i].
- * Table: for every cluster of the region a word of leaf_table(), which says where it lives. So the map of a fragmented image
- * takes as much memory as the image's own tables.
+ * Table: for every cluster of the region a word, which says where it lives. Where one storage has all of them, as most images have,
+ * words are short: so the map of a fragmented image takes half as much memory as the image's own tables.
  */
 typedef struct {
     garbage garbage; /* first in all that is retired */
@@ -67,22 +67,32 @@ typedef struct {
 } leaf;
 
 /*
- * What the region table has: a leaf's address, and in the bits that its alignment leaves free all that a look-up in a table needs
- * to know before the word. So the leaf's head stays out of the cache, and a map much larger than that costs one miss.
+ * What the region table has: a leaf's address, and in the bits that an aligned address leaves free, below and above, all that a
+ * look-up in a table needs to know before the word. So the leaf's head stays out of the cache, and a map much larger than that
+ * costs one miss.
+ *
+ *     63 short | 57-48 slot of short words | 47-5 address | 4-1 log2 of the clusters | 0 used
+ *
+ * Linux hands out addresses past 47 bits only to who asks for them.
  */
-typedef uintptr_t leaf_ref;
+typedef uint64_t leaf_ref;
 #define LEAF_ALIGN 32
+#define ADDRESS_BITS 48
 #define REF_USED ((leaf_ref)1) /* since the clock's hand came by */
 #define REF_SHIFT 1            /* log2 of a table's clusters, less CLUSTER_SHIFT_BASE; 0: a list */
+#define REF_SHORT ((leaf_ref)1 << 63)
 #define CLUSTER_SHIFT_BASE 8
 #define CLUSTER_SHIFT_MAX 23
 
-/* Words of a table leaf: storage offset / 512 << 14 | slot << 4 | flags, or WORD_NONE. */
+/* Words of a table: storage offset / 512 << 14 | slot << 4 | flags, or WORD_NONE. The slot of ZERO is 0. */
 #define WORD_SHIFT 9
 #define SLOT_BITS 10
 #define FLAG_BITS 4
 #define WORD_NONE UINT64_MAX
 #define WORD_END ((uint64_t)1 << (64 - SLOT_BITS - FLAG_BITS + WORD_SHIFT)) /* of storage offsets */
+/* Short: storage offset in clusters << 4 | flags, or SHORT_NONE. */
+#define SHORT_NONE UINT32_MAX
+#define SHORT_END ((uint64_t)SHORT_NONE >> FLAG_BITS) /* of storage offsets in clusters */
 _Static_assert(BG_MAP_SLOTS == 1 << SLOT_BITS, "a slot fits its bits");
 _Static_assert(BG_MAP_ALLOCATE < 1 << FLAG_BITS, "flags fit their bits");
 _Static_assert(CLUSTER_SHIFT_MAX - CLUSTER_SHIFT_BASE < LEAF_ALIGN >> REF_SHIFT, "a shift fits its bits");
@@ -214,7 +224,12 @@ extern leaf no_extents;
 
 static inline leaf *ref_leaf(leaf_ref ref)
 {
-    return (leaf *)(ref & ~(leaf_ref)(LEAF_ALIGN - 1));
+    return (leaf *)(uintptr_t)(ref & (((leaf_ref)1 << ADDRESS_BITS) - LEAF_ALIGN));
+}
+
+static inline leaf_ref leaf_as_ref(leaf *l)
+{
+    return (leaf_ref)(uintptr_t)l;
 }
 
 /* log2 of a table's clusters; 0: a list. */
@@ -229,15 +244,37 @@ static inline const uint32_t *leaf_starts(const leaf *l)
     return (const uint32_t *)(const void *)(l->at + l->count);
 }
 
-static inline _Atomic uint64_t *leaf_table(leaf *l)
+static inline unsigned ref_slot(leaf_ref ref)
 {
-    return (_Atomic uint64_t *)(void *)l->at;
+    return (unsigned)(ref >> ADDRESS_BITS) & (BG_MAP_SLOTS - 1);
 }
 
-/* Word i of a table leaf whose region begins at `region_start`, of a disk of `size` bytes; false: a hole. */
-static inline bool ref_word(leaf_ref ref, uint32_t i, int64_t region_start, int64_t size, span *out)
+static inline _Atomic uint64_t *ref_words(leaf_ref ref)
 {
-    uint64_t word = atomic_load(&leaf_table(ref_leaf(ref))[i]);
+    return (_Atomic uint64_t *)(void *)ref_leaf(ref)->at;
+}
+
+static inline _Atomic uint32_t *ref_short_words(leaf_ref ref)
+{
+    return (_Atomic uint32_t *)(void *)ref_leaf(ref)->at;
+}
+
+/* Word i of a table, in its long form. */
+static inline uint64_t ref_word(leaf_ref ref, uint64_t i)
+{
+    if (!(ref & REF_SHORT))
+        return atomic_load(&ref_words(ref)[i]);
+    uint32_t word = atomic_load(&ref_short_words(ref)[i]);
+    uint32_t flags = word & ((1 << FLAG_BITS) - 1);
+    uint64_t place = (uint64_t)(word >> FLAG_BITS) << (ref_shift(ref) - WORD_SHIFT + SLOT_BITS + FLAG_BITS);
+    uint64_t slot = flags & BG_MAP_ZERO ? 0 : ref_slot(ref);
+    return word == SHORT_NONE ? WORD_NONE : place | slot << FLAG_BITS | flags;
+}
+
+/* The cluster of word i of a table whose region begins at `region_start`, of a disk of `size` bytes; false: a hole. */
+static inline bool ref_cluster(leaf_ref ref, uint32_t i, int64_t region_start, int64_t size, span *out)
+{
+    uint64_t word = ref_word(ref, i);
     unsigned shift = ref_shift(ref);
     int64_t start = region_start + ((int64_t)i << shift), length = (int64_t)1 << shift;
     *out = (span){start, length < size - start ? start + length : size,
@@ -299,10 +336,10 @@ void map_finish(bg_map *map);
 /* Memory within the bound, aligned for a leaf_ref, that begins with its garbage; NULL: none. */
 void *map_room(bg_map *map, space *sp, size_t bytes);
 
-/* extent_map_tables.c. log2 of the clusters that a table of a region's spans would have; 0: they can not be one, or it would
- * take more memory. */
-unsigned table_shift(const span_list *list, int64_t start, int64_t end);
-leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, unsigned shift);
+/* extent_map_tables.c. The form of a table of a region's spans: what a reference to it says, without the address. 0: they can not be
+ * one, or it would take more memory. */
+leaf_ref table_form(const span_list *list, int64_t start, int64_t end);
+leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, leaf_ref form);
 /* Change the region's table in place. False when there is none, it can not say that, or something else may now be smaller: the change is
  * to be made once more, then, on spans. */
 bool table_change(bg_map *map, space *sp, int64_t region, int64_t start, int64_t end, enum change change, const span *what);

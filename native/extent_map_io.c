@@ -56,7 +56,7 @@ bool map_find(space *sp, int64_t offset, span *out)
         if (!(ref & REF_USED))
             atomic_compare_exchange_strong(&sp->leaf[region], &seen, ref | REF_USED);
         if (ref_shift(ref))
-            return ref_word(ref, (uint32_t)((offset - start) >> ref_shift(ref)), start, sp->size, out);
+            return ref_cluster(ref, (uint32_t)((offset - start) >> ref_shift(ref)), start, sp->size, out);
         const leaf *l = ref_leaf(ref);
         int64_t i = leaf_find(l, (uint32_t)(offset - start), sp->shift);
         if (i < 0)

@@ -74,7 +74,7 @@ static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf_ref ref)
 /* Readers need not mark it: the clock's hand never looks. */
 static void publish_none(bg_map *map, space *sp, int64_t region)
 {
-    publish_leaf(map, sp, region, (leaf_ref)&no_extents | REF_USED);
+    publish_leaf(map, sp, region, leaf_as_ref(&no_extents) | REF_USED);
 }
 
 static void publish_wide(bg_map *map, space *sp, wide *new_wide)
@@ -122,11 +122,21 @@ static bool make_room(bg_map *map, space *sp, size_t bytes)
     return map->bytes + bytes <= map->limit;
 }
 
+/* No address that a leaf_ref has no bits for. */
+static char *allocate(size_t bytes)
+{
+    char *made = malloc(bytes);
+    if ((uint64_t)((uintptr_t)made + bytes) >> ADDRESS_BITS == 0)
+        return made;
+    free(made);
+    return NULL;
+}
+
 /* Not posix_memalign: that leaves holes, in which nothing of the same size fits. */
 void *map_room(bg_map *map, space *sp, size_t bytes)
 {
     size_t all = bytes + LEAF_ALIGN - MALLOC_ALIGN;
-    char *start = make_room(map, sp, all + MALLOC_HEAD) ? malloc(all) : NULL;
+    char *start = make_room(map, sp, all + MALLOC_HEAD) ? allocate(all) : NULL;
     if (!start)
         return NULL;
     size_t lead = -(uintptr_t)start & (LEAF_ALIGN - 1);
@@ -182,7 +192,7 @@ static bool load_region(bg_map *map, space *sp, int64_t region)
     if (ref_shift(ref)) {
         span s;
         for (uint32_t i = 0; i < l->count; i++)
-            if (ref_word(ref, i, start, sp->size, &s) && !spans_put(map, list, s.start, s.end, &s))
+            if (ref_cluster(ref, i, start, sp->size, &s) && !spans_put(map, list, s.start, s.end, &s))
                 return false;
         return true;
     }
@@ -217,7 +227,7 @@ static leaf_ref list_leaf(bg_map *map, space *sp, const span_list *list, int64_t
         made->at[i] = (place){(uint64_t)s->storage_offset, (uint32_t)(s->end - s->start), s->slot, s->flags};
         starts[i] = (uint32_t)(s->start - start);
     }
-    return (leaf_ref)made;
+    return leaf_as_ref(made);
 }
 
 /* Publish what is in work. */
@@ -237,8 +247,8 @@ static void flush(bg_map *map)
     }
     leaf_ref made = 0;
     if (list->count) {
-        unsigned shift = table_shift(list, start, end);
-        made = shift ? table_leaf(map, sp, list, start, end, shift) : list_leaf(map, sp, list, start);
+        leaf_ref form = table_form(list, start, end);
+        made = form ? table_leaf(map, sp, list, start, end, form) : list_leaf(map, sp, list, start);
         leaf_ref old = atomic_load(&sp->leaf[region]);
         if (made) {
             ref_leaf(made)->extents = (uint32_t)list->count;

@@ -3,7 +3,7 @@
 /*
  * Writers, readers, a mover of data, a snapshotter and a mirror on one map, with a disk's worth of rules checked: every word of a
  * block holds the block's number and a version. A miss is resolved under a lock, as a driver would. Once with lists of extents
- * only, once with a table as well, whose words change while others read them.
+ * only, then with a table as well, whose words change while others read them: long ones and, with one storage, short ones.
  */
 #define _GNU_SOURCE
 #include "driver.h"
@@ -28,7 +28,7 @@
 
 static bg_map *map;
 static bg_bitmap *bitmap;
-static int fds[2], slots[2];
+static int fds[2], slots[2], files;
 static pthread_mutex_t resolver = PTHREAD_MUTEX_INITIALIZER;
 static struct {
     int at;
@@ -118,7 +118,7 @@ static void move(int first, int count)
     pthread_mutex_lock(&resolver);
     bg_map_wait(map, bg_map_invalidate(map, guest(first), (int64_t)count * BLOCK));
     for (int b = first; b < first + count; b++) {
-        int from = where[b].at, to = !from;
+        int from = where[b].at, to = (from + 1) % files;
         CHECK(bg_pread(fds[from], buf, BLOCK, where[b].place) == BLOCK);
         CHECK(bg_pwrite(fds[from], poison, BLOCK, where[b].place) == BLOCK);
         where[b].at = to;
@@ -181,8 +181,16 @@ static void *copy_dirty(void *arg)
     return NULL;
 }
 
-static void run(int64_t size, bool table)
+enum kind { LISTS, LONG_WORDS, SHORT_WORDS };
+
+static enum kind kind_of(leaf_ref ref)
 {
+    return ref & REF_SHORT ? SHORT_WORDS : ref_shift(ref) ? LONG_WORDS : LISTS;
+}
+
+static void run(int64_t size, int storages, enum kind kind)
+{
+    files = storages;
     pthread_t threads[WRITERS + 4];
     CHECK(bg_map_new(size, BG_MAP_MIN_MEMORY, &map) == 0 && bg_bitmap_new(size, BLOCK, &bitmap) == 0);
     for (int i = 0; i < 2; i++) {
@@ -212,7 +220,7 @@ static void run(int64_t size, bool table)
         ;
     for (int b = 0; b < BLOCKS; b++)
         CHECK(mirror[b] == read_block(b));
-    CHECK((ref_shift(atomic_load(&atomic_load(&map->space)->leaf[1])) != 0) == table);
+    CHECK(kind_of(atomic_load(&atomic_load(&map->space)->leaf[1])) == kind);
     bg_map_stats stats;
     bg_map_get_stats(map, &stats);
     CHECK(stats.hits > 0 && stats.misses > 0);
@@ -224,6 +232,8 @@ static void run(int64_t size, bool table)
 
 void test_extent_map_threads(void)
 {
-    run(4 * REGION, false);
-    run(FIRST + BLOCKS * BLOCK, true); /* the last region has few clusters, so words take less than places */
+    run(4 * REGION, 2, LISTS);
+    /* The last region has few clusters, so words take less than places. */
+    run(FIRST + BLOCKS * BLOCK, 2, LONG_WORDS);
+    run(FIRST + BLOCKS * BLOCK, 1, SHORT_WORDS);
 }

@@ -93,15 +93,15 @@ class MapMachine(RuleBasedStateMachine):
         assert put(self.real, *data.draw(st.permutations(pieces))) == len(pieces)
         self.taken(units, whole)
 
-    @rule(data=st.data(), writable=st.booleans(), zeroes=st.booleans())
-    def insert_scattered(self, data: st.DataObject, writable: bool, zeroes: bool) -> None:
+    @rule(data=st.data(), writable=st.booleans(), zeroes=st.booleans(), storages=st.integers(1, 2))
+    def insert_scattered(self, data: st.DataObject, writable: bool, zeroes: bool, storages: int) -> None:
         """No two units are neighbours in the storage, so that a region may become a table."""
         units, *_ = self.draw(data)
         extents = []
         for unit in units:
             offset = unit * self.UNIT
             length = min(self.UNIT, self.size - offset)
-            slot = None if zeroes and unit % 3 == 0 else self.slots[unit % 2]
+            slot = None if zeroes and unit % 3 == 0 else self.slots[unit % storages]
             extents.append(MapExtent(offset, length, slot, (self.UNITS - unit) * self.UNIT, writable))
             self.taken(range(unit, unit + 1), extents[-1]._replace(writable=writable and slot is not None))
         assert put(self.real, *extents) == len(extents)
@@ -473,20 +473,72 @@ def test_fragmented_disk_larger_than_memory_keeps_what_was_used_last() -> None:
     assert stats.extents > 10_000
 
 
-def test_fragmented_map_takes_eight_bytes_for_a_cluster() -> None:
+@pytest.mark.parametrize("storages, size", [(1, 4), (2, 8)])
+def test_fragmented_map_takes_four_bytes_for_a_cluster_of_one_storage_else_eight(storages: int, size: int) -> None:
     clusters = 64 * 256
     extents = ExtentMap(clusters * 65536, 64 * MIB)
-    slot = extents.add_slot(0)
+    slots = [extents.add_slot(0) for _ in range(storages)]
     empty = extents.stats().bytes
-    put(extents, *(MapExtent(c * 65536, 65536, slot, (clusters - c) * 65536, True) for c in range(clusters)))
+    cluster_slots = [slots[c % storages] for c in range(clusters)]
+    put(extents, *(MapExtent(c * 65536, 65536, s, (clusters - c) * 65536, True) for c, s in enumerate(cluster_slots)))
     stats = extents.stats()
     assert (stats.extents, stats.regions) == (clusters, 64)
-    assert stats.bytes - empty < clusters * 8 * 1.1 + 20_000  # and what a change is prepared in
+    assert stats.bytes - empty < clusters * size * 1.1 + 20_000  # and what a change is prepared in
+    slot = cluster_slots[1]
     put(extents, MapExtent(65536 + 512, 512, slot, 512))  # no table can say that
     assert extents.find(65536) == MapExtent(65536, 512, slot, (clusters - 1) * 65536, True)
     assert extents.find(65536 + 512) == MapExtent(65536 + 512, 512, slot, 512)
     assert extents.find(65536 + 1024) == MapExtent(65536 + 1024, 64512, slot, (clusters - 1) * 65536 + 1024, True)
     assert extents.stats().extents == clusters + 2
+
+
+@pytest.mark.parametrize("changed", [0, 100, 255])
+@pytest.mark.parametrize("kind", ["another storage", "not aligned", "too far"])
+def test_table_of_one_storage_takes_a_cluster_that_its_words_can_not_say(kind: str, changed: int) -> None:
+    clusters = REGION // 65536
+    extents = ExtentMap(2 * REGION)
+    slot, other = extents.add_slot(0), extents.add_slot(0)
+    items = [
+        MapExtent(c * 65536, 65536, slot, (clusters - c) * 65536, c % 3 > 0, copy=c % 3 == 1) for c in range(clusters)
+    ]
+    put(extents, *items)
+    short = extents.stats().bytes
+    before = items[changed]
+    items[changed] = {
+        "another storage": before._replace(slot=other),
+        "not aligned": before._replace(storage_offset=before.storage_offset + 512),
+        "too far": before._replace(storage_offset=(2**28 - 1) * 65536),
+    }[kind]
+    put(extents, items[changed])
+    assert [extents.find(e.offset) for e in items] == items
+    assert extents.stats().bytes - short >= clusters * 4
+    extents.start_invalidate(before.offset, 65536)
+    assert extents.find(before.offset) is None
+    put(extents, before)
+    items[changed] = before
+    assert [extents.find(e.offset) for e in items] == items
+
+
+def test_last_place_that_four_bytes_can_say() -> None:
+    clusters = REGION // 65536
+    kinds: list[dict[str, bool]] = [
+        {"writable": True},
+        {"writable": True, "copy": True},
+        {"allocate": True, "copy": True},
+        {},
+    ]
+
+    def taken(place: int) -> int:
+        extents = ExtentMap(REGION)
+        slot = extents.add_slot(0)
+        items = [MapExtent(c * 65536, 65536, slot, (place - c) * 65536, **kinds[c % 4]) for c in range(clusters - 1)]
+        put(extents, *items)
+        assert [extents.find(e.offset) for e in items] == items
+        assert extents.find(REGION - 65536) is None
+        return extents.stats().bytes
+
+    assert taken(2**28 - 2) == taken(clusters)
+    assert taken(2**28 - 1) == taken(clusters) + clusters * 4
 
 
 def test_clusters_that_may_be_written_in_different_ways_are_one_table() -> None:
