@@ -35,14 +35,14 @@ import blockgraph
 
 nodes, span, count, extent_map, step = json.loads(sys.argv[1])
 rng = random.Random(5)
-passes = [[rng.randrange(span // 4096) * 4096 for _ in range(count)] for _ in range(2)]
 rates = []
 with blockgraph.open({"nodes": nodes}) as graph:
     disk = graph.backend("disk", extent_map_size=extent_map)
     buffer = memoryview(bytearray(4096))
     for offset in range(0, span, step):
         disk.pread_into(offset, buffer)
-    for where in passes:
+    for _ in range(2):
+        where = [rng.randrange(span // 4096) * 4096 for _ in range(count)]
         start = time.perf_counter()
         for offset in where:
             disk.pread_into(offset, buffer)

@@ -41,9 +41,18 @@ typedef struct garbage {
     size_t lead; /* of the allocation before this */
 } garbage;
 
+/* It is in a slab, which counts its bytes. */
+#define LEAD_SLAB SIZE_MAX
+
+/* extent_map_slabs.c */
+void slab_free(garbage *g);
+
 static inline void garbage_free(garbage *g)
 {
-    free((char *)g - g->lead);
+    if (g->lead == LEAD_SLAB)
+        slab_free(g);
+    else
+        free((char *)g - g->lead);
 }
 
 typedef struct {
@@ -63,6 +72,7 @@ typedef struct {
     garbage garbage; /* first in all that is retired */
     uint32_t count;   /* places, or words of the table */
     uint32_t extents; /* as statistics have it */
+    int64_t region;   /* that has it; -1: none */
     place at[];       /* list: count, then uint32_t start[count] */
 } leaf;
 
@@ -169,6 +179,27 @@ typedef struct {
     size_t count, room;
 } span_list;
 
+typedef struct slab_class slab_class;
+
+/* The head of its memory. */
+typedef struct slab {
+    struct slab *next, *previous;
+    slab_class *class;
+    bg_map *map;
+    garbage *spare;      /* free places that had a table once, by next */
+    uint32_t made, used; /* places, from the first on */
+    size_t counted;      /* in the map's bytes */
+    bool given_up;       /* in no list, and ends with its last table */
+} slab;
+
+/* Slabs of tables of one size. */
+struct slab_class {
+    size_t size;
+    slab *roomy, *full;
+    int slabs; /* 0: it may become one of another size */
+};
+#define SLAB_CLASSES 4
+
 #define ZEROING_UNIT 8
 #define ZEROES_ALIGNMENT 4096 /* of the memory that zeroes are written from */
 
@@ -206,8 +237,7 @@ struct bg_map {
     int64_t hand;            /* of the clock: a region */
     int64_t pointers;        /* in the region table, not NULL */
     int64_t leaves, extents, inserts, stale, invalidations, protections, evictions;
-    uintptr_t block;         /* of HUGE_PAGE bytes of addresses, in which the latest table is */
-    size_t block_bytes;      /* made there in a row */
+    slab_class classes[SLAB_CLASSES];
     span_list work, wide_work; /* scratch */
     int64_t region;          /* in `work`, -1: none */
     int64_t last_hold;       /* its number */
@@ -225,6 +255,11 @@ extern leaf no_extents;
 static inline leaf *ref_leaf(leaf_ref ref)
 {
     return (leaf *)(uintptr_t)(ref & (((leaf_ref)1 << ADDRESS_BITS) - LEAF_ALIGN));
+}
+
+static inline bool has_ref(const void *end)
+{
+    return (uint64_t)(uintptr_t)end >> ADDRESS_BITS == 0;
 }
 
 static inline leaf_ref leaf_as_ref(leaf *l)
@@ -335,6 +370,17 @@ void map_change(bg_map *map, int64_t start, int64_t end, enum change change, con
 void map_finish(bg_map *map);
 /* Memory within the bound, aligned for a leaf_ref, that begins with its garbage; NULL: none. */
 void *map_room(bg_map *map, space *sp, size_t bytes);
+/* The same for a table. */
+leaf *table_room(bg_map *map, space *sp, size_t bytes);
+
+/* extent_map_slabs.c. Of tables of so many bytes; NULL: those are not for slabs. */
+slab_class *slab_class_of(bg_map *map, size_t bytes);
+/* Whether a table may be taken when the map has so many bytes already. */
+bool slab_has_room(const bg_map *map, const slab_class *class, size_t bytes);
+/* NULL: no memory. */
+leaf *slab_take(bg_map *map, slab_class *class);
+/* Drop the tables of a slab, so that its memory is free once nobody looks. False: there is none. */
+bool slab_give_up(bg_map *map, void (*drop)(bg_map *map, int64_t region));
 
 /* extent_map_tables.c. The form of a table of a region's spans: what a reference to it says, without the address. 0: they can not be
  * one, or it would take more memory. */

@@ -18,6 +18,8 @@
 #define WIDE_PART 4
 /* Making room goes on until so small a part is free, not to begin again at every insert. */
 #define SPARE_PART 64
+/* So many of all leaves go by age, for what slabs have no place for. */
+#define FEW_PART 16
 
 _Alignas(LEAF_ALIGN) leaf no_extents;
 
@@ -61,12 +63,14 @@ static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf_ref ref)
     leaf *new_leaf = ref_leaf(ref), *old = ref_leaf(atomic_exchange(&sp->leaf[region], ref));
     map->pointers += (new_leaf != NULL) - (old != NULL);
     if (new_leaf && new_leaf != &no_extents) {
+        new_leaf->region = region;
         map->leaves++;
         map->extents += new_leaf->extents;
     }
     if (old && old != &no_extents) {
         map->leaves--;
         map->extents -= old->extents;
+        old->region = -1;
         map_retire(map, &map->looked, &old->garbage);
     }
 }
@@ -109,24 +113,53 @@ static bool evict_one(bg_map *map, space *sp)
     }
 }
 
-static bool make_room(bg_map *map, space *sp, size_t bytes)
+static void drop(bg_map *map, int64_t region)
 {
-    if (map->bytes + bytes <= map->limit)
+    publish_none(map, atomic_load(&map->space), region);
+    map->evictions++;
+}
+
+/* For so many bytes or, in a slab of `class`, for a table. */
+static bool has_room(bg_map *map, size_t bytes, const slab_class *class)
+{
+    return class ? slab_has_room(map, class, map->bytes) : map->bytes + bytes <= map->limit;
+}
+
+/* The same when nobody looks any more. */
+static bool will_have_room(bg_map *map, size_t bytes, const slab_class *class)
+{
+    size_t taken = map->bytes - map->retired;
+    return class ? slab_has_room(map, class, taken) : taken + bytes <= map->limit - map->limit / SPARE_PART;
+}
+
+/*
+ * What was not used for long goes first. A table that goes leaves its slab a place for another of its size, and memory for
+ * nothing else, so when that was not enough a whole slab goes.
+ */
+static bool make_room(bg_map *map, space *sp, size_t bytes, const slab_class *class)
+{
+    if (has_room(map, bytes, class))
         return true;
     map_reclaim(map);
-    if (map->bytes + bytes <= map->limit)
+    if (has_room(map, bytes, class))
         return true;
-    while (map->bytes - map->retired + bytes > map->limit - map->limit / SPARE_PART && evict_one(map, sp))
-        ;
+    for (int64_t few = map->leaves / FEW_PART; !will_have_room(map, bytes, class); few--) {
+        if ((few < 0 && slab_give_up(map, drop)) || evict_one(map, sp)) {
+            if (class)
+                map_reclaim(map);
+        } else {
+            break;
+        }
+    }
     map_reclaim(map);
-    return map->bytes + bytes <= map->limit;
+    return has_room(map, bytes, class);
 }
 
 /* No address that a leaf_ref has no bits for. */
 static char *allocate(size_t bytes)
 {
     char *made = malloc(bytes);
-    if ((uint64_t)((uintptr_t)made + bytes) >> ADDRESS_BITS == 0)
+    if (has_ref(made + bytes))
         return made;
     free(made);
     return NULL;
@@ -136,7 +169,7 @@ static char *allocate(size_t bytes)
 void *map_room(bg_map *map, space *sp, size_t bytes)
 {
     size_t all = bytes + LEAF_ALIGN - MALLOC_ALIGN;
-    char *start = make_room(map, sp, all + MALLOC_HEAD) ? allocate(all) : NULL;
+    char *start = make_room(map, sp, all + MALLOC_HEAD, NULL) ? allocate(all) : NULL;
     if (!start)
         return NULL;
     size_t lead = -(uintptr_t)start & (LEAF_ALIGN - 1);
@@ -145,6 +178,13 @@ void *map_room(bg_map *map, space *sp, size_t bytes)
     g->lead = lead;
     map->bytes += g->bytes;
     return g;
+}
+
+leaf *table_room(bg_map *map, space *sp, size_t bytes)
+{
+    slab_class *class = slab_class_of(map, bytes);
+    leaf *made = class && make_room(map, sp, 0, class) ? slab_take(map, class) : NULL;
+    return made ? made : map_room(map, sp, bytes);
 }
 
 /* Change the wide array over whole regions. What there is no memory for is lost, and with it the array. */
@@ -299,7 +339,7 @@ static void change_whole_regions(bg_map *map, space *sp, int64_t start, int64_t 
 void map_finish(bg_map *map)
 {
     flush(map);
-    make_room(map, atomic_load(&map->space), 0);
+    make_room(map, atomic_load(&map->space), 0, NULL);
     if (map->retired > map->limit / SPARE_PART)
         map_reclaim(map);
 }

@@ -7,14 +7,7 @@
  * a new leaf for its region. Whoever looks up a range meanwhile may find some of its clusters as they were, as
  * he may where a change concerns several regions.
  */
-#define _GNU_SOURCE
 #include "extent_map_internal.h"
-
-#include <sys/mman.h>
-
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25
-#endif
 
 /* Whether words can say where its clusters live. */
 static bool has_words(const span *s)
@@ -91,31 +84,13 @@ leaf_ref table_form(const span_list *list, int64_t start, int64_t end)
     return is_smaller(form, ((uint64_t)(end - start - 1) >> shift) + 1, list->count) ? form : 0;
 }
 
-/*
- * Tables are looked up at random, so those of a large map cost a miss of the TLB each, unless they are on huge pages. A map that is
- * filled has them made one behind the other, with no more than drivers' caches between, but malloc's memory grows in steps too
- * small for the system to see to it. A system that can not do it says so, to no harm.
- */
-static void gather(bg_map *map, const leaf *made)
-{
-    uintptr_t block = (uintptr_t)made / HUGE_PAGE;
-    if (block != map->block) {
-        if (map->block_bytes > HUGE_PAGE / 4)
-            madvise((void *)(map->block * HUGE_PAGE), HUGE_PAGE, MADV_COLLAPSE);
-        map->block = block;
-        map->block_bytes = 0;
-    }
-    map->block_bytes += made->garbage.bytes;
-}
-
 leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, leaf_ref form)
 {
     unsigned shift = ref_shift(form);
     uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
-    leaf *made = map_room(map, sp, sizeof(leaf) + words * word_size(form));
+    leaf *made = table_room(map, sp, sizeof(leaf) + words * word_size(form));
     if (!made)
         return 0;
-    gather(map, made);
     made->count = (uint32_t)words;
     leaf_ref ref = leaf_as_ref(made) | form;
     for (uint64_t i = 0; i < words; i++)
