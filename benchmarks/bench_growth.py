@@ -73,8 +73,10 @@ def reads(
     extent_map: int = 64 * MIB,
     step: int = CLUSTER * ENTRIES,
 ) -> Reads:
-    """Read the first `span` bytes of the disk at random, twice `count` times, with so much memory for the extent map; before
-    that a byte of each `step`, by default of every L2 table."""
+    """Read `span` bytes of the disk at random, twice `count` times, with so much memory for the extent map.
+
+    Before that a byte of each `step`, by default of every L2 table.
+    """
     argv = [sys.executable, "-c", _READS, json.dumps([[description], span, count, extent_map, step])]
     return Reads(*json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout))
 

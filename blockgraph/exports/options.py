@@ -41,9 +41,9 @@ class NbdExportOptions(
         allocation_depth: clients can ask for the context qemu:allocation-depth: which layer of a backing chain has
             the bytes.
         extent_map_size: most memory for remembering where the disk's bytes live, which serves requests without Python;
-            at least 256k. A fragmented disk needs 4 bytes for each of its clusters, 8 where they live in several images, or
-            20 for each run of them, whichever is least; others next to nothing. What has not been used for longest is
-            forgotten. Bytes, or a string such as "64M", the default.
+            at least 256k. A fragmented disk needs 4 bytes for each of its clusters (8 where several images have them)
+            or 20 for each run of them, whichever is less; others next to nothing. What has not been used for longest
+            is forgotten. Bytes, or a string such as "64M", the default.
     """
 
     id: str
