@@ -164,12 +164,12 @@ class StorageDaemon:
         for description in nodes:
             self.command("blockdev-add", **description)
 
-    def serve(self, export: str) -> str:
+    def serve(self, export: str, *, writable: bool = True) -> str:
         """Export a node; the URI."""
         path = self._directory / "qsd.sock"
         path.unlink(missing_ok=True)
         self.command("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}}, max_connections=0)
-        self.command("block-export-add", type="nbd", id="guest", node_name=export, writable=True)
+        self.command("block-export-add", type="nbd", id="guest", node_name=export, writable=writable)
         return _uri(path, export)
 
     def backup(self, device: str, target: str, **options: str) -> None:
@@ -195,8 +195,8 @@ class StorageDaemon:
 
 
 @contextmanager
-def storage_daemon(directory: Path, nodes: Nodes, export: str = "disk") -> Iterator[str]:
+def storage_daemon(directory: Path, nodes: Nodes, export: str = "disk", *, writable: bool = True) -> Iterator[str]:
     """A qemu-storage-daemon that serves one of the nodes."""
     with StorageDaemon(directory) as daemon:
         daemon.add(nodes)
-        yield daemon.serve(export)
+        yield daemon.serve(export, writable=writable)

@@ -150,13 +150,20 @@ class SyncBackend:
 
     def pread_into(self, offset: int, buf: bytearray | memoryview) -> None:
         """Fill `buf`."""
-        if not trace.enabled:
-            try:
-                if self._extents.pread_into(offset, buf):
-                    return
-            except (OSError, ValueError):
-                pass  # asked again below, for an error that names node and range
-        self._graph.call(self._backend.pread_into(offset, memoryview(buf).cast("B")))
+        if trace.enabled or not (self._pread_native(offset, buf) or self._pread_missed(offset, buf)):
+            self._graph.call(self._backend.pread_into(offset, memoryview(buf).cast("B")))
+
+    def _pread_native(self, offset: int, buf: bytearray | memoryview) -> bool:
+        """Whether it was done here; Python will name node and range in its errors."""
+        try:
+            return self._extents.pread_into(offset, buf)
+        except (OSError, ValueError):
+            return False
+
+    def _pread_missed(self, offset: int, buf: bytearray | memoryview) -> bool:
+        """Whether it was done. Not in Python, if all that is worth while is to look up where its bytes are."""
+        done = self._graph.call(self._backend.pread_missed(offset, memoryview(buf).cast("B")))
+        return done or self._pread_native(offset, buf)
 
     def pwrite(self, offset: int, buf: bytes | bytearray | memoryview, *, flags: Flag = Flag.NONE) -> None:
         """Write `buf`."""

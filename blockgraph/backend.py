@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockgraph.errors import IOFailure, OptionError, OutOfRange, ReadOnly
@@ -187,6 +188,30 @@ class Backend:
                 await self.map.fill(offset, len(buf))
         finally:
             self.leave()
+
+    def is_scattered(self, offset: int) -> bool:
+        """A read was not in the map, and is better off with `look_up`, then done natively, than with `pread_into`."""
+        return self.map is not None and self.map.scattered.add(offset)
+
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Let the map know where runs (offset, end) are. It may get to know none of them."""
+        assert self.map is not None
+        await self.enter()
+        entered = 0
+        try:
+            entered = await self.map.look_up(runs)
+        finally:
+            self.map.scattered.looked_up(len(runs), entered)
+            self.leave()
+
+    async def pread_missed(self, offset: int, buf: memoryview) -> bool:
+        """Do as `pread_into`, or just look up what is to be tried natively again: False."""
+        self._check("pread", offset, len(buf))
+        if not (len(buf) and self.is_scattered(offset)):
+            await self.pread_into(offset, buf)
+            return True
+        await self.look_up([(offset, offset + len(buf))])
+        return False
 
     async def pwrite(self, offset: int, buf: memoryview | bytes | bytearray, flags: Flag = Flag.NONE) -> None:
         """Write `buf`; durable after a later flush, or at once with FUA.

@@ -38,6 +38,7 @@ from blockgraph.driver import Format
 from blockgraph.extent import Status
 from blockgraph.native import CopierLink, ExtentMap, MapExtent, Zeroing
 from blockgraph.native.extent_map import MAX_UNIT
+from blockgraph.scattered_reads import ScatteredReads
 
 if TYPE_CHECKING:
     from blockgraph.driver import FirstWrites
@@ -99,11 +100,13 @@ class RootMap:
 
     Attributes:
         extents: the native map.
+        scattered: which reads that miss are for `look_up`.
     """
 
     def __init__(self, backend: MapOwner, memory: int) -> None:
         self._backend = backend
         self.extents = ExtentMap(backend.size(), memory)
+        self.scattered = ScatteredReads(self.extents)
         #: nothing on the way to the storage that was found last does anything about zeroes and discards
         self._passes_zeroes = self._punches = True
         #: of the format that does, bytes; 0: none is known
@@ -183,10 +186,12 @@ class RootMap:
             self.extents.insert(generation, [extent])
         return extent
 
-    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> int:
         """Enter what a format can tell at once about many short runs (offset, end), for reading.
 
         The caller is inside the backend's gate, and looks for what is still unknown.
+
+        Returns: how many extents were entered.
         """
         if self._backend.node not in self._nodes or self.extents.size != self._backend.size():
             await self.fill(runs[0][0], runs[0][1] - runs[0][0])  # makes the nodes known to us, and us to them
@@ -197,25 +202,26 @@ class RootMap:
             position = runs[0][0] - shift
             extent = (await node.map(position, 1)) if position < node.size() else None
             if extent is None or extent.child is None or extent.status is not Status.DATA:
-                return
+                return 0
             low, high = max(low, extent.offset + shift), min(high, extent.offset + extent.length + shift)
             node, shift = extent.child.node, shift + extent.offset - extent.child_offset
             path.append(node)
         low, high = max(low, shift), min(high, node.size() + shift)
         if any(self._nodes.get(node) is None for node in path):
-            return
+            return 0
         inside = [(offset - shift, end - shift) for offset, end in runs if low <= offset and end <= high]
         found = await node.driver.look_up(inside)
         # From here to the insert nothing is awaited.
         if found is None or self._taken([*path, found.storage]):
-            return
+            return 0
         if high > self.extents.size:
-            return
+            return 0
         self._register(found.storage, None)
         slot = self._slot(found.storage)
-        if slot is not None:
-            within = MapExtent(low, high - low, slot)
-            self.extents.insert_parts(generation, found.places, found.parts, found.zeroes, shift, within)
+        if slot is None:
+            return 0
+        within = MapExtent(low, high - low, slot)
+        return self.extents.insert_parts(generation, found.places, found.parts, found.zeroes, shift, within)
 
     async def _resolve(self, offset: int, length: int, generation: int) -> MapExtent | None:
         """The widest extent around `offset`; None: it has to be asked for each time.
@@ -339,6 +345,8 @@ class RootMap:
             self._tables.clear()
         key = step.node, places.first, step.low
         faults = self._tables[key] = self._tables.get(key, -1) + 1
+        if faults == 0:
+            self.scattered.use_tables(len(places.table) // 8, places.cluster_bits)
         if faults % _TABLE_FAULTS == 0:
             storage_shift = found.storage_offset - found.offset - step.child_shift
             within = found._replace(offset=step.low, length=step.high - step.low)

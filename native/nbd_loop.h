@@ -21,7 +21,7 @@
  * Ownership: a connection owns its socket from bg_nbd_conn_new on. Map, pool and loop must outlive it. The payload of a fault
  *            stays valid until the reply.
  * Errno:     0 or a count, else -EINVAL, -ENOMEM, -EBUSY, or -errno of a system call.
- * Threads:   take, reply, kick, shutdown, abort and release are called by one thread, Python's; none of them waits for
+ * Threads:   take, reply, retry, kick, shutdown, abort and release are called by one thread, Python's; none of them waits for
  *            the peer or for a device.
  */
 #ifndef BG_NBD_LOOP_H
@@ -53,7 +53,7 @@ typedef struct bg_nbd_conn bg_nbd_conn;
 typedef struct {
     uint64_t requests; /* taken */
     uint64_t hits;     /* done by the extent map, at once or not */
-    uint64_t blocked;  /* of these, on the pool, or at a device meanwhile */
+    uint64_t blocked;  /* of these, on the pool, at a device meanwhile, or when they were retried */
     uint64_t piped;    /* of these, whose payload was copied once, from the socket into the file */
     uint64_t faults;   /* done by Python */
     uint64_t refused;  /* answered with an error here: the client should not have sent them */
@@ -88,7 +88,13 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
 /* The reply to a fault, whole: 1 to 4 KiB and a few bytes of head, and the request's payload if flags say so. */
 int bg_nbd_reply(uint64_t ticket, const void *head, int64_t size, int flags);
 
-/* Send what was replied to since the last kick. */
+/*
+ * Faults of one connection, reads, are not done, but Python has looked up where their bytes are: they are tried once more. Those that
+ * are not in the map all the same come again, as retried.
+ */
+void bg_nbd_retry(const uint64_t *tickets, int64_t count);
+
+/* Send what was replied to, or retried, since the last kick. */
 void bg_nbd_kick(bg_nbd_conn *conn);
 
 /* From now on every request is refused; disconnect when none is in flight. */

@@ -346,6 +346,30 @@ int bg_nbd_reply(uint64_t ticket, const void *head, int64_t size, int flags)
     return 0;
 }
 
+void bg_nbd_retry(const uint64_t *tickets, int64_t count)
+{
+    bg_request *blocked = NULL, **last_blocked = &blocked, *missed = NULL, **last_missed = &missed;
+    bg_faults *faults = NULL;
+    for (int64_t i = 0; i < count; i++) {
+        bg_request *r = (bg_request *)(uintptr_t)tickets[i];
+        faults = r->source->faults;
+        r->next = NULL;
+        enum bg_request_outcome outcome = bg_request_retry(r);
+        if (outcome == BG_REQUEST_DONE) {
+            post(request_of(r));
+        } else if (outcome == BG_REQUEST_BLOCKS) {
+            *last_blocked = r;
+            last_blocked = &r->next;
+        } else {
+            *last_missed = r;
+            last_missed = &r->next;
+        }
+    }
+    if (blocked)
+        bg_request_submit(blocked);
+    bg_faults_post(faults, missed, true);
+}
+
 void bg_nbd_shutdown(bg_nbd_conn *conn)
 {
     atomic_fetch_or(&conn->wanted, WANT_SHUTDOWN);

@@ -23,6 +23,8 @@
 #define MAX_COPY_NOW (16U << 10)
 /* Shared with the pool are writes that have more bytes copied. */
 #define HEAVY (24 << 10)
+/* Longer reads that are retried go to the pool, not to keep Python's thread from others. */
+#define MAX_RETRY_NOW (64U << 10)
 /* Zeroes in memory of more bytes go to the pool, too. */
 #define MAX_ZERO_NOW (128U << 10)
 
@@ -102,7 +104,7 @@ int64_t bg_faults_take(bg_faults *faults, bg_fault *out, int64_t max)
             .length = r->length,
             .command = r->command,
             .flags = r->flags,
-            .error = ended ? r->error : 0,
+            .error = ended ? r->error : r->retried,
         };
     }
     if (faults->first) {
@@ -210,6 +212,15 @@ bg_request *bg_request_share(bg_request *first, int count)
         bg_pool_submit(given->source->pool, &given->task);
     }
     return rest;
+}
+
+enum bg_request_outcome bg_request_retry(bg_request *r)
+{
+    r->retried = true;
+    if (!r->source->map || r->kind != BG_REQUEST_READ)
+        return BG_REQUEST_FAULTS;
+    int ret = r->length <= MAX_RETRY_NOW ? bg_map_pread_now(r->source->map, (int64_t)r->offset, r->buf, r->length) : -EAGAIN;
+    return ret == 0 ? BG_REQUEST_DONE : ret == -EAGAIN ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
 }
 
 void bg_source_wait(const bg_source *source)

@@ -40,7 +40,7 @@ typedef struct {
     uint32_t length;
     uint16_t command;
     uint16_t flags;
-    int64_t error; /* of a source that has ended: why, 0 or what its front end says */
+    int64_t error; /* of a source that has ended: why, 0 or what its front end says; of a request 1: it was retried */
 } bg_fault;
 /* cffi:end */
 
@@ -89,6 +89,7 @@ struct bg_request {
     bool passing; /* its memory is good only while it is tried */
     bool shared; /* never HEAVY (any more) */
     bool announce; /* a read: the source wants to hear that it has begun */
+    bool retried;
 };
 
 enum bg_request_outcome {
@@ -115,6 +116,12 @@ void bg_request_submit(bg_request *first);
  * linked, to be tried now.
  */
 bg_request *bg_request_share(bg_request *first, int count);
+
+/*
+ * Try a fault once more, when Python has looked up where its bytes are instead of doing it: DONE, or BLOCKS, or FAULTS, which then is
+ * Python's to do.
+ */
+enum bg_request_outcome bg_request_retry(bg_request *request);
 
 /* Until none of its requests that went to the pool uses the map any more. None must be tried or submitted meanwhile. */
 void bg_source_wait(const bg_source *source);

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from blockgraph._native import ffi, lib
@@ -44,7 +45,7 @@ class NbdStats(NamedTuple):
     hits: int
     """done by the extent map"""
     blocked: int
-    """of these, on the pool's threads, or at a device while the loop went on"""
+    """of these, on the pool's threads, at a device while the loop went on, or when they were retried"""
     piped: int
     """of the hits, long writes whose payload was copied once only, from the socket into a file in memory"""
     faults: int
@@ -68,13 +69,24 @@ _NOTHING = NbdStats(*[0] * len(NbdStats._fields))
 class Handler(Protocol):
     """Who does the faults of a connection."""
 
-    def fault(self, ticket: int, address: int, cookie: int, offset: int, length: int, command: int, flags: int) -> None:
-        """Begin a request, to be answered by `NbdConnection.reply`.
+    def fault(
+        self,
+        ticket: int,
+        address: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        command: int,
+        flags: int,
+        retried: int,
+    ) -> None:
+        """Begin a request, to be answered by `NbdConnection.reply`, or given back to `NbdConnection.retry`.
 
         Args:
             ticket: names it in the reply.
             address: of its payload's memory, 0 if it has none; valid until the reply. See payload_view.
             cookie, offset, length, command, flags: as the client sent them.
+            retried: not 0: it was given back once.
         """
         ...
 
@@ -111,6 +123,7 @@ class NbdLoop:
         self._connections: dict[int, NbdConnection] = {}
         self._last_id = 0
         self._replied: set[NbdConnection] = set()
+        self._when_taken: list[Callable[[], None]] = []
         self._kick_scheduled = False
         self._loop.add_reader(lib.bg_nbd_loop_eventfd(self._native), self._collect)
         self._loop.add_reader(lib.bg_nbd_loop_pollfd(self._native), self._poll)
@@ -182,11 +195,17 @@ class NbdLoop:
                 self._memory[: count * _FAULT.size]
             ):
                 if ticket:
-                    connections[source].handler.fault(ticket, address, tag, offset, length, command, flags)
+                    connections[source].handler.fault(ticket, address, tag, offset, length, command, flags, error)
                 else:
                     connections.pop(source)._ended(error)
+            while self._when_taken:
+                self._when_taken.pop()()
         finally:
             self._kick()
+
+    def when_taken(self, function: Callable[[], None]) -> None:
+        """For `Handler.fault`: call it when all faults that are there have been handed out."""
+        self._when_taken.append(function)
 
     def _reply_given(self, connection: NbdConnection) -> None:
         self._replied.add(connection)
@@ -221,6 +240,14 @@ class NbdConnection:
             keep: the payload's memory is the caller's now; see free_with.
         """
         check(lib.bg_nbd_reply(ticket, head, len(head), (_PAYLOAD if payload else 0) | (_KEEP if keep else 0)))
+        self._loop._reply_given(self)
+
+    def retry(self, tickets: Sequence[int]) -> None:
+        """Faults, reads, whose places have been looked up, so that they can be done natively instead of answered.
+
+        What the map does not know all the same comes back.
+        """
+        lib.bg_nbd_retry(tickets, len(tickets))
         self._loop._reply_given(self)
 
     def shutdown(self) -> None:

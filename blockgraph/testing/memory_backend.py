@@ -13,7 +13,7 @@ It keeps its bytes in memory, remembers every call, and can hold requests until 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple, cast
@@ -82,7 +82,8 @@ class MemoryBackend:
         data: the contents.
         calls: every request, in the order of arrival.
         map: what native code may do without asking; a test's own.
-        errors: exception to raise by op ("pread", "pwrite", "write_zeroes", "discard", "flush", "block_status").
+        errors: exception to raise by op (those of `Call`).
+        scattered: reads that miss are looked up.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class MemoryBackend:
         self.writable = writable
         self.calls: list[Call] = []
         self.errors: dict[str, BaseException] = {}
+        self.scattered = False
         self.node = SimpleNamespace(
             name=name, driver=SimpleNamespace(request_alignment=alignment, info=lambda: Info(cluster_size=None))
         )
@@ -122,6 +124,15 @@ class MemoryBackend:
     def size(self) -> int:
         """Bytes."""
         return len(self.data)
+
+    def is_scattered(self, offset: int) -> bool:
+        """As the test wants it."""
+        return self.scattered
+
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Finds out nothing."""
+        for offset, end in runs:
+            await self._enter("look_up", offset, end - offset)
 
     async def _enter(self, op: str, offset: int, length: int, flags: Flag = Flag.NONE) -> None:
         self.calls.append(Call(op, offset, length, flags))

@@ -30,6 +30,7 @@ static bg_map *map;
 static int fd, slot, stop_python;
 static bg_nbd_conn *conns[CLIENTS];
 static atomic_int ended;
+static int retried, again;
 static atomic_bool over;
 
 /* Python's part. */
@@ -85,10 +86,15 @@ static void *python(void *unused)
                 bg_nbd_release(conns[faults[i].source]);
                 conns[faults[i].source] = NULL;
                 ended++;
+            } else if (!faults[i].error && faults[i].command == BG_NBD_READ && number++ % 3) {
+                bg_nbd_retry(&faults[i].ticket, 1); /* it may be mapped again by now, or not */
+                retried++;
             } else if (!have_late && number++ % 5 == 0) {
+                again += faults[i].error != 0;
                 late = faults[i];
                 have_late = true;
             } else {
+                again += faults[i].error != 0;
                 complete(&faults[i], number);
             }
         }
@@ -315,7 +321,7 @@ void test_nbd(void)
     CHECK(bg_map_set_zeroing(map, slot, BG_MAP_PUNCH | BG_MAP_ZERO_RANGE, 0) == 0);
     map_all();
     stop_python = eventfd(0, EFD_CLOEXEC);
-    ended = 0;
+    ended = retried = again = 0;
     over = false;
     for (int i = 0; i < CLIENTS; i++) {
         int pair[2];
@@ -339,6 +345,7 @@ void test_nbd(void)
     bg_nbd_loop_stats(loop, &stats);
     CHECK(stats.hits > 0 && stats.faults > 0 && stats.blocked > 0 && stats.hits + stats.faults + stats.refused <= stats.requests);
     CHECK(stats.refused == 1000);
+    CHECK(again > 0 && retried > again);
     bg_nbd_loop_stop(loop);
     CHECK(bg_nbd_loop_free(loop) == 0);
     for (int i = 0; i < CLIENTS; i++) {

@@ -22,18 +22,12 @@ from blockgraph.exports.nbd.export import Negotiated
 from blockgraph.exports.nbd.protocol import Cmd, Err
 from blockgraph.exports.nbd.requests import check
 from blockgraph.native import ExtentMap, MapExtent
-from blockgraph.native.nbd_loop import NbdLoop, NbdStats
+from blockgraph.native.nbd_loop import NbdLoop
 from blockgraph.testing.nbd_client import Reply
 from tests.helpers.mapped_disk import MappedDisk
-from tests.helpers.nbd import SIZE, Served, raw_client, run_async, run_tool, serving
+from tests.helpers.nbd import SIZE, raw_client, run_async, run_tool, serving
 
 LIMIT = protocol.MAX_REQUEST
-
-
-def stats(served: Served) -> NbdStats:
-    found = served.server.stats
-    assert found is not None
-    return found
 
 
 class Sent(NamedTuple):
@@ -96,7 +90,7 @@ def test_any_requests_are_refused_as_python_would(
                 assert last[cookie].error == (refusal.error if refusal else 0)
                 if refusal and structured:
                     assert last[cookie].data[6:].decode() == refusal.reason
-            found = stats(served)
+            found = served.stats()
             refused = sum(refusal is not None for refusal in refusals)
             assert (found.refused, found.faults) == (refused, len(plan) - refused)
             await client.disconnect()
@@ -124,7 +118,7 @@ async def test_many_refused_at_once_never_wake_python(structured: bool, monkeypa
             await sending
         assert [reply.cookie for reply in replies] == list(range(500))
         assert {reply.error for reply in replies} == {Err.INVAL, Err.NOSPC}
-        assert (stats(served).refused, stats(served).faults, served.disk.calls) == (500, 0, [])
+        assert (served.stats().refused, served.stats().faults, served.disk.calls) == (500, 0, [])
         await client.disconnect()
 
 
@@ -145,7 +139,7 @@ async def test_payload_of_a_refused_write_is_skipped_in_bounded_memory(length: i
             assert (refused.cookie, refused.error) == (cookie, expected)
             assert (read.cookie, read.error, read.data[-4:]) == (cookie + 1, 0, bytes(4))
         assert [call.op for call in served.disk.calls] == ["pread"] * 2
-        assert (stats(served).requests, stats(served).refused) == (4, 2)
+        assert (served.stats().requests, served.stats().refused) == (4, 2)
         await client.disconnect()
 
 
@@ -168,7 +162,7 @@ async def test_client_that_reads_no_errors_is_not_read_from_any_more() -> None:
                 except BlockingIOError:
                     vain += 1
                 await other.block_status(0, 1)
-                found = stats(served)
+                found = served.stats()
                 # What is not in the socket's buffers is in flight. A block status is answered with 32 bytes.
                 in_flight = found.refused - (found.sent - 32 * found.faults) // head
         sock.close()
@@ -187,11 +181,11 @@ async def test_refused_after_shutdown_without_python() -> None:
             (connection,) = served.server._connections
             assert connection._transmission is not None
             connection._transmission.shutdown()
-            before = stats(served).faults
+            before = served.stats().faults
             await client.wire.send_request(Cmd.WRITE, 2, 0, 4, data=b"late")
             reply = await client.wire.reply()
             assert (reply.cookie, reply.error, reply.data[6:]) == (2, Err.SHUTDOWN, b"the server is being shut down")
-            assert (stats(served).faults, stats(served).refused) == (before, 1)
+            assert (served.stats().faults, served.stats().refused) == (before, 1)
             held.release()
             assert (await client.wire.reply()).cookie == 1
         assert await client.wire.closed_by_server()
@@ -218,7 +212,7 @@ async def test_hit_that_fails_is_python_s_to_try_and_to_tell(structured: bool, e
                 await call
             assert failure.value.errno == expected
         assert [call.op for call in disk.calls] == ["pread", "pwrite", "pread"]
-        assert (stats(served).hits, stats(served).faults, stats(served).refused) == (0, 3, 0)
+        assert (served.stats().hits, served.stats().faults, served.stats().refused) == (0, 3, 0)
         disk.errors = {}
         assert await client.pread(0, 4) == bytes(4)
         await extents.remove_slot(slot)
@@ -237,7 +231,7 @@ async def test_unaligned_to_the_minimum_block_size_is_served() -> None:
             assert client.block_sizes[0] == 512
             await client.pwrite(3, b"abc")
             assert await client.pread(2, 5) == b"\0abc\0"
-        assert stats(served).refused == 0
+        assert served.stats().refused == 0
 
 
 @run_async

@@ -18,10 +18,10 @@ from blockgraph.exports.nbd import protocol
 from blockgraph.exports.nbd.native_transmission import NativeTransmission
 from blockgraph.exports.nbd.protocol import Cmd
 from blockgraph.native import nbd_loop
-from blockgraph.native.nbd_loop import NbdLoop, NbdStats
+from blockgraph.native.nbd_loop import NbdLoop
 from blockgraph.testing.nbd_client import NbdClient
 from tests.helpers import nbd
-from tests.helpers.nbd import Served, raw_client, run_async, serving
+from tests.helpers.nbd import raw_client, run_async, serving
 
 #: Faults handed out at one wake-up, at most.
 TAKEN = nbd_loop._TAKE
@@ -54,12 +54,6 @@ def taken_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return str(request.param)
 
 
-def stats(served: Served) -> NbdStats:
-    found = served.server.stats
-    assert found is not None
-    return found
-
-
 def send_at_once(client: NbdClient, command: Cmd, count: int) -> None:
     """`count` requests by one system call, without the event loop."""
     length, payload = (0, b"") if command == Cmd.FLUSH else (512, b"!" * 512 if command == Cmd.WRITE else b"")
@@ -86,11 +80,11 @@ async def test_faults_queued_cost_one_wakeup_for_hundreds(
     each = 100
     async with serving() as served:
         clients = [await raw_client(served) for _ in range(connections)]
-        before = stats(served).sends
+        before = served.stats().sends
         wakeups.clear()
         for client in clients:
             send_at_once(client, command, each)
-        while taken_by == "thread" and stats(served).requests < connections * each:
+        while taken_by == "thread" and served.stats().requests < connections * each:
             os.sched_yield()
         for client in clients:
             await replies(client, each)
@@ -99,7 +93,7 @@ async def test_faults_queued_cost_one_wakeup_for_hundreds(
         assert len(wakeups) <= full + 2
         assert len(wakeups) * 50 <= connections * each
         # A connection whose faults two wake-ups share is answered twice.
-        assert connections <= stats(served).sends - before <= connections + full
+        assert connections <= served.stats().sends - before <= connections + full
         assert len(served.disk.calls) == connections * each
         for client in clients:
             await client.disconnect()
@@ -112,14 +106,14 @@ async def test_faults_that_wait_and_end_together_are_answered_together(taken_by:
         wakeups.clear()
         with served.disk.hold("pread") as held:
             send_at_once(client, Cmd.READ, 100)
-            while taken_by == "thread" and stats(served).requests < 100:
+            while taken_by == "thread" and served.stats().requests < 100:
                 os.sched_yield()
             await held.arrived(100)
             assert [count for count in wakeups if count] == [100]
-            before = stats(served).sends
+            before = served.stats().sends
             held.release()
             await replies(client, 100)
-            assert stats(served).sends - before == 1
+            assert served.stats().sends - before == 1
         await client.disconnect()
 
 
@@ -131,7 +125,7 @@ async def test_faults_more_than_are_taken_at_once_come_in_full_batches(taken_by:
         client = await raw_client(served)
         wakeups.clear()
         send_at_once(client, Cmd.READ, count)
-        while taken_by == "thread" and stats(served).requests < nbd_loop.MAX_REQUESTS:
+        while taken_by == "thread" and served.stats().requests < nbd_loop.MAX_REQUESTS:
             os.sched_yield()
         await replies(client, count)
         batches = [count for count in wakeups if count]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 
 from blockgraph.native import MapExtent, Windows
 from blockgraph.testing.memory_backend import MemoryBackend, MemoryMap
@@ -15,12 +16,14 @@ class MappedDisk(MemoryBackend):
     """Its bytes are a file in memory, of which `reveal` maps ranges.
 
     Attributes:
+        tells: what is looked up becomes known.
         extents: of its map, empty at first.
         slot: the file in the map.
     """
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
+        self.tells = True
         self._fd = os.memfd_create("disk", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, size)
         self.data = mmap.mmap(self._fd, size)  # type: ignore[assignment]  # what tests use, both have
@@ -38,6 +41,11 @@ class MappedDisk(MemoryBackend):
         length = self.size() - offset if length is None else length
         slot = None if zero else self.slot
         self.extents.insert(self.extents.generation(), [MapExtent(offset, length, slot, offset, writable)])
+
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
+        await super().look_up(runs)
+        for offset, end in runs if self.tells else ():
+            self.reveal(offset, end - offset, writable=False)
 
     def close(self) -> None:
         """Give the file up, when no request uses it any more."""

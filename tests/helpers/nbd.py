@@ -16,6 +16,7 @@ from typing import Any, ParamSpec
 
 from blockgraph.exports.nbd import NbdExport, NbdServer
 from blockgraph.native import Bitmap
+from blockgraph.native.nbd_loop import NbdStats
 from blockgraph.testing.memory_backend import MemoryBackend, MemoryMap
 from blockgraph.testing.nbd_client import NbdClient, NbdWire
 
@@ -68,6 +69,19 @@ class Served:
         wire = await self.wire()
         await wire.greet()
         return wire
+
+    def stats(self) -> NbdStats:
+        """Counters of the native loop."""
+        native = self.server._native
+        assert native is not None
+        return native.stats
+
+    async def counted(self, **least: int) -> NbdStats:
+        """The counters, once they are at least so high: a reply may arrive before it is counted."""
+        async with asyncio.timeout(20):
+            while any(getattr(self.stats(), name) < value for name, value in least.items()):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        return self.stats()
 
     async def idle(self) -> None:
         """Until the server has no connection left."""

@@ -18,8 +18,11 @@ import errno
 import logging
 import os
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from blockgraph.backend import Backend
 from blockgraph.errors import WireError
+from blockgraph.exports.eager import Request
 from blockgraph.exports.nbd.export import Negotiated
 from blockgraph.exports.nbd.protocol import Cmd, Err
 from blockgraph.exports.nbd.requests import CACHE_STEP, KINDS, NbdRequest, Refusal, Refused
@@ -32,12 +35,35 @@ _log = logging.getLogger(__name__)
 assert CACHE_STEP == nbd_loop.CACHE_STEP
 
 _CACHE = int(Cmd.CACHE)
+_READ = int(Cmd.READ)
+
+
+class _Fault(NamedTuple):
+    ticket: int
+    offset: int
+    length: int
+
 
 _BROKEN = {
     nbd_loop.BAD_MAGIC: "wrong magic of a request",
     nbd_loop.LEFT: "the client left in the middle of a request",
     nbd_loop.TOO_LONG: "a write longer than any server takes",
 }
+
+
+class _LookUp(Request):
+    """Lets the extent map know where reads that missed find their bytes, and then gives them back to native code."""
+
+    def __init__(self, transmission: NativeTransmission, faults: list[_Fault]) -> None:
+        self._transmission = transmission
+        self._faults = faults
+
+    def begin(self, loop: asyncio.AbstractEventLoop, backend: Backend) -> None:
+        self.start(loop, backend.look_up([(fault.offset, fault.offset + fault.length) for fault in self._faults]))
+
+    def finished(self, result: Any, error: BaseException | None) -> None:
+        # Whatever it was that failed: they come back, and will tell.
+        self._transmission.looked_up(self, [fault.ticket for fault in self._faults])
 
 
 class NativeTransmission:
@@ -64,6 +90,8 @@ class NativeTransmission:
         self._backend = negotiated.export.backend
         self._connection: NbdConnection
         self._running: dict[NbdRequest, int] = {}
+        self._scattered: list[_Fault] = []
+        self._looking: set[_LookUp] = set()
         self._shutdown = False
 
     # Life.
@@ -94,7 +122,7 @@ class NativeTransmission:
 
     def cancel(self) -> None:
         """Cancel the requests in flight."""
-        for request in list(self._running):
+        for request in [*self._running, *self._looking]:
             request.cancel()
 
     def ended(self, error: int) -> None:
@@ -112,12 +140,27 @@ class NativeTransmission:
 
     # Requests.
 
-    def fault(self, ticket: int, address: int, cookie: int, offset: int, length: int, command: int, flags: int) -> None:
+    def fault(
+        self,
+        ticket: int,
+        address: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        command: int,
+        flags: int,
+        retried: int,
+    ) -> None:
         """See nbd_loop.Handler."""
         if self._shutdown:  # it was on its way
             refused = Refused(self, flags, cookie, offset, length)
             self._running[refused] = ticket
             refused.refuse(Refusal(Err.SHUTDOWN, "the server is being shut down"))
+            return
+        if command == _READ and length and not retried and self._backend.is_scattered(offset):
+            if not self._scattered:
+                self._native.when_taken(self._look_up)
+            self._scattered.append(_Fault(ticket, offset, length))
             return
         self.negotiated.export.count(command, length)
         request = KINDS[command](self, flags, cookie, offset, length)
@@ -125,6 +168,17 @@ class NativeTransmission:
             request.view = nbd_loop.payload_view(address, min(length, CACHE_STEP) if command == _CACHE else length)
         self._running[request] = ticket
         request.begin(self._loop, self._backend)
+
+    def _look_up(self) -> None:
+        faults, self._scattered = self._scattered, []
+        request = _LookUp(self, faults)
+        self._looking.add(request)
+        request.begin(self._loop, self._backend)
+
+    def looked_up(self, request: _LookUp, tickets: list[int]) -> None:
+        """The faults may be tried again."""
+        self._looking.remove(request)
+        self._connection.retry(tickets)
 
     def reply(self, request: NbdRequest, head: bytes, payload: memoryview | None = None) -> None:
         """See requests.Replies; a payload is the request's own memory."""
