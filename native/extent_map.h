@@ -28,8 +28,8 @@
  * Errno:     0, a count or a ticket; BG_MAP_MISS; else -EINVAL, -ENOMEM, -EBUSY, -ENOSPC, or -errno of a system call.
  *            Invalidating and protecting never fail for want of memory: they drop more instead.
  * Threads:   all functions but bg_map_free from any thread. Look-ups take no lock and write to no cache line that
- *            another thread uses; changes take a mutex for microseconds (whole-map ones for as long as it takes to
- *            free the extents) and never wait for requests. bg_map_wait waits.
+ *            another thread uses; changes take a mutex for microseconds (milliseconds where the system makes a huge page, and
+ *            whole-map ones for as long as it takes to free the extents) and never wait for requests. bg_map_wait waits.
  */
 #ifndef BG_EXTENT_MAP_H
 #define BG_EXTENT_MAP_H

@@ -143,6 +143,8 @@ void map_retire(bg_map *map, garbage_list *list, garbage *g)
     *list->last = g;
     list->last = &g->next;
     map->retired += g->bytes;
+    if (g->lead == LEAD_SLAB)
+        slab_leaves(g);
 }
 
 static void reclaim(bg_map *map, garbage_list *list, uint64_t oldest)

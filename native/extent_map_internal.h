@@ -44,7 +44,8 @@ typedef struct garbage {
 /* It is in a slab, which counts its bytes. */
 #define LEAD_SLAB SIZE_MAX
 
-/* extent_map_slabs.c */
+/* extent_map_slabs.c. A table there is retired, or free. */
+void slab_leaves(garbage *g);
 void slab_free(garbage *g);
 
 static inline void garbage_free(garbage *g)
@@ -66,13 +67,14 @@ typedef struct {
  * The extents of a region, in the form that takes less memory.
  * List: start[i] is relative to the region and belongs to at[i].
  * Table: for every cluster of the region a word, which says where it lives. Where one storage has all of them, as most images have,
- * words are short: so the map of a fragmented image takes half as much memory as the image's own tables.
+ * words are short: so the map of a fragmented image takes half as much memory as the image's own tables. A table whose words
+ * have become long stays one until its region is made anew.
  */
 typedef struct {
     garbage garbage; /* first in all that is retired */
     uint32_t count;   /* places, or words of the table */
     uint32_t extents; /* as statistics have it */
-    int64_t region;   /* that has it; -1: none */
+    int64_t region;   /* that has it; -1: it was retired */
     place at[];       /* list: count, then uint32_t start[count] */
 } leaf;
 
@@ -188,6 +190,7 @@ typedef struct slab {
     bg_map *map;
     garbage *spare;      /* free places that had a table once, by next */
     uint32_t made, used; /* places, from the first on */
+    uint32_t leaving;    /* of those used: their tables were retired */
     size_t counted;      /* in the map's bytes */
     bool given_up;       /* in no list, and ends with its last table */
 } slab;
@@ -196,6 +199,7 @@ typedef struct slab {
 struct slab_class {
     size_t size;
     slab *roomy, *full;
+    uint32_t leaving; /* places that will be free in them */
     int slabs; /* 0: it may become one of another size */
 };
 #define SLAB_CLASSES 4
@@ -377,6 +381,8 @@ leaf *table_room(bg_map *map, space *sp, size_t bytes);
 slab_class *slab_class_of(bg_map *map, size_t bytes);
 /* Whether a table may be taken when the map has so many bytes already. */
 bool slab_has_room(const bg_map *map, const slab_class *class, size_t bytes);
+/* Bytes of places that will be free once nobody looks. */
+size_t slabs_leaving(const bg_map *map);
 /* NULL: no memory. */
 leaf *slab_take(bg_map *map, slab_class *class);
 /* Drop the tables of a slab, so that its memory is free once nobody looks. False: there is none. */

@@ -26,7 +26,7 @@
 /* This part of the memory is not for slabs. A region's extents are a list before they are a table, and for a list's sake a whole
  * slab would have to go. */
 #define REST_PART 16
-#define LARGEST (HUGE_PAGE / 32) /* what a slab's end has no room for is smaller than this */
+#define LARGEST ((HUGE_PAGE - HEAD) / 15) /* what a slab's end has no room for is smaller than this */
 #define HEAD ((sizeof(slab) + LINE - 1) / LINE * LINE)
 
 static slab *slab_of(garbage *g)
@@ -126,8 +126,7 @@ static slab *new_slab(bg_map *map, slab_class *class)
     if (!s)
         return NULL;
     bool huge = class->full && may_be_huge(map, 0);
-    if (huge)
-        madvise(s, HUGE_PAGE, MADV_HUGEPAGE);
+    madvise(s, HUGE_PAGE, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     *s = (slab){.class = class, .map = map, .counted = HEAD};
     map->bytes += HEAD;
     if (huge)
@@ -155,6 +154,7 @@ leaf *slab_take(bg_map *map, slab_class *class)
     }
     s->used++;
     if (s->made == capacity(class->size) && s->counted < HUGE_PAGE && may_be_huge(map, s->counted)) {
+        madvise(s, HUGE_PAGE, MADV_HUGEPAGE);
         madvise(s, HUGE_PAGE, MADV_COLLAPSE);
         count_all(map, s);
     }
@@ -173,9 +173,34 @@ static void end(slab *s)
     munmap(s, HUGE_PAGE);
 }
 
+void slab_leaves(garbage *g)
+{
+    slab *s = slab_of(g);
+    s->leaving++;
+    if (!s->given_up)
+        s->class->leaving++;
+}
+
+size_t slabs_leaving(const bg_map *map)
+{
+    size_t bytes = 0;
+    for (int i = 0; i < SLAB_CLASSES; i++)
+        bytes += map->classes[i].leaving * map->classes[i].size;
+    return bytes;
+}
+
+static bool was_retired(garbage *g)
+{
+    return ((leaf *)(void *)g)->region < 0;
+}
+
 void slab_free(garbage *g)
 {
     slab *s = slab_of(g);
+    if (was_retired(g)) { /* not when the map ends */
+        s->leaving--;
+        s->class->leaving -= !s->given_up;
+    }
     if (!s->given_up)
         unlink_slab(s);
     g->next = s->spare;
@@ -204,16 +229,20 @@ slab_class *slab_class_of(bg_map *map, size_t bytes)
     return unused;
 }
 
-/* Where the fewest tables are lost. */
+/* The one of `found` and the list's where the fewest tables are lost; of equal ones the last, which is the oldest. */
+static slab *emptier(slab *found, slab *list)
+{
+    for (slab *s = list; s; s = s->next)
+        if (!found || s->used - s->leaving <= found->used - found->leaving)
+            found = s;
+    return found;
+}
+
 static slab *emptiest(bg_map *map)
 {
     slab *found = NULL;
     for (int i = 0; i < SLAB_CLASSES; i++)
-        for (slab *s = map->classes[i].roomy; s; s = s->next)
-            if (!found || s->used < found->used)
-                found = s;
-    for (int i = 0; i < SLAB_CLASSES && !found; i++)
-        found = map->classes[i].full;
+        found = emptier(emptier(found, map->classes[i].roomy), map->classes[i].full);
     return found;
 }
 
@@ -223,6 +252,7 @@ bool slab_give_up(bg_map *map, void (*drop)(bg_map *, int64_t region))
     if (!s)
         return false;
     unlink_slab(s);
+    s->class->leaving -= s->leaving;
     s->given_up = true;
     map->retired += s->counted;
     for (uint32_t i = 0; i < s->made; i++)

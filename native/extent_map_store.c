@@ -129,7 +129,9 @@ static bool has_room(bg_map *map, size_t bytes, const slab_class *class)
 static bool will_have_room(bg_map *map, size_t bytes, const slab_class *class)
 {
     size_t taken = map->bytes - map->retired;
-    return class ? slab_has_room(map, class, taken) : taken + bytes <= map->limit - map->limit / SPARE_PART;
+    if (class)
+        return class->leaving || slab_has_room(map, class, taken);
+    return taken + bytes <= map->limit - map->limit / SPARE_PART;
 }
 
 /*
@@ -143,14 +145,9 @@ static bool make_room(bg_map *map, space *sp, size_t bytes, const slab_class *cl
     map_reclaim(map);
     if (has_room(map, bytes, class))
         return true;
-    for (int64_t few = map->leaves / FEW_PART; !will_have_room(map, bytes, class); few--) {
-        if ((few < 0 && slab_give_up(map, drop)) || evict_one(map, sp)) {
-            if (class)
-                map_reclaim(map);
-        } else {
+    for (int64_t few = map->leaves / FEW_PART; !will_have_room(map, bytes, class); few--)
+        if (!(few < 0 && slab_give_up(map, drop)) && !evict_one(map, sp))
             break;
-        }
-    }
     map_reclaim(map);
     return has_room(map, bytes, class);
 }
@@ -159,7 +156,7 @@ static bool make_room(bg_map *map, space *sp, size_t bytes, const slab_class *cl
 static char *allocate(size_t bytes)
 {
     char *made = malloc(bytes);
-    if (has_ref(made + bytes))
+    if (!made || has_ref(made + bytes))
         return made;
     free(made);
     return NULL;
@@ -340,7 +337,7 @@ void map_finish(bg_map *map)
 {
     flush(map);
     make_room(map, atomic_load(&map->space), 0, NULL);
-    if (map->retired > map->limit / SPARE_PART)
+    if (map->retired + slabs_leaving(map) > map->limit / SPARE_PART)
         map_reclaim(map);
 }
 

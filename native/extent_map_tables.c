@@ -13,7 +13,7 @@
 static bool has_words(const span *s)
 {
     return s->flags & BG_MAP_ZERO || (!(s->storage_offset & ((1 << WORD_SHIFT) - 1)) &&
-                                      (uint64_t)(s->storage_offset + s->end - s->start) <= WORD_END);
+                                      (uint64_t)(s->storage_offset + (s->end - s->start)) <= WORD_END);
 }
 
 /* Of the cluster at `at`. */
@@ -21,7 +21,7 @@ static uint64_t word_of(const span *s, int64_t at)
 {
     if (s->flags & BG_MAP_ZERO)
         return s->flags;
-    uint64_t place = (uint64_t)(s->storage_offset + at - s->start);
+    uint64_t place = (uint64_t)(s->storage_offset + (at - s->start));
     return place >> WORD_SHIFT << (SLOT_BITS + FLAG_BITS) | (uint64_t)s->slot << FLAG_BITS | s->flags;
 }
 
@@ -30,7 +30,7 @@ static bool has_short_words(const span *s, unsigned shift, unsigned slot)
 {
     return s->flags & BG_MAP_ZERO ||
            (s->slot == slot && !(s->storage_offset & (((int64_t)1 << shift) - 1)) &&
-            (uint64_t)(s->storage_offset + s->end - s->start - 1) >> shift < SHORT_END);
+            (uint64_t)(s->storage_offset + (s->end - s->start - 1)) >> shift < SHORT_END);
 }
 
 static size_t word_size(leaf_ref form)

@@ -109,12 +109,43 @@ static void more_than_fits(void)
     CHECK(stats.regions > REGIONS * 4 / 5 && stats.regions < REGIONS);
     CHECK(slabs() > 0 && known(0, REGIONS) > 0);
     bg_map_invalidate(map, 0, SIZE);
-    CHECK(known(0, REGIONS) == 0);
+    CHECK(slabs() == 0 && map->leaves == 0 && known(0, REGIONS) == 0);
     bg_map_get_stats(map, &stats);
-    CHECK(slabs() == 0 && stats.regions == 0);
     CHECK(stats.bytes - before.bytes < 1 << 20); /* what changes are prepared in */
     fill(7, REGION, 0, 1);
     CHECK(known(7, 1) > 0 && slabs() == 1);
+    CHECK(bg_map_free(map) == 0);
+}
+
+/* Places are free once nobody looks: as long as somebody does, that they will be is enough. */
+static void somebody_looks(void)
+{
+    bg_map_stats before, after;
+    start();
+    for (int64_t i = 0; i < REGIONS - 1; i++)
+        fill(i, REGION, 0, 1);
+    bg_map_get_stats(map, &before);
+    reader *r = map_enter(map);
+    fill(REGIONS - 1, REGION, 0, 1);
+    map_leave(map, r);
+    bg_map_get_stats(map, &after);
+    CHECK(before.evictions > 0 && after.evictions - before.evictions < 8);
+    CHECK(bg_map_free(map) == 0);
+}
+
+/* Also the tables of which few fit into a slab. */
+static void large_tables(void)
+{
+    bg_map_extent e[BATCH];
+    CHECK(bg_map_new(SIZE, 64 * LIMIT, &map) == 0);
+    slots[0] = bg_map_add_slot(map, 0, 1, 1);
+    int64_t cluster = 512, clusters = REGION / cluster;
+    for (int64_t i = 0; i < clusters; i += BATCH) {
+        for (int64_t n = 0; n < BATCH; n++)
+            e[n] = (bg_map_extent){(i + n) * cluster, cluster, (clusters - i - n) * cluster, slots[0], 0};
+        CHECK(bg_map_insert(map, bg_map_generation(map), e, BATCH) == BATCH);
+    }
+    CHECK(is_short(0) && slabs() == 1);
     CHECK(bg_map_free(map) == 0);
 }
 
@@ -179,6 +210,8 @@ static void read_while_places_are_used_again(void)
 void test_extent_map_slabs(void)
 {
     more_than_fits();
+    somebody_looks();
+    large_tables();
     other_sizes();
     read_while_places_are_used_again();
 }
