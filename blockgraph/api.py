@@ -163,7 +163,10 @@ class SyncBackend:
     def _pread_missed(self, offset: int, buf: bytearray | memoryview) -> bool:
         """Whether it was done. Not in Python, if all that is worth while is to look up where its bytes are."""
         done = self._graph.call(self._backend.pread_missed(offset, memoryview(buf).cast("B")))
-        return done or self._pread_native(offset, buf)
+        if done or self._pread_native(offset, buf):
+            return True
+        self._backend.came_back()
+        return False
 
     def pwrite(self, offset: int, buf: bytes | bytearray | memoryview, *, flags: Flag = Flag.NONE) -> None:
         """Write `buf`."""

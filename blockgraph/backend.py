@@ -190,18 +190,21 @@ class Backend:
             self.leave()
 
     def is_scattered(self, offset: int) -> bool:
-        """A read was not in the map, and is better off with `look_up`, then done natively, than with `pread_into`."""
+        """A read or write was not in the map, and is better off with `look_up`, then done natively, than done here."""
         return self.map is not None and self.map.scattered.add(offset)
 
-    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Let the map know where runs (offset, end) are. It may get to know none of them."""
+    def came_back(self) -> None:
+        """It was looked up, but is not in the map all the same."""
+        if self.map is not None:
+            self.map.scattered.came_back()
+
+    async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> None:
+        """Let the map know where runs (offset, end) are, to be read, or written. It may get to know none of them."""
         assert self.map is not None
         await self.enter()
-        entered = 0
         try:
-            entered = await self.map.look_up(runs)
+            await self.map.look_up(runs, write=write)
         finally:
-            self.map.scattered.looked_up(len(runs), entered)
             self.leave()
 
     async def pread_missed(self, offset: int, buf: memoryview) -> bool:

@@ -120,12 +120,14 @@ class Lookup(NamedTuple):
         places: what they have in common.
         zeroes: what is unallocated reads as zeroes.
         storage: the node whose descriptor has the bytes.
+        writable: they may be written there as far as the format is concerned, where the parts say so.
     """
 
     parts: L2Parts
     places: L2Places
     zeroes: bool
     storage: Node
+    writable: bool = False
 
 
 class Driver:
@@ -464,7 +466,7 @@ class Format(Driver):
         short ones. As with `map`, every change is revoked."""
         return None
 
-    async def look_up(self, runs: Sequence[tuple[int, int]]) -> Lookup | None:
+    async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> Lookup | None:
         """Where many short runs (offset, end) live, at once; None: `map` has to be asked about each.
 
         So it has to be about what is left out. Nothing is awaited between the answer's making and its return.

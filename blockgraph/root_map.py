@@ -38,7 +38,7 @@ from blockgraph.driver import Format
 from blockgraph.extent import Status
 from blockgraph.native import CopierLink, ExtentMap, MapExtent, Zeroing
 from blockgraph.native.extent_map import MAX_UNIT
-from blockgraph.scattered_reads import ScatteredReads
+from blockgraph.scattered_faults import ScatteredFaults
 
 if TYPE_CHECKING:
     from blockgraph.driver import FirstWrites
@@ -100,13 +100,13 @@ class RootMap:
 
     Attributes:
         extents: the native map.
-        scattered: which reads that miss are for `look_up`.
+        scattered: which requests that miss are for `look_up`.
     """
 
     def __init__(self, backend: MapOwner, memory: int) -> None:
         self._backend = backend
         self.extents = ExtentMap(backend.size(), memory)
-        self.scattered = ScatteredReads(self.extents)
+        self.scattered = ScatteredFaults(self.extents)
         #: nothing on the way to the storage that was found last does anything about zeroes and discards
         self._passes_zeroes = self._punches = True
         #: of the format that does, bytes; 0: none is known
@@ -128,6 +128,8 @@ class RootMap:
         self._linked: int | None = None
         #: faults, by node, offset in it, and offset of the range of the disk that shows it
         self._tables: dict[tuple[Node, int, int], int] = {}
+        #: formats whose storage was found to be written in place by whoever may write to them
+        self._in_place: set[Node] = set()
         #: does the first writes of this map
         self._first_writes: FirstWrites | None = None
         #: a node on the way has some
@@ -186,12 +188,13 @@ class RootMap:
             self.extents.insert(generation, [extent])
         return extent
 
-    async def look_up(self, runs: Sequence[tuple[int, int]]) -> int:
-        """Enter what a format can tell at once about many short runs (offset, end), for reading.
+    async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> None:
+        """Enter what a format can tell at once about many short runs (offset, end).
 
         The caller is inside the backend's gate, and looks for what is still unknown.
 
-        Returns: how many extents were entered.
+        Args:
+            write: they are going to be written, so enter how, if that is plain. Else they are entered for reading.
         """
         if self._backend.node not in self._nodes or self.extents.size != self._backend.size():
             await self.fill(runs[0][0], runs[0][1] - runs[0][0])  # makes the nodes known to us, and us to them
@@ -202,26 +205,43 @@ class RootMap:
             position = runs[0][0] - shift
             extent = (await node.map(position, 1)) if position < node.size() else None
             if extent is None or extent.child is None or extent.status is not Status.DATA:
-                return 0
+                return
+            write = write and extent.writable and extent.copier is None
             low, high = max(low, extent.offset + shift), min(high, extent.offset + extent.length + shift)
             node, shift = extent.child.node, shift + extent.offset - extent.child_offset
             path.append(node)
         low, high = max(low, shift), min(high, node.size() + shift)
         if any(self._nodes.get(node) is None for node in path):
-            return 0
+            return
         inside = [(offset - shift, end - shift) for offset, end in runs if low <= offset and end <= high]
-        found = await node.driver.look_up(inside)
+        found = await node.driver.look_up(inside, write=write and node in self._in_place)
         # From here to the insert nothing is awaited.
         if found is None or self._taken([*path, found.storage]):
-            return 0
+            return
         if high > self.extents.size:
-            return 0
+            return
         self._register(found.storage, None)
         slot = self._slot(found.storage)
-        if slot is None:
-            return 0
-        within = MapExtent(low, high - low, slot)
-        return self.extents.insert_parts(generation, found.places, found.parts, found.zeroes, shift, within)
+        if slot is not None:
+            writable = found.writable and node in self._in_place and self._writes_plainly(path, found.storage)
+            within = MapExtent(low, high - low, slot, writable=writable)
+            self.extents.insert_parts(generation, found.places, found.parts, found.zeroes, shift, within)
+
+    def _writes_plainly(self, path: Sequence[Node], storage: Node) -> bool:
+        """Nothing on the way has to be asked, or told, about a write but bitmaps that the map knows."""
+        if not self.writes or self._forgetting:
+            return False
+        for node in (*path, storage):
+            if node.guard is not None or node.read_only or node.options.detect_zeroes != "off":
+                return False
+            recording = [bitmap for bitmap in node.bitmaps.values() if bitmap.recording]
+            if recording and (node is storage or self._nodes[node] != 0):
+                return False
+            if any(bitmap.size < max(node.size(), self.extents.size) for bitmap in recording):
+                return False
+            if not {bitmap.recorder for bitmap in recording} <= self._bitmaps:
+                return False
+        return True
 
     async def _resolve(self, offset: int, length: int, generation: int) -> MapExtent | None:
         """The widest extent around `offset`; None: it has to be asked for each time.
@@ -332,6 +352,8 @@ class RootMap:
             return MapExtent(low, high - low, copy=copy, allocate=allocate)
         found = MapExtent(low, high - low, slot, low - shift, writable, copy, allocate)
         if step is not None:
+            if writable and not copy:
+                self._in_place.add(step.node)
             self._enter_table(step, found, generation)
         return found
 
@@ -347,7 +369,7 @@ class RootMap:
         faults = self._tables[key] = self._tables.get(key, -1) + 1
         if faults == 0:
             self.scattered.use_tables(len(places.table) // 8, places.cluster_bits)
-        if faults % _TABLE_FAULTS == 0:
+        if faults % _TABLE_FAULTS == 0 and not self.scattered.add(found.offset):
             storage_shift = found.storage_offset - found.offset - step.child_shift
             within = found._replace(offset=step.low, length=step.high - step.low)
             self.extents.insert_places(generation, places, step.shift, storage_shift, within)
@@ -523,6 +545,7 @@ class RootMap:
         self._nodes.clear()
         self._slots.clear()
         self._zeroing.clear()
+        self._in_place.clear()
         self._tables.clear()
         self._first_writes = None
         self._offered = False

@@ -89,8 +89,8 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
 int bg_nbd_reply(uint64_t ticket, const void *head, int64_t size, int flags);
 
 /*
- * Faults of one connection, reads, are not done, but Python has looked up where their bytes are: they are tried once more. Those that
- * are not in the map all the same come again, as retried.
+ * Faults of one connection, reads and writes, are not done, but Python has looked up where their bytes are: they are tried once more.
+ * Those that are not in the map all the same come again, as retried.
  */
 void bg_nbd_retry(const uint64_t *tickets, int64_t count);
 

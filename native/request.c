@@ -23,7 +23,7 @@
 #define MAX_COPY_NOW (16U << 10)
 /* Shared with the pool are writes that have more bytes copied. */
 #define HEAVY (24 << 10)
-/* Longer reads that are retried go to the pool, not to keep Python's thread from others. */
+/* Longer requests that are retried go to the pool, not to keep Python's thread from others. */
 #define MAX_RETRY_NOW (64U << 10)
 /* Zeroes in memory of more bytes go to the pool, too. */
 #define MAX_ZERO_NOW (128U << 10)
@@ -217,9 +217,14 @@ bg_request *bg_request_share(bg_request *first, int count)
 enum bg_request_outcome bg_request_retry(bg_request *r)
 {
     r->retried = true;
-    if (!r->source->map || r->kind != BG_REQUEST_READ)
+    bg_map *map = r->source->map;
+    int ret = -EAGAIN;
+    if (!map || (r->kind != BG_REQUEST_READ && r->kind != BG_REQUEST_WRITE))
         return BG_REQUEST_FAULTS;
-    int ret = r->length <= MAX_RETRY_NOW ? bg_map_pread_now(r->source->map, (int64_t)r->offset, r->buf, r->length) : -EAGAIN;
+    if (r->kind == BG_REQUEST_READ && r->length <= MAX_RETRY_NOW)
+        ret = bg_map_pread_now(map, (int64_t)r->offset, r->buf, r->length);
+    else if (r->kind == BG_REQUEST_WRITE && r->length <= MAX_RETRY_NOW && !r->durable)
+        ret = bg_map_pwrite_now(map, (int64_t)r->offset, r->buf, r->length);
     return ret == 0 ? BG_REQUEST_DONE : ret == -EAGAIN ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
 }
 

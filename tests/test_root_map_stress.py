@@ -6,9 +6,11 @@ the while; at the end every byte of the disk is compared, in the graph, after re
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +22,8 @@ import blockgraph
 from blockgraph.api import SyncBackend, SyncGraph
 from blockgraph.create import create_file
 from blockgraph.exports.nbd import NbdExport, NbdServer
+from blockgraph.native import ExtentMap, L2Parts, L2Places, MapExtent
+from blockgraph.scattered_faults import ScatteredFaults
 from blockgraph.testing.nbd_client import NbdClient
 
 CLUSTER = 64 << 10
@@ -232,18 +236,28 @@ def served(graph: SyncGraph, disk: SyncBackend, path: Path) -> Iterator[str]:
         graph.call(server.close())
 
 
-@pytest.mark.parametrize("cache", ["memory", "direct"])
-@pytest.mark.parametrize("driver", ["raw", "qcow2"])
-@pytest.mark.parametrize("through", ["threads", "nbd"])
+EVERY_WAY = list(itertools.product(["threads", "nbd"], ["raw", "qcow2"], ["memory", "direct"]))
+
+
+@pytest.mark.parametrize("through, driver, cache", [*EVERY_WAY, ("nbd, all looked up", "qcow2", "memory")])
 def test_every_change_of_a_graph_under_native_requests_keeps_every_byte(
-    tmpfs: Path, tmp_path: Path, through: str, driver: str, cache: str, require_tool: Callable[[str], str]
+    tmpfs: Path,
+    tmp_path: Path,
+    through: str,
+    driver: str,
+    cache: str,
+    require_tool: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     direct = cache == "direct"
+    if through == "nbd, all looked up":
+        monkeypatch.setattr(ScatteredFaults, "add", lambda faults, offset: True)
+    entered = watch_look_ups(monkeypatch)
     path = tmp_path if direct else tmpfs
     asyncio.run(create_file(str(path / "disk"), SIZE, driver, replace=True))
     with blockgraph.open({"nodes": [image("disk", path / "disk", driver, direct=direct)]}) as graph:
         disk = graph.backend("disk", writable=True, resize=True)
-        with served(graph, disk, path / "s") if through == "nbd" else nullcontext() as socket:
+        with served(graph, disk, path / "s") if through != "threads" else nullcontext() as socket:
             guests = [Guest(i, lambda: NbdDisk(socket) if socket else disk) for i in range(THREADS)]
             changes = Changes(graph, disk, path, guests, direct=direct)
             every = [
@@ -272,6 +286,7 @@ def test_every_change_of_a_graph_under_native_requests_keeps_every_byte(
         expected = expectation(guests, changes.tail)
         assert disk.pread(0, SIZE) == expected
         assert disk.stats().hits > 500
+        assert entered[True] > 50 or through != "nbd, all looked up"
     images = [image("disk", path / "disk", driver)]
     for below, name in zip(changes.images, changes.images[1:], strict=False):
         images.append(image(name, path / name, "qcow2", backing=below))
@@ -279,6 +294,28 @@ def test_every_change_of_a_graph_under_native_requests_keeps_every_byte(
         assert again.pread(0, SIZE) == expected
     for name in changes.images[driver == "raw" :]:
         subprocess.run([require_tool("qemu-img"), "check", "-q", "-f", "qcow2", path / name], check=True)
+
+
+def watch_look_ups(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
+    """How many extents are entered by looking up requests of guests, by whether they may be written."""
+    entered: Counter[bool] = Counter()
+    insert = ExtentMap.insert_parts
+
+    def counted(
+        extents: ExtentMap,
+        generation: int,
+        places: L2Places,
+        parts: L2Parts,
+        zeroes: bool,
+        shift: int,
+        within: MapExtent,
+    ) -> int:
+        count = insert(extents, generation, places, parts, zeroes, shift, within)
+        entered[within.writable] += count
+        return count
+
+    monkeypatch.setattr(ExtentMap, "insert_parts", counted)
+    return entered
 
 
 def expectation(guests: list[Guest], tail: bytearray) -> bytes:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
@@ -165,7 +164,6 @@ def decode_l2(
     start: int = 0,
     end: int | None = None,
     data_file: bool = False,
-    most: int | None = None,
 ) -> list[L2Run]:
     """Decode entries [start, end) of a standard (not extended) L2 table into runs, in order and without gaps.
 
@@ -175,7 +173,6 @@ def decode_l2(
         version: 2 or 3.
         start, end: indexes; None: to the end of `table`.
         data_file: the image has an external data file, so that host offset 0 can be allocated.
-        most: stop once there are more runs than that; the last may then be cut short. None: decode all.
     Raises:
         ValueError: an argument is out of range, or `table` is not a multiple of 8 bytes.
     Source: qcow2 specification, "Cluster mapping". Each entry that breaks it is a run of kind INVALID.
@@ -190,9 +187,8 @@ def decode_l2(
     runs: list[L2Run] = []
     out = ffi.new("bg_l2_run[]", _BATCH)
     flat = ffi.cast("int64_t *", out)
-    limit = sys.maxsize if most is None else most
-    while start < stop and len(runs) <= limit:
-        count = lib.bg_l2_decode(view, start, stop, cluster_bits, version, options, out, min(_BATCH, limit + 1))
+    while start < stop:
+        count = lib.bg_l2_decode(view, start, stop, cluster_bits, version, options, out, _BATCH)
         fields = iter(ffi.unpack(flat, _FIELDS * count))
         runs += [
             L2Run(first, clusters, _KINDS[kind], host, flags != 0, compressed)
@@ -200,6 +196,16 @@ def decode_l2(
         ]
         start = runs[-1].first + runs[-1].clusters
     return runs
+
+
+def count_runs(table: Buffer, cluster_bits: int, version: int, *, most: int) -> int:
+    """How many runs `decode_l2` would find in the whole table; at `most` counting stops.
+
+    Raises:
+        ValueError: `table` is not a multiple of 8 bytes.
+    """
+    view, entries = _entries(table, 8)
+    return int(lib.bg_l2_decode(view, 0, entries, cluster_bits, version, 0, ffi.new("bg_l2_run[]", most), most))
 
 
 def link_l2(table: bytearray, cluster_bits: int, links: bytes | bytearray) -> tuple[int, int]:

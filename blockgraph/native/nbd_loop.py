@@ -243,7 +243,7 @@ class NbdConnection:
         self._loop._reply_given(self)
 
     def retry(self, tickets: Sequence[int]) -> None:
-        """Faults, reads, whose places have been looked up, so that they can be done natively instead of answered.
+        """Reads and writes whose places have been looked up, so that they can be done natively instead of answered.
 
         What the map does not know all the same comes back.
         """

@@ -83,7 +83,7 @@ class MemoryBackend:
         calls: every request, in the order of arrival.
         map: what native code may do without asking; a test's own.
         errors: exception to raise by op (those of `Call`).
-        scattered: reads that miss are looked up.
+        scattered: what misses is looked up.
     """
 
     def __init__(
@@ -129,7 +129,10 @@ class MemoryBackend:
         """As the test wants it."""
         return self.scattered
 
-    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
+    def came_back(self) -> None:
+        """See Backend."""
+
+    async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> None:
         """Finds out nothing."""
         for offset, end in runs:
             await self._enter("look_up", offset, end - offset)

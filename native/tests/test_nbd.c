@@ -86,7 +86,7 @@ static void *python(void *unused)
                 bg_nbd_release(conns[faults[i].source]);
                 conns[faults[i].source] = NULL;
                 ended++;
-            } else if (!faults[i].error && faults[i].command == BG_NBD_READ && number++ % 3) {
+            } else if (!faults[i].error && (faults[i].command == BG_NBD_READ || faults[i].command == BG_NBD_WRITE) && number++ % 3) {
                 bg_nbd_retry(&faults[i].ticket, 1); /* it may be mapped again by now, or not */
                 retried++;
             } else if (!have_late && number++ % 5 == 0) {

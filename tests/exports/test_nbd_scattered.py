@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""Reads of which Python only looks up the place: each is answered once, with its bytes, whatever comes between."""
+"""Requests of which Python only looks up the place: each is done and answered once, whatever comes between."""
 
 from __future__ import annotations
 
@@ -78,10 +78,34 @@ async def test_failing_look_up_is_not_the_clients_concern() -> None:
         assert ops(disk) == ["look_up", "pread"] * 2
 
 
+@pytest.mark.parametrize("length", [1, 4096, 64 << 10, 300_000, MIB])
+@pytest.mark.parametrize("fua", [False, True])
 @run_async
-async def test_writes_flushes_and_empty_reads_are_not_looked_up() -> None:
+async def test_write_is_looked_up_and_done_natively(length: int, fua: bool) -> None:
     async with serving_scattered() as (served, disk), await served.client() as client:
-        await client.pwrite(0, b"abc")
+        disk.extents.flushed(disk.extents.dirt())
+        data = random.Random(length).randbytes(length)
+        await client.pwrite(777, data, fua=fua)
+        assert disk.data[777 : 777 + length] == data
+        assert ops(disk) == ["look_up"]
+        served_now = await served.counted(hits=1)
+        assert (served_now.requests, served_now.hits, served_now.faults) == (1, 1, 0)
+
+
+@run_async
+async def test_write_to_what_was_looked_up_but_may_only_be_read_is_done_by_python_once() -> None:
+    async with serving_scattered() as (served, disk), await served.client() as client:
+        disk.tells = False
+        disk.reveal(0, MIB, writable=False)
+        await asyncio.gather(*(client.pwrite(at, at.to_bytes(4) * 128) for at in range(0, MIB, 4096)))
+        assert ops(disk).count("look_up") == ops(disk).count("pwrite") == 256
+        assert all(disk.data[at : at + 512] == at.to_bytes(4) * 128 for at in range(0, MIB, 4096))
+        assert ((await served.counted(faults=256)).hits, served.stats().faults) == (0, 256)
+
+
+@run_async
+async def test_other_requests_are_not_looked_up() -> None:
+    async with serving_scattered() as (served, disk), await served.client() as client:
         await client.flush()
         await client.trim(4096, 4096)
         await client.block_status(0, 8192)
@@ -91,6 +115,7 @@ async def test_writes_flushes_and_empty_reads_are_not_looked_up() -> None:
 @run_async
 async def test_requests_during_a_look_up_go_on() -> None:
     async with serving_scattered() as (served, disk), await served.client() as client:
+        disk.reveal(8192, 4096)
         with disk.hold("look_up") as held:
             read = asyncio.ensure_future(client.pread(0, 4096))
             await held.arrived()

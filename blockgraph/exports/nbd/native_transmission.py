@@ -36,12 +36,14 @@ assert CACHE_STEP == nbd_loop.CACHE_STEP
 
 _CACHE = int(Cmd.CACHE)
 _READ = int(Cmd.READ)
+_WRITE = int(Cmd.WRITE)
 
 
 class _Fault(NamedTuple):
     ticket: int
     offset: int
     length: int
+    write: bool
 
 
 _BROKEN = {
@@ -52,14 +54,15 @@ _BROKEN = {
 
 
 class _LookUp(Request):
-    """Lets the extent map know where reads that missed find their bytes, and then gives them back to native code."""
+    """Lets the extent map know where requests that missed find their bytes, and then gives them back to native code."""
 
     def __init__(self, transmission: NativeTransmission, faults: list[_Fault]) -> None:
         self._transmission = transmission
         self._faults = faults
 
     def begin(self, loop: asyncio.AbstractEventLoop, backend: Backend) -> None:
-        self.start(loop, backend.look_up([(fault.offset, fault.offset + fault.length) for fault in self._faults]))
+        runs = [(fault.offset, fault.offset + fault.length) for fault in self._faults]
+        self.start(loop, backend.look_up(runs, write=any(fault.write for fault in self._faults)))
 
     def finished(self, result: Any, error: BaseException | None) -> None:
         # Whatever it was that failed: they come back, and will tell.
@@ -157,10 +160,12 @@ class NativeTransmission:
             self._running[refused] = ticket
             refused.refuse(Refusal(Err.SHUTDOWN, "the server is being shut down"))
             return
-        if command == _READ and length and not retried and self._backend.is_scattered(offset):
+        if retried:
+            self._backend.came_back()
+        elif command in (_READ, _WRITE) and length and self._backend.is_scattered(offset):
             if not self._scattered:
                 self._native.when_taken(self._look_up)
-            self._scattered.append(_Fault(ticket, offset, length))
+            self._scattered.append(_Fault(ticket, offset, length, command == _WRITE))
             return
         self.negotiated.export.count(command, length)
         request = KINDS[command](self, flags, cookie, offset, length)

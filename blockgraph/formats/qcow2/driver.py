@@ -358,8 +358,16 @@ class Qcow2(Format):
         end = self.file.node.size() >> image.cluster_bits << image.cluster_bits
         return L2Places(table.buf, index << self._span_bits, image.cluster_bits, image.header.version, end, metadata)
 
-    async def look_up(self, runs: Sequence[tuple[int, int]]) -> Lookup | None:
-        return await look_up(self, runs)
+    async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> Lookup | None:
+        return await look_up(self, runs, write=write)
+
+    def writes_in_place(self, indexes: Sequence[int]) -> bool:
+        """Data in clusters that are the image's alone may be overwritten, say the tables of these L1 indexes.
+
+        A table that a snapshot has would be changed.
+        """
+        tables = (index for index in indexes if self.mapping.has_table(index))
+        return self._writing and self.image.damaged is None and all(self.mapping.is_own(index) for index in tables)
 
     def _may_write(self, host: int, length: int) -> bool:
         return self.image.damaged is None and self.refcounts.overlaps.find(host, length) is None

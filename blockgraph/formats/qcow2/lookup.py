@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _NO_METADATA = array("Q")
 
 
-async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]]) -> Lookup | None:
+async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]], *, write: bool) -> Lookup | None:
     """See `Format.look_up`."""
     storage = driver.file.node
     fd = storage.driver.fd()
@@ -49,8 +49,13 @@ async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]]) -> Lookup | No
             await _read(driver.mapping, parts, fd)
     except OSError:
         return None  # who reads the table will tell
-    places = L2Places(parts.table, 0, image.cluster_bits, image.header.version, image.file_end(), _NO_METADATA)
-    return Lookup(parts, places, driver.cow() is None, storage)
+    writable = write and driver.writes_in_place(parts.indexes)
+    end, metadata = image.file_end(), _NO_METADATA
+    if writable:
+        # Whole clusters: native writes behind the file's end would make it longer than Python knows.
+        end, metadata = storage.size() >> image.cluster_bits << image.cluster_bits, driver.refcounts.overlaps.clusters
+    places = L2Places(parts.table, 0, image.cluster_bits, image.header.version, end, metadata)
+    return Lookup(parts, places, driver.cow() is None, storage, writable)
 
 
 async def _read(mapping: Mapping, parts: L2Parts, fd: int) -> None:

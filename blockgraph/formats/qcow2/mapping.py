@@ -31,6 +31,7 @@ from blockgraph.native import (
     L2Parts,
     L2Run,
     count_links,
+    count_runs,
     decode_l2,
     link_l2,
     next_nonzero_u64,
@@ -182,12 +183,11 @@ class Mapping:
         if self.first_writes is not None:
             self.catch_up(table)
         if table.runs is None and not table.fragmented:
-            most = self._image.l2_entries // _RUNS_PART + _WINDOW
-            runs = decode_l2(table.buf, self._bits, self._version, most=most)
-            if len(runs) > most:
+            many = self._image.l2_entries // _RUNS_PART + _WINDOW + 1
+            if count_runs(table.buf, self._bits, self._version, most=many) == many:
                 table.fragmented = True
             else:
-                table.runs = RunList(runs, self._bits)
+                table.runs = RunList(decode_l2(table.buf, self._bits, self._version), self._bits)
         if table.runs is not None:
             run = table.runs.find(index)
         else:
