@@ -28,6 +28,7 @@ from benchmarks.peers import Against, add_row, against, in_turn, need
 
 CLUSTER = 65536
 ENTRIES = CLUSTER // 8
+REFCOUNTS = CLUSTER // 2
 COPIED = 1 << 63
 
 _READS = """
@@ -85,20 +86,26 @@ def reads(
 def fragmented(path: Path, size: int) -> None:
     """A qcow2 that is full, and in which no two neighbours of the disk are neighbours in the file.
 
-    The file is sparse: only its tables take room. It has no refcounts, so it is for reading only. Source: QEMU
-    docs/interop/qcow2.txt.
+    The file is sparse: only its tables take room. Source: QEMU docs/interop/qcow2.txt.
     """
     clusters = size // CLUSTER
     tables = clusters // ENTRIES
     l1_clusters = -(-tables // ENTRIES)
-    l1_at, l2_at = 2 * CLUSTER, (2 + l1_clusters) * CLUSTER
+    blocks = -(-(clusters + tables + l1_clusters + 2) // REFCOUNTS) + 1
+    refcounts_at, l1_at = CLUSTER, (2 + blocks) * CLUSTER
+    l2_at = l1_at + l1_clusters * CLUSTER
     data_at = l2_at + tables * CLUSTER
     header = struct.pack(
         ">4sIQIIQIIQQIIQQQQII",
-        *(b"QFI\xfb", 3, 0, 0, 16, size, 0, tables, l1_at, CLUSTER, 1, 0, 0, 0, 0, 0, 4, 104),
+        *(b"QFI\xfb", 3, 0, 0, 16, size, 0, tables, l1_at, refcounts_at, 1, 0, 0, 0, 0, 0, 4, 104),
     )
+    used = data_at // CLUSTER + clusters
     with path.open("wb") as file:
         file.write(header)
+        file.seek(refcounts_at)
+        file.write(struct.pack(f">{blocks}Q", *(refcounts_at + (1 + i) * CLUSTER for i in range(blocks))))
+        file.seek(refcounts_at + CLUSTER)
+        file.write(b"\0\1" * used)
         file.seek(l1_at)
         file.write(struct.pack(f">{tables}Q", *(COPIED | (l2_at + i * CLUSTER) for i in range(tables))))
         for table in range(tables):
@@ -112,24 +119,26 @@ def fragmented(path: Path, size: int) -> None:
         file.truncate(data_at + size)
 
 
-def fragmented_node(path: Path, l2_cache: int) -> dict[str, Any]:
+def fragmented_node(path: Path, l2_cache: int, *, writable: bool = False) -> dict[str, Any]:
     """Its description."""
-    return {**node("disk", path, "qcow2"), "read-only": True, "l2-cache-size": l2_cache}
+    return {**node("disk", path, "qcow2"), "read-only": not writable, "l2-cache-size": l2_cache}
 
 
-def nbd_reads(server: AbstractContextManager[str], span: int, depth: int) -> Figures:
-    """The same over NBD."""
+def over_nbd(server: AbstractContextManager[str], span: int, depth: int, rw: str = "randread") -> Figures:
+    """The same over NBD, or writes."""
     with server as uri:
         # A byte of every L2 table first.
         zones = ["--zonemode=strided", "--zonesize=4k", f"--zonerange={ENTRIES * CLUSTER}"]
         fio(uri, "--rw=read", "--bs=4k", f"--size={span}", f"--io_size={span // ENTRIES // CLUSTER * 4096}", *zones)
-        return fio(uri, *pattern("randread", span, 4096, depth))
+        return fio(uri, *pattern(rw, span, 4096, depth))
 
 
-def server(directory: Path, path: Path, caches: tuple[int, int]) -> AbstractContextManager[str]:
-    """One for `nbd_reads`."""
-    node = fragmented_node(path, caches[0])
-    return servers.ours(directory, [node], writable=False, **{"extent-map-size": caches[1]})
+def server(
+    directory: Path, path: Path, caches: tuple[int, int], *, writable: bool = False
+) -> AbstractContextManager[str]:
+    """One for `over_nbd`."""
+    node = fragmented_node(path, caches[0], writable=writable)
+    return servers.ours(directory, [node], writable=writable, **{"extent-map-size": caches[1]})
 
 
 #: Caches of the 1 TiB image, L2 tables and extent map: all of them takes 128 MiB and 66 MiB.
@@ -175,7 +184,7 @@ def test_fragmented_1_tib_over_nbd(benchmark: BenchmarkFixture, images: dict[int
     need_fio()
 
     def side(size: int) -> Callable[[], Figures]:
-        return lambda: nbd_reads(server(shm, images[size], ROOMY), size, depth)
+        return lambda: over_nbd(server(shm, images[size], ROOMY), size, depth)
 
     runs = benchmark.pedantic(in_turn, args=({"big": side(1024 * GIB), "small": side(GIB)},), rounds=1)
     rates = {name: [run.iops for run in results] for name, results in runs.items()}
@@ -185,21 +194,23 @@ def test_fragmented_1_tib_over_nbd(benchmark: BenchmarkFixture, images: dict[int
 
 
 @pytest.mark.parametrize("depth", [1, 16])
+@pytest.mark.parametrize("rw", ["read", "write"])
 def test_fragmented_1_tib_with_little_memory(
-    benchmark: BenchmarkFixture, images: dict[int, Path], shm: Path, depth: int
+    benchmark: BenchmarkFixture, images: dict[int, Path], shm: Path, rw: str, depth: int
 ) -> None:
-    """Most reads are of clusters whose places nobody remembers. The peer has as much memory."""
+    """Most requests are for clusters whose places nobody remembers. The peer has as much memory."""
     need_fio()
     need("qemu-storage-daemon")
     size = 1024 * GIB
-    peer = fragmented_node(images[size], sum(TIGHT))
+    writable = rw == "write"
+    peer = fragmented_node(images[size], sum(TIGHT), writable=writable)
     sides = {
-        "ours": lambda: nbd_reads(server(shm, images[size], TIGHT), size, depth),
-        "peer": lambda: nbd_reads(servers.storage_daemon(shm, [peer], writable=False), size, depth),
+        "ours": lambda: over_nbd(server(shm, images[size], TIGHT, writable=writable), size, depth, f"rand{rw}"),
+        "peer": lambda: over_nbd(servers.storage_daemon(shm, [peer], writable=writable), size, depth, f"rand{rw}"),
     }
     runs = benchmark.pedantic(in_turn, args=(sides,), rounds=1)
     rates = {name: [run.iops for run in results] for name, results in runs.items()}
-    what = f"4 KiB random read over NBD, depth {depth}, fragmented 1 TiB qcow2, a sixth of the tables fits"
+    what = f"4 KiB random {rw} over NBD, depth {depth}, fragmented 1 TiB qcow2, a sixth of the tables fits"
     row = against("qemu-storage-daemon", rates["ours"], rates["peer"], None)
     add_row(benchmark, "3.9", what, "IOPS", statistics.median(rates["ours"]), row)
 

@@ -165,7 +165,7 @@ class SyncBackend:
         done = self._graph.call(self._backend.pread_missed(offset, memoryview(buf).cast("B")))
         if done or self._pread_native(offset, buf):
             return True
-        self._backend.came_back()
+        self._backend.came_back(write=False)
         return False
 
     def pwrite(self, offset: int, buf: bytes | bytearray | memoryview, *, flags: Flag = Flag.NONE) -> None:

@@ -189,28 +189,28 @@ class Backend:
         finally:
             self.leave()
 
-    def is_scattered(self, offset: int) -> bool:
+    def is_scattered(self, offset: int, *, write: bool) -> bool:
         """A read or write was not in the map, and is better off with `look_up`, then done natively, than done here."""
-        return self.map is not None and self.map.scattered.add(offset)
+        return self.map is not None and self.map.scattered.add(offset, write=write)
 
-    def came_back(self) -> None:
+    def came_back(self, *, write: bool) -> None:
         """It was looked up, but is not in the map all the same."""
         if self.map is not None:
-            self.map.scattered.came_back()
+            self.map.scattered.came_back(write=write)
 
-    async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> None:
-        """Let the map know where runs (offset, end) are, to be read, or written. It may get to know none of them."""
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Let the map know where runs (offset, end) are. It may get to know none of them, or only how to read them."""
         assert self.map is not None
         await self.enter()
         try:
-            await self.map.look_up(runs, write=write)
+            await self.map.look_up(runs, write=self.writable)
         finally:
             self.leave()
 
     async def pread_missed(self, offset: int, buf: memoryview) -> bool:
         """Do as `pread_into`, or just look up what is to be tried natively again: False."""
         self._check("pread", offset, len(buf))
-        if not (len(buf) and self.is_scattered(offset)):
+        if not (len(buf) and self.is_scattered(offset, write=False)):
             await self.pread_into(offset, buf)
             return True
         await self.look_up([(offset, offset + len(buf))])

@@ -5,8 +5,9 @@
 ```
     request ──hit──────────────────────────────► storage        native, no GIL, no node is asked
        │ miss
-       └──► gate ──► nodes, drivers ──► storage                 Python serves the request,
-                         └── fill: where do these bytes live?   and enters the widest extent it learns
+       ├──► gate ──► nodes, drivers ──► storage                 Python serves the request,
+       │                 └── fill: where do these bytes live?   and enters the widest extent it learns
+       └──► gate ──► look_up: where do these runs live?         the map is full: back to native code
 ```
 
 Fills register the map with every node they pass. A node that changes where its bytes live says so in the same step
@@ -194,7 +195,7 @@ class RootMap:
         The caller is inside the backend's gate, and looks for what is still unknown.
 
         Args:
-            write: they are going to be written, so enter how, if that is plain. Else they are entered for reading.
+            write: enter them to be written, too, where nobody has to be asked or told. Else they are for reading.
         """
         if self._backend.node not in self._nodes or self.extents.size != self._backend.size():
             await self.fill(runs[0][0], runs[0][1] - runs[0][0])  # makes the nodes known to us, and us to them
@@ -354,10 +355,10 @@ class RootMap:
         if step is not None:
             if writable and not copy:
                 self._in_place.add(step.node)
-            self._enter_table(step, found, generation)
+            self._enter_table(step, node, found, generation)
         return found
 
-    def _enter_table(self, step: _Step, found: MapExtent, generation: int) -> None:
+    def _enter_table(self, step: _Step, storage: Node, found: MapExtent, generation: int) -> None:
         """Enter all that the lowest format knows around an extent that was found there, if it is time for that."""
         driver = step.node.driver
         places = driver.places(step.position) if isinstance(driver, Format) else None
@@ -367,9 +368,9 @@ class RootMap:
             self._tables.clear()
         key = step.node, places.first, step.low
         faults = self._tables[key] = self._tables.get(key, -1) + 1
-        if faults == 0:
+        if faults == 0 and not storage.options.cache.direct:  # else nothing is looked up
             self.scattered.use_tables(len(places.table) // 8, places.cluster_bits)
-        if faults % _TABLE_FAULTS == 0 and not self.scattered.add(found.offset):
+        if faults % _TABLE_FAULTS == 0 and self.scattered.is_local(found.offset):
             storage_shift = found.storage_offset - found.offset - step.child_shift
             within = found._replace(offset=step.low, length=step.high - step.low)
             self.extents.insert_places(generation, places, step.shift, storage_shift, within)

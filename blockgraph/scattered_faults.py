@@ -14,17 +14,20 @@ times what it takes to look up a single cluster.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from blockgraph.native import ExtentMap
 
-#: So many faults make a table local, if others have not made it one of those that were not asked about for long.
+#: So many faults make a table local, if it stays one of those with the latest faults meanwhile.
 _LOCAL = 8
-#: After so many faults it is looked anew whether the map is full,
+#: Tables whose faults are counted, at most.
+_MOST = 1 << 14
+#: Every so many faults it is looked anew whether the map is full, and what was in vain is forgotten.
 _FAULTS = 256
-#: and when so many requests had to be done in Python although they were looked up, half of all, none is until then.
-_FUTILE = 8
+#: So many look-ups in vain, if they are half of all, are enough: see `came_back`.
+_IN_VAIN = 8
 #: Bytes of an entry in a map.
 _WORD = 4
 
@@ -38,40 +41,47 @@ class ScatteredFaults:
 
     def __init__(self, extents: ExtentMap) -> None:
         self._extents = extents
-        #: faults by table, those asked about last at the end
-        self._tables: dict[int, int] = {}
+        #: faults by table, the latest last
+        self._tables: OrderedDict[int, int] = OrderedDict()
         self._most = 0
         self._span_bits = 0
         self._faults = 0
         self._full = False
-        self._looked_up = self._came_back = 0
+        #: of reads and of writes
+        self._looked_up = [0, 0]
+        self._came_back = [0, 0]
 
     def use_tables(self, entries: int, cluster_bits: int) -> None:
         """The disk's tables have so many entries, each of a cluster."""
         self._span_bits = cluster_bits + entries.bit_length() - 1
-        self._most = self._extents.stats().limit // (2 * _WORD * entries)
+        # As many as half of the map would hold.
+        self._most = min(self._extents.stats().limit // (2 * _WORD * entries), _MOST)
 
-    def add(self, offset: int) -> bool:
+    def add(self, offset: int, *, write: bool) -> bool:
         """A request missed; whether it is to be looked up alone."""
         if not self._most:
             return False  # there are no tables
         if self._faults % _FAULTS == 0:
             stats = self._extents.stats()
             self._full = stats.evictions > 0 and 2 * stats.bytes > stats.limit
-            self._looked_up = self._came_back = 0
+            self._looked_up, self._came_back = [0, 0], [0, 0]
         self._faults += 1
-        if not self._full or (self._came_back >= _FUTILE and 2 * self._came_back >= self._looked_up):
+        if self.is_local(offset) or self._came_back[write] >= max(_IN_VAIN, self._looked_up[write] / 2):
             return False
+        self._looked_up[write] += 1
+        return True
+
+    def is_local(self, offset: int) -> bool:
+        """A fault is there; whether all of its table is to be entered."""
+        if not self._full:
+            return True
         table = offset >> self._span_bits
         count = min(self._tables.pop(table, 0) + 1, _LOCAL)
         self._tables[table] = count
         if len(self._tables) > self._most:
-            del self._tables[next(iter(self._tables))]
-        if count == _LOCAL:
-            return False
-        self._looked_up += 1
-        return True
+            self._tables.popitem(last=False)
+        return count == _LOCAL
 
-    def came_back(self) -> None:
+    def came_back(self, *, write: bool) -> None:
         """A request was looked up, and has missed all the same."""
-        self._came_back += 1
+        self._came_back[write] += 1

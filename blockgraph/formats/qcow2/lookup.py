@@ -3,7 +3,7 @@
 """Looking up many scattered runs at once, for extent maps.
 
 ```
-    runs    [.]      [.]            [...]           what somebody is going to read
+    runs    [.]      [.]            [...]           what somebody is going to read or write
     tables   | L2 5   | L2 9, cached  | none        of tables on disk only the entries wanted are read, all by one call;
     parts   [e]      [e]             [ ]            those in memory are taken from there
 ```
