@@ -127,7 +127,7 @@ class Lookup(NamedTuple):
     places: L2Places
     zeroes: bool
     storage: Node
-    writable: bool = False
+    writable: bool
 
 
 class Driver:

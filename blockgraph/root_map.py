@@ -56,6 +56,11 @@ _MAX_END = (1 << 63) - 1
 _MAX_TABLES = 4096
 
 
+def _recorders(node: Node) -> set[Bitmap]:
+    """What writes to the node have to mark."""
+    return {bitmap.recorder for bitmap in node.bitmaps.values() if bitmap.recording}
+
+
 class _Step(NamedTuple):
     """A format on the way down.
 
@@ -107,7 +112,7 @@ class RootMap:
     def __init__(self, backend: MapOwner, memory: int) -> None:
         self._backend = backend
         self.extents = ExtentMap(backend.size(), memory)
-        self.scattered = ScatteredFaults(self.extents)
+        self.scattered = ScatteredFaults(self.extents, memory)
         #: nothing on the way to the storage that was found last does anything about zeroes and discards
         self._passes_zeroes = self._punches = True
         #: of the format that does, bytes; 0: none is known
@@ -224,7 +229,7 @@ class RootMap:
         self._register(found.storage, None)
         slot = self._slot(found.storage)
         if slot is not None:
-            writable = found.writable and node in self._in_place and self._writes_plainly(path, found.storage)
+            writable = found.writable and self._writes_plainly(path, found.storage)
             within = MapExtent(low, high - low, slot, writable=writable)
             self.extents.insert_parts(generation, found.places, found.parts, found.zeroes, shift, within)
 
@@ -232,17 +237,22 @@ class RootMap:
         """Nothing on the way has to be asked, or told, about a write but bitmaps that the map knows."""
         if not self.writes or self._forgetting:
             return False
-        for node in (*path, storage):
-            if node.guard is not None or node.read_only or node.options.detect_zeroes != "off":
-                return False
-            recording = [bitmap for bitmap in node.bitmaps.values() if bitmap.recording]
-            if recording and (node is storage or self._nodes[node] != 0):
-                return False
-            if any(bitmap.size < max(node.size(), self.extents.size) for bitmap in recording):
-                return False
-            if not {bitmap.recorder for bitmap in recording} <= self._bitmaps:
-                return False
-        return True
+        return all(
+            node.guard is None
+            and self._passes_writes(node, same_offsets=node is not storage and self._nodes[node] == 0)
+            and _recorders(node) <= self._bitmaps
+            for node in (*path, storage)
+        )
+
+    def _passes_writes(self, node: Node, *, same_offsets: bool) -> bool:
+        """But for its guard, driver and bitmaps that native writes can mark, a node has nothing to do with writes.
+
+        They set bits by offsets of the disk, up to its size: below a format some happen to be the same.
+        """
+        if node.read_only or node.options.detect_zeroes != "off":
+            return False
+        least = max(node.size(), self.extents.size)
+        return all(same_offsets and bitmap.size >= least for bitmap in node.bitmaps.values() if bitmap.recording)
 
     async def _resolve(self, offset: int, length: int, generation: int) -> MapExtent | None:
         """The widest extent around `offset`; None: it has to be asked for each time.
@@ -286,14 +296,9 @@ class RootMap:
             high = min(high, extent.offset + extent.length + shift)
             asked = extent.copier is not None and writable and self._link(extent.copier, shift)
             copy = copy or (asked and not extent.writable)
-            writable = writable and not node.read_only and node.options.detect_zeroes == "off"
-            recording = [bitmap for bitmap in node.bitmaps.values() if bitmap.recording]
-            enabled = {bitmap.recorder for bitmap in recording}
-            # Native writes set bits by offsets of the disk, up to its size: below a format some happen to be the same.
-            if (shift and enabled) or any(bitmap.size < max(size, self.extents.size) for bitmap in recording):
-                writable = False
+            writable = writable and self._passes_writes(node, same_offsets=shift == 0)
             if placing is None:
-                bitmaps |= enabled
+                bitmaps |= _recorders(node)
             # Not below another format: first writes and zeroes are noted by the disk's offsets, whatever the extent.
             if extent.allocate and writable and self._nodes[node] == 0 and not laid_out:
                 whole = self._whole_units(node)

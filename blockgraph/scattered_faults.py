@@ -37,10 +37,12 @@ class ScatteredFaults:
 
     Args:
         extents: the map.
+        memory: its bound, bytes.
     """
 
-    def __init__(self, extents: ExtentMap) -> None:
+    def __init__(self, extents: ExtentMap, memory: int) -> None:
         self._extents = extents
+        self._memory = memory
         #: faults by table, the latest last
         self._tables: OrderedDict[int, int] = OrderedDict()
         self._most = 0
@@ -55,7 +57,7 @@ class ScatteredFaults:
         """The disk's tables have so many entries, each of a cluster."""
         self._span_bits = cluster_bits + entries.bit_length() - 1
         # As many as half of the map would hold.
-        self._most = min(self._extents.stats().limit // (2 * _WORD * entries), _MOST)
+        self._most = min(self._memory // (2 * _WORD * entries), _MOST)
 
     def add(self, offset: int, *, write: bool) -> bool:
         """A request missed; whether it is to be looked up alone."""
@@ -63,7 +65,7 @@ class ScatteredFaults:
             return False  # there are no tables
         if self._faults % _FAULTS == 0:
             stats = self._extents.stats()
-            self._full = stats.evictions > 0 and 2 * stats.bytes > stats.limit
+            self._full = stats.evictions > 0 and 2 * stats.bytes > self._memory
             self._looked_up, self._came_back = [0, 0], [0, 0]
         self._faults += 1
         if self.is_local(offset) or self._came_back[write] >= max(_IN_VAIN, self._looked_up[write] / 2):

@@ -32,7 +32,6 @@
 #define REGION_SHIFT_MAX 32 /* offsets in a leaf are 32 bits */
 #define MALLOC_HEAD 16
 #define MALLOC_ALIGN 16
-#define HUGE_PAGE ((uintptr_t)2 << 20)
 
 typedef struct garbage {
     struct garbage *next;

@@ -15,12 +15,15 @@
 #define _GNU_SOURCE
 #include "extent_map_internal.h"
 
+#include "buffers.h"
+
 #include <sys/mman.h>
 
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
 
+#define HUGE_PAGE ((uintptr_t)BG_HUGE_PAGE)
 /* Smaller maps have no slabs: one would be too large a part of their memory. */
 #define LEAST_LIMIT (2 * HUGE_PAGE)
 /* This part of the memory is not for slabs. A region's extents are a list before they are a table, and for a list's sake a whole

@@ -92,6 +92,12 @@ static void publish_wide(bg_map *map, space *sp, wide *new_wide)
     }
 }
 
+static void drop(bg_map *map, int64_t region)
+{
+    publish_none(map, atomic_load(&map->space), region);
+    map->evictions++;
+}
+
 static bool evict_one(bg_map *map, space *sp)
 {
     if (map->leaves == 0)
@@ -106,17 +112,10 @@ static bool evict_one(bg_map *map, space *sp)
         if (step < sp->regions && ref & REF_USED) {
             atomic_fetch_and(&sp->leaf[map->hand], ~REF_USED);
         } else {
-            publish_none(map, sp, map->hand++);
-            map->evictions++;
+            drop(map, map->hand++);
             return true;
         }
     }
-}
-
-static void drop(bg_map *map, int64_t region)
-{
-    publish_none(map, atomic_load(&map->space), region);
-    map->evictions++;
 }
 
 /* For so many bytes or, in a slab of `class`, for a table. */

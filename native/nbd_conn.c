@@ -99,19 +99,12 @@ bool nbd_give_buffer(nbd_request *r, uint32_t cost)
     return true;
 }
 
-static void append(bg_request ***last, bg_request *r)
-{
-    r->next = NULL;
-    **last = r;
-    *last = &r->next;
-}
-
 static void fault(nbd_request *r)
 {
     bg_nbd_conn *conn = r->conn;
     if (conn->misses < MISSES)
         conn->misses++;
-    append(&conn->last_fault, &r->base);
+    bg_request_append(&conn->last_fault, &r->base);
 }
 
 static void post_faults(bg_nbd_conn *conn)
@@ -145,7 +138,7 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
         return;
     }
     if (outcome == BG_REQUEST_HEAVY) {
-        append(&conn->last_heavy, &r->base);
+        bg_request_append(&conn->last_heavy, &r->base);
         conn->heavies++;
         return;
     }
@@ -156,7 +149,7 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
     } else if (outcome == BG_REQUEST_BLOCKS) {
         if (r->base.lane == BG_LANE_WAITS && !conn->source.aio && !conn->by_caller && bg_map_is_direct(conn->source.map))
             nbd_use_aio(conn);
-        append(&conn->last_blocked, &r->base);
+        bg_request_append(&conn->last_blocked, &r->base);
         conn->gathered++;
     }
 }

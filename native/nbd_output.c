@@ -353,17 +353,11 @@ void bg_nbd_retry(const uint64_t *tickets, int64_t count)
     for (int64_t i = 0; i < count; i++) {
         bg_request *r = (bg_request *)(uintptr_t)tickets[i];
         faults = r->source->faults;
-        r->next = NULL;
         enum bg_request_outcome outcome = bg_request_retry(r);
-        if (outcome == BG_REQUEST_DONE) {
+        if (outcome == BG_REQUEST_DONE)
             post(request_of(r));
-        } else if (outcome == BG_REQUEST_BLOCKS) {
-            *last_blocked = r;
-            last_blocked = &r->next;
-        } else {
-            *last_missed = r;
-            last_missed = &r->next;
-        }
+        else
+            bg_request_append(outcome == BG_REQUEST_BLOCKS ? &last_blocked : &last_missed, r);
     }
     if (blocked)
         bg_request_submit(blocked);

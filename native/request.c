@@ -218,14 +218,13 @@ enum bg_request_outcome bg_request_retry(bg_request *r)
 {
     r->retried = true;
     bg_map *map = r->source->map;
-    int ret = -EAGAIN;
     /* What has to be durable might be done, and then once more by Python, which alone can flush all of it. */
     if (!map || r->durable || (r->kind != BG_REQUEST_READ && r->kind != BG_REQUEST_WRITE))
         return BG_REQUEST_FAULTS;
-    if (r->kind == BG_REQUEST_READ && r->length <= MAX_RETRY_NOW)
-        ret = bg_map_pread_now(map, (int64_t)r->offset, r->buf, r->length);
-    else if (r->length <= MAX_RETRY_NOW)
-        ret = bg_map_pwrite_now(map, (int64_t)r->offset, r->buf, r->length);
+    if (r->length > MAX_RETRY_NOW)
+        return BG_REQUEST_BLOCKS;
+    int ret = r->kind == BG_REQUEST_READ ? bg_map_pread_now(map, (int64_t)r->offset, r->buf, r->length)
+                                         : bg_map_pwrite_now(map, (int64_t)r->offset, r->buf, r->length);
     return ret == 0 ? BG_REQUEST_DONE : ret == -EAGAIN ? BG_REQUEST_BLOCKS : BG_REQUEST_FAULTS;
 }
 

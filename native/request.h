@@ -102,6 +102,14 @@ enum bg_request_outcome {
     BG_REQUEST_LOST
 };
 
+/* At the end of a list, linked by next. */
+static inline void bg_request_append(bg_request ***last, bg_request *r)
+{
+    r->next = NULL;
+    **last = r;
+    *last = &r->next;
+}
+
 /*
  * Do it now, if that needs no waiting and it has no more than `longest` bytes. The range is one of the disk. What
  * its pipe has is in its memory when it was not done, or lost.

@@ -186,26 +186,31 @@ def decode_l2(
     options = lib.BG_L2_DATA_FILE if data_file else 0
     runs: list[L2Run] = []
     out = ffi.new("bg_l2_run[]", _BATCH)
-    flat = ffi.cast("int64_t *", out)
     while start < stop:
         count = lib.bg_l2_decode(view, start, stop, cluster_bits, version, options, out, _BATCH)
-        fields = iter(ffi.unpack(flat, _FIELDS * count))
-        runs += [
-            L2Run(first, clusters, _KINDS[kind], host, flags != 0, compressed)
-            for first, clusters, kind, host, flags, compressed in zip(*[fields] * _FIELDS, strict=True)
-        ]
+        runs += _unpack_runs(out, count)
         start = runs[-1].first + runs[-1].clusters
     return runs
 
 
-def count_runs(table: Buffer, cluster_bits: int, version: int, *, most: int) -> int:
-    """How many runs `decode_l2` would find in the whole table; at `most` counting stops.
+def decode_few_l2(table: Buffer, cluster_bits: int, version: int, *, most: int) -> list[L2Run] | None:
+    """What `decode_l2` finds in the whole table; None: it has more runs than that.
 
     Raises:
         ValueError: `table` is not a multiple of 8 bytes.
     """
     view, entries = _entries(table, 8)
-    return int(lib.bg_l2_decode(view, 0, entries, cluster_bits, version, 0, ffi.new("bg_l2_run[]", most), most))
+    out = ffi.new("bg_l2_run[]", most + 1)
+    count = lib.bg_l2_decode(view, 0, entries, cluster_bits, version, 0, out, most + 1)
+    return None if count > most else _unpack_runs(out, count)
+
+
+def _unpack_runs(out: Any, count: int) -> list[L2Run]:
+    fields = iter(ffi.unpack(ffi.cast("int64_t *", out), _FIELDS * count))
+    return [
+        L2Run(first, clusters, _KINDS[kind], host, flags != 0, compressed)
+        for first, clusters, kind, host, flags, compressed in zip(*[fields] * _FIELDS, strict=True)
+    ]
 
 
 def link_l2(table: bytearray, cluster_bits: int, links: bytes | bytearray) -> tuple[int, int]:

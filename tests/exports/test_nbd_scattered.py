@@ -257,6 +257,12 @@ async def read_all(client: NbdClient, clusters: list[int], depth: int = 16) -> N
         assert found == [content(cluster) for cluster in some]
 
 
+async def fill_map(client: NbdClient, backend: Backend, rng: random.Random) -> None:
+    """Until the map has no room for all that is read."""
+    while backend.stats().evictions == 0:
+        await read_all(client, [rng.randrange(CLUSTERS) for _ in range(512)])
+
+
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tables that were loaded, by index."""
@@ -278,8 +284,7 @@ def test_full_map_is_not_filled_with_what_random_reads_do_not_need(
 
     async def run() -> None:
         async with serving_image(image, tmp_path) as (client, backend, server):
-            while backend.stats().evictions == 0:
-                await read_all(client, [rng.randrange(CLUSTERS) for _ in range(512)])
+            await fill_map(client, backend, rng)
             await read_all(client, [rng.randrange(CLUSTERS) for _ in range(512)])
             loads.clear()
             before, native = backend.stats(), server._native.stats
@@ -298,8 +303,7 @@ def test_reading_on_in_a_full_map_enters_whole_tables(image: Path, tmp_path: Pat
 
     async def run() -> None:
         async with serving_image(image, tmp_path) as (client, backend, _):
-            while backend.stats().evictions == 0:
-                await read_all(client, [rng.randrange(CLUSTERS) for _ in range(512)])
+            await fill_map(client, backend, rng)
             await read_all(client, [rng.randrange(CLUSTERS) for _ in range(2000)])
             before = backend.stats()
             first = rng.randrange(CLUSTERS - 6400)

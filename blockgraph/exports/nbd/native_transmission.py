@@ -18,7 +18,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from blockgraph.backend import Backend
 from blockgraph.errors import WireError
@@ -39,13 +39,6 @@ _READ = int(Cmd.READ)
 _WRITE = int(Cmd.WRITE)
 _FUA = int(CmdFlag.FUA)
 
-
-class _Fault(NamedTuple):
-    ticket: int
-    offset: int
-    length: int
-
-
 _BROKEN = {
     nbd_loop.BAD_MAGIC: "wrong magic of a request",
     nbd_loop.LEFT: "the client left in the middle of a request",
@@ -54,18 +47,22 @@ _BROKEN = {
 
 
 class _LookUp(Request):
-    """Lets the extent map know where requests that missed find their bytes, and then gives them back to native code."""
+    """Lets the extent map know where requests that missed find their bytes, and then gives them back to native code.
 
-    def __init__(self, transmission: NativeTransmission, faults: list[_Fault]) -> None:
+    Args:
+        runs: (offset, end) of each, by ticket.
+    """
+
+    def __init__(self, transmission: NativeTransmission, runs: dict[int, tuple[int, int]]) -> None:
         self._transmission = transmission
-        self._faults = faults
+        self._runs = runs
 
     def begin(self, loop: asyncio.AbstractEventLoop, backend: Backend) -> None:
-        self.start(loop, backend.look_up([(fault.offset, fault.offset + fault.length) for fault in self._faults]))
+        self.start(loop, backend.look_up(list(self._runs.values())))
 
     def finished(self, result: Any, error: BaseException | None) -> None:
         # Whatever it was that failed: they come back, and will tell.
-        self._transmission.looked_up(self, [fault.ticket for fault in self._faults])
+        self._transmission.looked_up(self, list(self._runs))
 
 
 class NativeTransmission:
@@ -92,7 +89,7 @@ class NativeTransmission:
         self._backend = negotiated.export.backend
         self._connection: NbdConnection
         self._running: dict[NbdRequest, int] = {}
-        self._scattered: list[_Fault] = []
+        self._scattered: dict[int, tuple[int, int]] = {}
         self._looking: set[_LookUp] = set()
         self._shutdown = self._cancelled = False
 
@@ -170,7 +167,7 @@ class NativeTransmission:
         ):
             if not self._scattered:
                 self._native.when_taken(self._look_up)
-            self._scattered.append(_Fault(ticket, offset, length))
+            self._scattered[ticket] = offset, offset + length
             return
         self.negotiated.export.count(command, length)
         request = KINDS[command](self, flags, cookie, offset, length)
@@ -180,8 +177,8 @@ class NativeTransmission:
         request.begin(self._loop, self._backend)
 
     def _look_up(self) -> None:
-        faults, self._scattered = self._scattered, []
-        request = _LookUp(self, faults)
+        request = _LookUp(self, self._scattered)
+        self._scattered = {}
         self._looking.add(request)
         request.begin(self._loop, self._backend)
 

@@ -352,10 +352,8 @@ class Qcow2(Format):
         table = self.mapping.tables.get(index)
         if table is None or not table.fragmented or self.image.damaged is not None:
             return None
-        image = self.image
+        image, end = self.image, self.image.whole_end()
         metadata = self.refcounts.overlaps.clusters
-        # Whole clusters: native writes behind the file's end would make it longer than Python knows.
-        end = self.file.node.size() >> image.cluster_bits << image.cluster_bits
         return L2Places(table.buf, index << self._span_bits, image.cluster_bits, image.header.version, end, metadata)
 
     async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> Lookup | None:

@@ -51,6 +51,13 @@ class Image:
         """Size of the file rounded up to a cluster, bytes."""
         return -(-self.file.node.size() >> self.cluster_bits) << self.cluster_bits
 
+    def whole_end(self) -> int:
+        """Size of the file rounded down to a cluster, bytes: up to there native code may write.
+
+        Behind the file's end it would make it longer than Python knows.
+        """
+        return self.file.node.size() >> self.cluster_bits << self.cluster_bits
+
     def corrupt(self, reason: str, offset: int | None = None) -> CorruptImage:
         """The error for metadata that contradicts itself.
 

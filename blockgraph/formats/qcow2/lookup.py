@@ -52,8 +52,7 @@ async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]], *, write: bool
     writable = write and driver.writes_in_place(parts.indexes)
     end, metadata = image.file_end(), _NO_METADATA
     if writable:
-        # Whole clusters: native writes behind the file's end would make it longer than Python knows.
-        end, metadata = storage.size() >> image.cluster_bits << image.cluster_bits, driver.refcounts.overlaps.clusters
+        end, metadata = image.whole_end(), driver.refcounts.overlaps.clusters
     places = L2Places(parts.table, 0, image.cluster_bits, image.header.version, end, metadata)
     return Lookup(parts, places, driver.cow() is None, storage, writable)
 

@@ -31,7 +31,7 @@ from blockgraph.native import (
     L2Parts,
     L2Run,
     count_links,
-    count_runs,
+    decode_few_l2,
     decode_l2,
     link_l2,
     next_nonzero_u64,
@@ -183,11 +183,12 @@ class Mapping:
         if self.first_writes is not None:
             self.catch_up(table)
         if table.runs is None and not table.fragmented:
-            many = self._image.l2_entries // _RUNS_PART + _WINDOW + 1
-            if count_runs(table.buf, self._bits, self._version, most=many) == many:
+            most = self._image.l2_entries // _RUNS_PART + _WINDOW
+            runs = decode_few_l2(table.buf, self._bits, self._version, most=most)
+            if runs is None:
                 table.fragmented = True
             else:
-                table.runs = RunList(decode_l2(table.buf, self._bits, self._version), self._bits)
+                table.runs = RunList(runs, self._bits)
         if table.runs is not None:
             run = table.runs.find(index)
         else:
