@@ -327,15 +327,20 @@ int bg_map_begin(bg_map *map, int64_t offset, int64_t length, int write, bg_map_
  * slots' written marks are set.
  */
 /* All pieces between `buf` and their places: 0 or -errno. */
-int bg_map_move(const bg_map_request *request, void *buf);
+int bg_map_move(bg_map *map, const bg_map_request *request, void *buf);
 /*
  * Bytes [start, end) of the request and of the buffer, if nothing has to be waited for, else -EAGAIN. A write that has begun waits;
  * what is before `start` was moved already. `pipe`: NULL, or where the bytes of a write are instead, all of which has to be in
  * files in memory (-EAGAIN).
  */
-int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end);
+int bg_map_move_part_now(bg_map *map, const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end);
 /* Whether all pieces are in files in memory, or zeroes. */
 int bg_map_in_memory(const bg_map_request *request);
+/*
+ * Whether a write of all of [offset, offset + length) from a buffer would be stored into mapped files (windows.h), which takes less
+ * than any other way. Not a request, and counted as none.
+ */
+int bg_map_can_store(bg_map *map, int64_t offset, int64_t length);
 /*
  * What a request reads, as memory that system calls may be given and nobody else (windows.h): one address for each piece, or
  * -EAGAIN.

@@ -115,9 +115,8 @@ static int write_part(bg_map *map, part *p, const char *buf, bg_pipe *pipe, int 
         return p->allocator->write(p->allocator, p->placing, buf, pipe, now);
     if (pipe && p->piece.haste != BG_HASTE_ALL)
         return -EAGAIN;
-    int64_t n = pipe  ? bg_pipe_pwrite(pipe, p->piece.fd, p->length, p->piece.storage_offset)
-                : now ? bg_pwrite_in(p->piece.haste, p->piece.fd, buf, p->length, p->piece.storage_offset)
-                    : bg_pwrite_aligned(p->piece.haste, p->piece.memory, p->piece.fd, buf, p->length, p->piece.storage_offset);
+    int64_t n = pipe ? bg_pipe_pwrite(pipe, p->piece.fd, p->length, p->piece.storage_offset)
+                     : map_put(map, &p->piece, buf, p->length, p->piece.storage_offset, now);
     if (n != -EAGAIN)
         bg_map_wrote(map, p->piece.slot);
     return n < 0 ? (int)n : 0;

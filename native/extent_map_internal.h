@@ -357,6 +357,8 @@ bool map_find(space *sp, int64_t offset, span *out);
 /* A request without copier and allocator. Of `into`, `from` and `how` exactly one is used. */
 int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const char *from, int write, int how);
 void map_mark(bg_map *map, int64_t offset, int64_t length);
+/* Into the piece's storage, at its `offset`; `now` and the result: as bg_pwrite_in and bg_pwrite_aligned (io.h). */
+int64_t map_put(bg_map *map, const bg_map_piece *piece, const void *buf, int64_t length, int64_t offset, bool now);
 /* A counter of one's own reader. */
 void map_count(_Atomic int64_t *counter, int64_t more);
 

@@ -194,14 +194,37 @@ int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out)
     return found;
 }
 
-static int do_read(const bg_map_request *request, char *buf)
+/* Of a file in memory, or NULL. */
+static bg_windows *windows_of(bg_map *map, const bg_map_piece *p)
+{
+    return p->haste == BG_HASTE_ALL ? atomic_load_explicit(&map->slots[p->slot].windows, memory_order_acquire) : NULL;
+}
+
+static int64_t get(bg_map *map, const bg_map_piece *p, void *buf, int64_t length, int64_t offset, bool now)
+{
+    bg_windows *windows = windows_of(map, p);
+    if (windows && bg_windows_load(windows, buf, length, offset) == 0)
+        return length;
+    return now ? bg_pread_in(p->haste, p->fd, buf, length, offset) : bg_pread_aligned(p->memory, p->fd, buf, length, offset);
+}
+
+int64_t map_put(bg_map *map, const bg_map_piece *p, const void *buf, int64_t length, int64_t offset, bool now)
+{
+    bg_windows *windows = windows_of(map, p);
+    if (windows && bg_windows_store(windows, buf, length, offset) == 0)
+        return length;
+    return now ? bg_pwrite_in(p->haste, p->fd, buf, length, offset)
+               : bg_pwrite_aligned(p->haste, p->memory, p->fd, buf, length, offset);
+}
+
+static int do_read(bg_map *map, const bg_map_request *request, char *buf)
 {
     for (int i = 0; i < request->count; i++) {
         const bg_map_piece *p = &request->pieces[i];
         if (p->fd < 0) {
             memset(buf, 0, (size_t)p->length);
         } else {
-            int64_t n = bg_pread_aligned(p->memory, p->fd, buf, p->length, p->storage_offset);
+            int64_t n = get(map, p, buf, p->length, p->storage_offset, false);
             if (n < 0)
                 return (int)n;
         }
@@ -210,11 +233,11 @@ static int do_read(const bg_map_request *request, char *buf)
     return 0;
 }
 
-static int do_write(const bg_map_request *request, const char *buf)
+static int do_write(bg_map *map, const bg_map_request *request, const char *buf)
 {
     for (int i = 0; i < request->count; i++) {
         const bg_map_piece *p = &request->pieces[i];
-        int64_t n = bg_pwrite_aligned(p->haste, p->memory, p->fd, buf, p->length, p->storage_offset);
+        int64_t n = map_put(map, p, buf, p->length, p->storage_offset, false);
         if (n < 0)
             return (int)n;
         buf += p->length;
@@ -222,12 +245,12 @@ static int do_write(const bg_map_request *request, const char *buf)
     return 0;
 }
 
-int bg_map_move(const bg_map_request *request, void *buf)
+int bg_map_move(bg_map *map, const bg_map_request *request, void *buf)
 {
-    return request->write ? do_write(request, buf) : do_read(request, buf);
+    return request->write ? do_write(map, request, buf) : do_read(map, request, buf);
 }
 
-int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end)
+int bg_map_move_part_now(bg_map *map, const bg_map_request *request, void *buf, bg_pipe *pipe, int64_t start, int64_t end)
 {
     int64_t ret = 0, first = 0; /* of the piece, in the request */
     if (pipe && start == 0 && !bg_map_in_memory(request))
@@ -244,12 +267,10 @@ int bg_map_move_part_now(const bg_map_request *request, void *buf, bg_pipe *pipe
             memset(at, 0, (size_t)length);
         else if (pipe)
             ret = bg_pipe_pwrite(pipe, p->fd, length, offset);
-        else if (request->write && from > 0)
-            ret = bg_pwrite_aligned(p->haste, p->memory, p->fd, at, length, offset);
         else if (request->write)
-            ret = bg_pwrite_in(p->haste, p->fd, at, length, offset);
+            ret = map_put(map, p, at, length, offset, from == 0);
         else
-            ret = bg_pread_in(p->haste, p->fd, at, length, offset);
+            ret = get(map, p, at, length, offset, true);
     }
     return ret < 0 ? (int)ret : 0;
 }
@@ -262,11 +283,26 @@ int bg_map_in_memory(const bg_map_request *request)
     return 1;
 }
 
+int bg_map_can_store(bg_map *map, int64_t offset, int64_t length)
+{
+    bg_map_piece pieces[FEW_PIECES];
+    bg_map_request request;
+    if (bg_map_begin(map, offset, length, 1, pieces, FEW_PIECES, &request) != 0)
+        return 0;
+    bool can = true;
+    for (int i = 0; i < request.count && can; i++) {
+        bg_windows *windows = windows_of(map, &pieces[i]);
+        can = windows && bg_windows_can_store(windows, pieces[i].storage_offset, pieces[i].length);
+    }
+    bg_map_end(map, &request, 0);
+    return can;
+}
+
 int bg_map_show(bg_map *map, const bg_map_request *request, const void **addresses)
 {
     for (int i = 0; i < request->count; i++) {
         const bg_map_piece *p = &request->pieces[i];
-        bg_windows *windows = p->haste == BG_HASTE_ALL ? atomic_load(&map->slots[p->slot].windows) : NULL;
+        bg_windows *windows = windows_of(map, p);
         addresses[i] = windows ? bg_windows_find(windows, p->storage_offset, p->length) : NULL;
         if (!addresses[i])
             return -EAGAIN;
@@ -282,7 +318,7 @@ static int transfer_now(bg_map *map, int64_t offset, int64_t length, void *buf, 
     int ret = bg_map_begin(map, offset, length, write, pieces, FEW_PIECES, &request);
     if (ret != 0)
         return ret == -E2BIG ? -EAGAIN : ret;
-    ret = bg_map_move_part_now(&request, buf, NULL, 0, length);
+    ret = bg_map_move_part_now(map, &request, buf, NULL, 0, length);
     bg_map_end(map, &request, ret != -EAGAIN);
     return ret;
 }
@@ -393,7 +429,7 @@ int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const 
         pieces = many;
     }
     if (ret == 0) {
-        ret = write == BG_MAP_ERASE ? erase(map, &request, how) : write ? do_write(&request, from) : do_read(&request, into);
+        ret = write == BG_MAP_ERASE ? erase(map, &request, how) : write ? do_write(map, &request, from) : do_read(map, &request, into);
         bg_map_end(map, &request, ret != BG_MAP_MISS);
     }
     free(many);
@@ -502,8 +538,11 @@ static int flush_slot(bg_map *map, storage *s)
     int ret, fd = atomic_load(&s->fd);
     if (fd < 0)
         return BG_MAP_MISS;
+    bg_windows *windows = atomic_load(&s->windows);
     atomic_fetch_add(&s->flushing, 1);
     atomic_store(&s->written, false);
+    if (windows)
+        bg_windows_touch(windows);
     do
         ret = fdatasync(fd) < 0 ? errno : 0;
     while (ret == EINTR);

@@ -95,7 +95,7 @@ bool bg_flight_begin(bg_request *r, const bg_map_request *found)
 
 int bg_flight_redo(bg_request *r)
 {
-    int ret = bg_map_move(&r->flight->found, r->buf);
+    int ret = bg_map_move(r->source->map, &r->flight->found, r->buf);
     land(r->flight);
     return ret;
 }

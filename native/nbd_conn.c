@@ -145,6 +145,7 @@ static void go_on(nbd_request *r, enum bg_request_outcome outcome)
     hit(conn);
     if (outcome == BG_REQUEST_DONE) {
         conn->counted.hits++;
+        conn->counted.stored += r->stores;
         nbd_answer(r);
     } else if (outcome == BG_REQUEST_BLOCKS) {
         if (r->base.lane == BG_LANE_WAITS && !conn->source.aio && !conn->by_caller && bg_map_is_direct(conn->source.map))
@@ -266,12 +267,18 @@ static bool take_read(bg_nbd_conn *conn, const bg_nbd_header *header, uint32_t c
     return true;
 }
 
-/* Whether the payload that is about to be received should go through a pipe: if the map can do it, that is one copy less. */
-static bool wants_pipe(bg_nbd_conn *conn, const nbd_request *r)
+/*
+ * How the payload that is about to be received gets into a file in memory: stored from a buffer that the processor's cache still
+ * has, or else, if the map can do it, through a pipe, which is one copy less. True: a pipe.
+ */
+static bool wants_pipe(bg_nbd_conn *conn, nbd_request *r)
 {
+    bg_map *map = conn->source.map;
     uint32_t length = r->base.length;
-    if (!conn->local || !conn->source.map || length < LONG_WRITE || length > LONGEST_IN_PARTS || length > conn->longest ||
-        r->base.durable || conn->end > conn->start)
+    if (!map || length < LONG_WRITE || length > LONGEST_IN_PARTS || length > conn->longest || r->base.durable)
+        return false;
+    r->stores = conn->stores = bg_map_can_store(map, (int64_t)r->base.offset, length);
+    if (r->stores || !conn->local || conn->end > conn->start)
         return false;
     if (conn->unpiped > 0)
         conn->unpiped--;
@@ -292,7 +299,7 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
                 conn->end - conn->start - BG_NBD_HEADER >= header->length;
     if (!admitted(conn, here ? 0 : cost))
         return false;
-    conn->piped = false;
+    conn->piped = conn->stores = false;
     conn->limit = native && header->command == BG_NBD_WRITE && payload >= LONG_WRITE ? BG_NBD_HEADER : INPUT;
     if (refusal != BG_NBD_FINE)
         return take_refused(conn, header, refusal);
@@ -340,7 +347,7 @@ static void move_part(bg_nbd_conn *conn)
 {
     nbd_request *r = conn->moving;
     int64_t length = r->base.length, end = conn->moved + PART < length ? conn->moved + PART : length;
-    int ret = bg_map_move_part_now(&conn->move, r->buffer, r->base.pipe, conn->moved, end);
+    int ret = bg_map_move_part_now(conn->source.map, &conn->move, r->buffer, r->base.pipe, conn->moved, end);
     conn->moved = end;
     if (ret < 0)
         bg_request_unpipe(&r->base); /* while what was written is still where it was */
@@ -421,7 +428,7 @@ static void parse(bg_nbd_conn *conn)
         }
         if (!take_request(conn, &header))
             return;
-        conn->busy |= i > 0 || header.length >= LONG_WRITE;
+        conn->busy |= i > 0 || (header.length >= LONG_WRITE && !conn->stores);
         bool early = conn->alone && header.command == BG_NBD_WRITE && (i + 1) % EARLY == 0 && conn->output;
         if ((early || conn->output_bytes >= SEND_AT) && !conn->full) {
             nbd_flush(conn);

@@ -34,6 +34,7 @@ typedef struct nbd_request {
     void *buffer;             /* of `cost` bytes */
     uint32_t cost;
     bg_pipe *pipe;            /* it has taken, or NULL */
+    bool stores;              /* its place was mapped and in memory */
     uint32_t head_size, payload_size; /* of the reply */
     unsigned char *head;              /* `small`, or allocated; NULL: there was no memory for it */
     enum bg_nbd_refusal refusal;
@@ -56,7 +57,7 @@ typedef struct nbd_thread {
 } nbd_thread;
 
 typedef struct {
-    atomic_uint_fast64_t requests, hits, blocked, piped, faults, refused, received, sent, receives, sends, wakeups;
+    atomic_uint_fast64_t requests, hits, blocked, piped, stored, faults, refused, received, sent, receives, sends, wakeups;
 } nbd_counters;
 
 struct bg_nbd_loop {
@@ -125,7 +126,8 @@ struct bg_nbd_conn {
     bool stalled;        /* there is one */
     int long_left, receives_left; /* of the turn: long writes that may be done, system calls that may receive more */
     bool more;           /* the turn ended before the input did */
-    bool busy;           /* the turn had several requests, or a long one */
+    bool busy;           /* the turn had several requests, or one that takes longer than the client does to send the next */
+    bool stores;         /* the place of the last request was mapped and in memory: the write will not take long */
     bool alone;          /* no other connection of the thread had something to do */
     bool sleeps;         /* its thread has waited for this turn, and so, probably, does the client for the reply */
     bool full;           /* the socket takes no more output */

@@ -225,6 +225,7 @@ int bg_nbd_loop_new(int threads, bg_pool *pool, bg_nbd_loop **out)
     /* Signals belong to the program's own threads. */
     sigset_t all, before;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS); /* see guard.h */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (ret == 0 && loop->nthreads < threads) {
         ret = start_thread(loop, &loop->threads[loop->nthreads]);
@@ -300,6 +301,7 @@ void bg_nbd_loop_stats(bg_nbd_loop *loop, bg_nbd_stats *out)
         .hits = atomic_load(&c->hits),
         .blocked = atomic_load(&c->blocked),
         .piped = atomic_load(&c->piped),
+        .stored = atomic_load(&c->stored),
         .faults = atomic_load(&c->faults),
         .refused = atomic_load(&c->refused),
         .received = atomic_load(&c->received),

@@ -55,6 +55,7 @@ typedef struct {
     uint64_t hits;     /* done by the extent map, at once or not */
     uint64_t blocked;  /* of these, on the pool, at a device meanwhile, or when they were retried */
     uint64_t piped;    /* of these, whose payload was copied once, from the socket into the file */
+    uint64_t stored;   /* of the hits, long writes whose place was mapped and in memory */
     uint64_t faults;   /* done by Python */
     uint64_t refused;  /* answered with an error here: the client should not have sent them */
     uint64_t received; /* bytes */

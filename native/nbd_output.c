@@ -164,6 +164,7 @@ void nbd_count(bg_nbd_conn *conn)
     add(&all->hits, own->hits);
     add(&all->blocked, own->blocked);
     add(&all->piped, own->piped);
+    add(&all->stored, own->stored);
     add(&all->faults, own->faults);
     add(&all->refused, own->refused);
     add(&all->received, own->received);

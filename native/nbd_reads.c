@@ -31,7 +31,7 @@ static bool is_data(const nbd_request *r, const bg_map_request *found)
     char probe[PROBE];
     if (!r->conn->settings.structured || r->base.flags & BG_NBD_DF)
         return true;
-    return bg_map_move_part_now(found, probe, NULL, 0, PROBE) == 0 && !bg_is_zero(probe, PROBE);
+    return bg_map_move_part_now(r->conn->source.map, found, probe, NULL, 0, PROBE) == 0 && !bg_is_zero(probe, PROBE);
 }
 
 /* How much of the reply the socket has taken, or -errno. */
@@ -58,7 +58,7 @@ static void keep_rest(nbd_request *r, const bg_map_request *found, size_t sent, 
     if (!nbd_give_buffer(r, cost))
         return;
     int64_t from = sent > r->head_size ? (int64_t)(sent - r->head_size) : 0;
-    int ret = bg_map_move_part_now(found, r->buffer, NULL, from, r->base.length);
+    int ret = bg_map_move_part_now(conn->source.map, found, r->buffer, NULL, from, r->base.length);
     if (ret < 0) {
         nbd_forget(r);
         nbd_close(conn, ret);

@@ -99,6 +99,7 @@ static int start_thread(bg_pool *pool)
     /* Signals belong to the program's own threads. */
     sigset_t all, before;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS); /* see guard.h */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int ret = -pthread_create(&pool->threads[pool->nthreads], NULL, worker, pool);
     pthread_sigmask(SIG_SETMASK, &before, NULL);

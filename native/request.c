@@ -286,7 +286,7 @@ static enum bg_request_outcome attempt(bg_request *request, uint32_t longest)
         request->source->begun(request);
     if (!request->pipe && bg_flight_begin(request, &found))
         return BG_REQUEST_BEGUN;
-    int done = blocks ? -EAGAIN : bg_map_move_part_now(&found, request->buf, request->pipe, 0, request->length);
+    int done = blocks ? -EAGAIN : bg_map_move_part_now(map, &found, request->buf, request->pipe, 0, request->length);
     if (done < 0 && done != -EAGAIN)
         bg_request_unpipe(request); /* while what was written is still where it was */
     bg_map_end(map, &found, done != -EAGAIN);

@@ -59,6 +59,7 @@ def server_rows(stats: NbdStats) -> list[tuple[str, str]]:
         ("refused", f"{stats.refused} that the protocol forbids"),
         ("blocked", f"{stats.blocked} of them waited for a device"),
         ("piped", f"{stats.piped} of them went from the socket into a file in memory"),
+        ("stored", f"{stats.stored} of them were long writes into one, where it is mapped"),
         ("received", f"{format_size(stats.received)} by {stats.receives} system calls"),
         ("sent", f"{format_size(stats.sent)} by {stats.sends} system calls"),
     ]

@@ -48,6 +48,8 @@ class NbdStats(NamedTuple):
     """of these, on the pool's threads, at a device while the loop went on, or when they were retried"""
     piped: int
     """of the hits, long writes whose payload was copied once only, from the socket into a file in memory"""
+    stored: int
+    """of the hits, long writes whose place in such a file was mapped and in memory"""
     faults: int
     """done by Python"""
     refused: int

@@ -64,6 +64,7 @@ class DescriptorOptions(NodeOptions, kw_only=True, frozen=True):
         aio: accepted; one native thread pool serves every value.
         aio_max_batch: accepted; the pool takes requests one by one.
         drop_cache: accepted; it matters to QEMU's migration only.
+        mapped: a file in memory is also read and written where it is mapped (native/windows.h).
     """
 
     filename: str
@@ -71,6 +72,7 @@ class DescriptorOptions(NodeOptions, kw_only=True, frozen=True):
     aio: Literal["threads", "native", "io_uring"] = "threads"
     aio_max_batch: int = 0
     drop_cache: bool = True
+    mapped: bool = True
 
 
 class DescriptorDriver(Protocol):
@@ -86,7 +88,8 @@ class DescriptorDriver(Protocol):
     _tail_fd: int = -1
     _pending_fd: int = -1
     _lock: ImageLock | None = None
-    _windows: Windows | None = None
+    #: of which the last is used; others, if any, were made when the file could only be read
+    _windows: tuple[Windows, ...] = ()
     #: what the kernel asks for
     _alignment: DirectAlignment = BUFFERED
     #: what is written at once where the file ends inside a block, bytes
@@ -143,15 +146,15 @@ class DescriptorDriver(Protocol):
 
     async def close(self) -> None:
         lock, self._lock = self._lock, None
-        windows, self._windows = self._windows, None
+        windows, self._windows = self._windows, ()
         descriptors = [fd for fd in (self._tail_fd, self._pending_fd, self._fd) if fd >= 0]
         self._fd = self._tail_fd = self._pending_fd = -1
         await in_thread(self._close_all, windows, lock, descriptors)
 
-    def _close_all(self, windows: Windows | None, lock: ImageLock | None, descriptors: list[int]) -> None:
+    def _close_all(self, windows: tuple[Windows, ...], lock: ImageLock | None, descriptors: list[int]) -> None:
         failure: OSError | None = None
-        if windows is not None:
-            windows.release()
+        for each in windows:
+            each.release()
         for fd in descriptors:
             try:
                 os.close(fd)
@@ -342,9 +345,12 @@ class DescriptorDriver(Protocol):
         return self._fd if self._fd >= 0 else None
 
     def windows(self) -> Windows | None:
-        if self._windows is None and self._fd >= 0:
-            self._windows = Windows.of(self._fd)
-        return self._windows
+        last = self._windows[-1] if self._windows else None
+        if (last is None or last.writable < self._writable) and self._fd >= 0 and self.options.mapped:
+            last = Windows.of(self._fd)
+            if last is not None:
+                self._windows = (*self._windows, last)
+        return last
 
     def stored(self, offset: int, length: int) -> None:
         if offset + length > self._size:
@@ -416,6 +422,8 @@ class DescriptorDriver(Protocol):
         untold, self._untold_error = self._untold_error, None
         if untold is not None:
             raise self._failure(untold, "flush") from untold
+        for windows in self._windows:
+            windows.touch()
         try:
             await self._pool.fdatasync(self._fd)
         except OSError as error:

@@ -36,6 +36,7 @@ void test_extent_map_slabs(void);
 void test_extent_map_threads(void);
 void test_first_writes(void);
 void test_flight(void);
+void test_guard(void);
 void test_heavy(void);
 void test_nbd(void);
 void test_nbd_reads(void);
@@ -47,6 +48,7 @@ void test_queue(void);
 void test_request(void);
 void test_sums(void);
 void test_wait(void);
+void test_windows(void);
 void test_zero(void);
 
 #endif

@@ -27,58 +27,6 @@ static bg_nbd_loop *loop;
 static bg_nbd_conn *conn;
 static char data[SIZE], got[SIZE + STRUCTURED];
 
-static void test_windows(void)
-{
-    bg_windows *windows;
-    struct stat before, after;
-    int pair[2];
-    CHECK(pipe(pair) == 0);
-    CHECK(bg_windows_new(pair[0], &windows) == -ENOTSUP);
-    close(pair[0]);
-    close(pair[1]);
-    CHECK(bg_windows_new(fd, &windows) == 0);
-    CHECK(fstat(fd, &before) == 0);
-    CHECK(bg_windows_find(windows, 0, HOLE) != NULL);
-    CHECK(bg_windows_find(windows, 5, 1) != NULL && bg_windows_find(windows, 4095, 2) != NULL);
-    CHECK(!bg_windows_find(windows, HOLE - 1, 2) && !bg_windows_find(windows, HOLE, HOLE_END - HOLE));
-    CHECK(!bg_windows_find(windows, HOLE_END - 1, 4096) && bg_windows_find(windows, HOLE_END, SIZE - HOLE_END));
-    CHECK(!bg_windows_find(windows, SIZE - 4096, 4097) && !bg_windows_find(windows, SIZE, 1));
-    CHECK(!bg_windows_find(windows, -1, 1) && !bg_windows_find(windows, 0, 0) && !bg_windows_find(windows, 0, INT64_MAX));
-    CHECK(!bg_windows_find(windows, ((int64_t)1 << 30) - 1, 2) && !bg_windows_find(windows, INT64_MAX - 1, 1));
-    CHECK(fstat(fd, &after) == 0 && after.st_blocks == before.st_blocks);
-    /* Who may not write the file is not told what is in memory: nothing is found then. */
-    if (geteuid() == 0) {
-        CHECK(fchmod(fd, 0600) == 0 && seteuid(65534) == 0);
-        CHECK(!bg_windows_find(windows, HOLE, 4096) && !bg_windows_find(windows, 0, 4096));
-        CHECK(seteuid(0) == 0);
-        CHECK(!bg_windows_find(windows, HOLE, 4096) && bg_windows_find(windows, 0, 4096));
-    }
-    /* What the header promises of a file that is cut off. */
-    const void *last = bg_windows_find(windows, SIZE - 4096, 4096);
-    CHECK(last != NULL && socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0 && ftruncate(fd, SIZE - 4096) == 0);
-    struct iovec iov = {(void *)(uintptr_t)last, 4096};
-    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1};
-    CHECK(sendmsg(pair[0], &message, MSG_NOSIGNAL) == -1 && errno == EFAULT);
-    CHECK(!bg_windows_find(windows, SIZE - 4096, 4096));
-    CHECK(pwrite(fd, data + SIZE - 4096, 4096, SIZE - 4096) == 4096 && bg_windows_find(windows, SIZE - 4096, 4096));
-    close(pair[0]);
-    close(pair[1]);
-    bg_windows_free(windows);
-    bg_windows_free(NULL);
-}
-
-/* A file that was mapped may still be sealed, or its file system made read-only: nobody holds a right to write to it. */
-static void test_windows_only_read(void)
-{
-    bg_windows *windows;
-    int sealed = memfd_create("sealed", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    CHECK(pwrite(sealed, data, 4096, 0) == 4096 && bg_windows_new(sealed, &windows) == 0);
-    CHECK(bg_windows_find(windows, 0, 4096) != NULL && fcntl(sealed, F_ADD_SEALS, F_SEAL_WRITE) == 0);
-    close(sealed);
-    CHECK(bg_windows_find(windows, 0, 4096) != NULL);
-    bg_windows_free(windows);
-}
-
 static void ask(uint16_t command, uint64_t cookie, uint64_t offset, uint32_t length)
 {
     send_header(sock, command, 0, cookie, offset, length);
@@ -284,8 +232,6 @@ void test_nbd_reads(void)
     memset(data + HOLE, 0, HOLE_END - HOLE);
     CHECK(pwrite(fd, data, SIZE, 0) == SIZE);
     CHECK(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, HOLE, HOLE_END - HOLE) == 0);
-    test_windows();
-    test_windows_only_read();
     run(false);
     run(true);
     close(fd);

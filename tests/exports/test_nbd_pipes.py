@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""Long writes to files in memory, whose payloads go from the socket into the file through pipes: nothing else becomes
-of them than of others, whatever happens to client, graph and storage meanwhile."""
+"""Long writes to files in memory, whose payloads go from the socket into the file through pipes, or are stored where
+it is mapped: nothing else becomes of them than of others, whatever happens to client, graph and storage meanwhile."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ PAGE = 4096
 CLUSTER = 64 << 10
 SIZE = 8 << 20
 formats = pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+ways = pytest.mark.parametrize("mapped", [False, True], ids=["piped", "stored"])
 
 
 @asynccontextmanager
-async def exported(path: Path, fmt: str) -> AsyncIterator[Exported]:
+async def exported(path: Path, fmt: str, mapped: bool = False) -> AsyncIterator[Exported]:
     """A new disk, an image in memory, some of it mapped."""
     image = path / "disk"
     await create_file(str(image), SIZE, fmt, replace=False)
-    node = {"driver": fmt, "node-name": "disk", "file": {"driver": "file", "filename": str(image)}}
+    node = {"driver": fmt, "node-name": "disk", "file": {"driver": "file", "filename": str(image), "mapped": mapped}}
     async with await blockgraph.aopen({"nodes": [node]}) as graph:
         guest = await graph.backend("disk", writable=True)
         guest.use_map()
@@ -55,13 +56,19 @@ def stats(disk: Exported) -> NbdStats:
     return found
 
 
+def passed(disk: Exported, mapped: bool) -> int:
+    """Writes that went the way that is tested."""
+    return stats(disk).stored if mapped else stats(disk).piped
+
+
 @formats
+@ways
 @run_async
 async def test_many_long_writes_are_found_where_they_belong(
-    tmpfs: Path, fmt: str, require_tool: Callable[[str], str]
+    tmpfs: Path, fmt: str, mapped: bool, require_tool: Callable[[str], str]
 ) -> None:
     """First writes to clusters, whole and in part, and others; of four connections, among short requests."""
-    async with exported(tmpfs, fmt) as disk:
+    async with exported(tmpfs, fmt, mapped) as disk:
         model = bytearray(b"o" * (SIZE // 2) + bytes(SIZE // 2))
         clients = [await NbdClient.connect_unix(disk.socket, "disk") for _ in range(4)]
         source = random.Random(fmt)
@@ -90,7 +97,7 @@ async def test_many_long_writes_are_found_where_they_belong(
                 assert await clients[number].pread(offset, CLUSTER) == model[offset : offset + CLUSTER]
 
         await asyncio.gather(*(work(number) for number in range(4)))
-        assert stats(disk).piped > 100
+        assert passed(disk, mapped) > 100
         assert await disk.guest.pread(0, SIZE) == model
         for client in clients:
             await client.disconnect()
@@ -103,18 +110,20 @@ async def test_many_long_writes_are_found_where_they_belong(
 
 
 @formats
+@ways
 @run_async
-async def test_what_ends_in_the_middle_of_long_writes_leaves_whole_writes(tmpfs: Path, fmt: str) -> None:
-    async with exported(tmpfs, fmt) as disk:
+async def test_what_ends_in_the_middle_of_long_writes_leaves_whole_writes(tmpfs: Path, fmt: str, mapped: bool) -> None:
+    async with exported(tmpfs, fmt, mapped) as disk:
         await interrupted(disk, tmpfs / "disk", CLUSTER, b"o")
-        assert stats(disk).piped > 0
+        assert passed(disk, mapped) > 0
 
 
 @formats
+@ways
 @run_async
-async def test_a_point_in_time_holds_while_long_writes_go_on(tmpfs: Path, fmt: str) -> None:
+async def test_a_point_in_time_holds_while_long_writes_go_on(tmpfs: Path, fmt: str, mapped: bool) -> None:
     """backup-top put over and taken away while two clients write: each image has all of a write or nothing of it."""
-    async with exported(tmpfs, fmt) as disk:
+    async with exported(tmpfs, fmt, mapped) as disk:
         await disk.guest.pwrite(0, b"\x01" * SIZE)
         clients = [await NbdClient.connect_unix(disk.socket, "disk") for _ in range(2)]
         over = False
@@ -137,8 +146,8 @@ async def test_a_point_in_time_holds_while_long_writes_go_on(tmpfs: Path, fmt: s
             )
             job = await jobs.backup(BackupOptions(device="disk", target=f"t{number}", sync="full"))
             await job.wait()
-            seen = stats(disk).piped
-            while stats(disk).piped < seen + 80:  # noqa: ASYNC110  # the server announces it to nobody
+            seen = passed(disk, mapped)
+            while passed(disk, mapped) < seen + 80:  # noqa: ASYNC110  # the server announces it to nobody
                 await asyncio.sleep(0)
             whole(await asyncio.to_thread(image.read_bytes), CLUSTER, bytes(range(1, 201)))
         over = True
