@@ -286,15 +286,16 @@ int bg_map_in_memory(const bg_map_request *request)
 int bg_map_can_store(bg_map *map, int64_t offset, int64_t length)
 {
     bg_map_piece pieces[FEW_PIECES];
-    bg_map_request request;
-    if (bg_map_begin(map, offset, length, 1, pieces, FEW_PIECES, &request) != 0)
+    int count = 0;
+    reader *r = map_enter(map);
+    if (!r)
         return 0;
-    bool can = true;
-    for (int i = 0; i < request.count && can; i++) {
+    bool can = look_up(map, offset, length, true, pieces, FEW_PIECES, &count) == 0;
+    for (int i = 0; i < count && can; i++) {
         bg_windows *windows = windows_of(map, &pieces[i]);
         can = windows && bg_windows_can_store(windows, pieces[i].storage_offset, pieces[i].length);
     }
-    bg_map_end(map, &request, 0);
+    map_leave(map, r);
     return can;
 }
 

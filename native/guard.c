@@ -23,10 +23,13 @@
 #define LINE 64
 /* A page fault by a read maps its neighbours in such a block, too, one by a store does not. */
 #define BLOCK (64 << 10)
+/* Some processors tell of a fault's page only; no page is smaller. */
+#define PAGE 4096
 
 typedef struct {
     sigjmp_buf jump;
-    const char *start, *end; /* of the mapped file */
+    uintptr_t to, from;
+    size_t length;
 } guard;
 
 /* Of the copy that the thread is in. A handler may not have it allocated, as the default model might. */
@@ -40,9 +43,10 @@ static bool installed;
 /* As if we were not there. */
 static void leave_to_others(int number, siginfo_t *info, void *context)
 {
-    if (before.sa_flags & SA_SIGINFO) {
+    bool is_function = before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN; /* in a union with sa_sigaction */
+    if (is_function && before.sa_flags & SA_SIGINFO) {
         before.sa_sigaction(number, info, context);
-    } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
+    } else if (is_function) {
         before.sa_handler(number);
     } else if (before.sa_handler == SIG_DFL || info->si_code > 0) {
         /* A fault comes again when this returns, what somebody sent does not. Faults can not be ignored. */
@@ -52,11 +56,16 @@ static void leave_to_others(int number, siginfo_t *info, void *context)
     }
 }
 
+static bool is_inside(uintptr_t at, uintptr_t start, size_t length)
+{
+    return at >= start / PAGE * PAGE && at < start + length;
+}
+
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
     guard *g = current;
-    const char *at = info->si_addr;
-    if (g && info->si_code > 0 && at >= g->start && at < g->end) {
+    uintptr_t at = (uintptr_t)info->si_addr;
+    if (g && info->si_code > 0 && (is_inside(at, g->to, g->length) || is_inside(at, g->from, g->length))) {
         /* What is blocked while a signal is handled, by us or by who watches us, must not stay so. */
         const ucontext_t *interrupted = context;
         pthread_sigmask(SIG_SETMASK, &interrupted->uc_sigmask, NULL);
@@ -90,11 +99,22 @@ bool bg_guard_ready(void)
     return trusted > 0;
 }
 
+void bg_guard_block_signals(sigset_t *former)
+{
+    sigset_t blocked;
+    sigfillset(&blocked);
+    pthread_sigmask(SIG_SETMASK, &blocked, former);
+    if (sigismember(former, SIGBUS))
+        return;
+    sigdelset(&blocked, SIGBUS);
+    pthread_sigmask(SIG_SETMASK, &blocked, NULL);
+}
+
 typedef void copy_function(void *to, const void *from, size_t length);
 
-static int copy_guarded(copy_function *copy, void *to, const void *from, const void *mapped, size_t length)
+static int copy_guarded(copy_function *copy, void *to, const void *from, size_t length)
 {
-    guard g = {.start = mapped, .end = (const char *)mapped + length};
+    guard g = {.to = (uintptr_t)to, .from = (uintptr_t)from, .length = length};
     if (!bg_guard_ready())
         return -EAGAIN;
     trusted--;
@@ -146,12 +166,12 @@ static void store(void *to, const void *from, size_t length)
 #define store load
 #endif
 
-int bg_guard_load(void *to, const void *from, size_t length)
+int bg_guard_load(void *buf, const void *from, size_t length)
 {
-    return copy_guarded(load, to, from, from, length);
+    return copy_guarded(load, buf, from, length);
 }
 
-int bg_guard_store(void *to, const void *from, size_t length)
+int bg_guard_store(void *to, const void *buf, size_t length)
 {
-    return copy_guarded(store, to, from, to, length);
+    return copy_guarded(store, to, buf, length);
 }

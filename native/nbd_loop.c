@@ -4,6 +4,8 @@
 #define _GNU_SOURCE
 #include "nbd_internal.h"
 
+#include "guard.h"
+
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
@@ -222,11 +224,8 @@ int bg_nbd_loop_new(int threads, bg_pool *pool, bg_nbd_loop **out)
     loop->pipes = bg_pipes_new(BG_NBD_MAX_PIPES);
     loop->caller_epoll = epoll_create1(EPOLL_CLOEXEC);
     int ret = loop->caller_epoll < 0 ? -errno : loop->buffers && loop->pipes ? bg_faults_new(&loop->faults) : -ENOMEM;
-    /* Signals belong to the program's own threads. */
-    sigset_t all, before;
-    sigfillset(&all);
-    sigdelset(&all, SIGBUS); /* see guard.h */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    sigset_t before;
+    bg_guard_block_signals(&before);
     while (ret == 0 && loop->nthreads < threads) {
         ret = start_thread(loop, &loop->threads[loop->nthreads]);
         if (ret == 0)

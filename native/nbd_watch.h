@@ -26,7 +26,7 @@
 #include <stdint.h>
 
 /* How long it watches, and what a look takes at most while nobody else wants the processor, ns. */
-#define BG_NBD_WATCH 50000
+#define BG_NBD_WATCH 100000
 #define BG_NBD_CROWDED 5000
 /* Naps that are due when it has watched in vain again and again, and at least when busy. */
 #define BG_NBD_MOST_NAPS 1023

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "pool.h"
 
+#include "guard.h"
 #include "wait.h"
 
 #include <errno.h>
@@ -96,11 +97,8 @@ static int processors(void)
 
 static int start_thread(bg_pool *pool)
 {
-    /* Signals belong to the program's own threads. */
-    sigset_t all, before;
-    sigfillset(&all);
-    sigdelset(&all, SIGBUS); /* see guard.h */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    sigset_t before;
+    bg_guard_block_signals(&before);
     int ret = -pthread_create(&pool->threads[pool->nthreads], NULL, worker, pool);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (ret == 0)

@@ -20,11 +20,8 @@
 #define WINDOWS 1024 /* bytes past these are not found */
 #define PAGES 256    /* asked about at once */
 #define NOWHERE ((off_t)1 << 60)
-/*
- * Of a thread's loads and stores, one in so many asks whether mincore(2) still tells the truth, which takes as long as to ask it.
- * A prime: of several files used in turn all have their turn.
- */
-#define TRUSTED 17
+/* Loads and stores after one has found that mincore(2) tells the truth, which takes as long as to ask it, that believe it. */
+#define TRUSTED 16
 /* After one of what was not in memory, so many more are not tried: most of a file that has holes may be one. */
 #define PAUSE 64
 
@@ -33,7 +30,7 @@ struct bg_windows {
     int64_t page;
     char *nowhere; /* a page that no file has */
     bool writable;
-    atomic_int pause;   /* counted by many threads, which may lose some of it */
+    atomic_int trusted, pause; /* counted by many threads, which may lose some of it */
     atomic_bool stored; /* since its times were set */
     _Atomic(char *) windows[WINDOWS]; /* NULL: not mapped yet; MAP_FAILED: can not be */
 };
@@ -145,22 +142,23 @@ static int64_t file_size(const bg_windows *w)
 
 static char *find(bg_windows *w, int64_t offset, int64_t length)
 {
-    int64_t number = offset >> WINDOW_SHIFT;
-    if (offset < 0 || length <= 0 || length > WINDOW || number >= WINDOWS || (offset + length - 1) >> WINDOW_SHIFT != number)
-        return NULL;
-    char *window = window_of(w, number);
+    char *window = window_of(w, offset >> WINDOW_SHIFT);
     if (!window)
         return NULL;
-    int64_t within = offset & (WINDOW - 1), first = within / w->page, end = (within + length - 1) / w->page + 1;
-    int64_t pages = end - first, next = end < WINDOW / w->page;
-    int64_t found = in_memory(w, window + first * w->page, pages + next);
-    /* The file may end inside its last page, whose rest is nowhere. Where another one follows it is not the last. */
-    return found > pages || (found == pages && offset + length <= file_size(w)) ? window + within : NULL;
+    int64_t within = offset & (WINDOW - 1), first = within / w->page, pages = (within + length - 1) / w->page + 1 - first;
+    /* What is behind the file's end in its last page, which may be a huge one, is in memory, but nowhere else. */
+    return in_memory(w, window + first * w->page, pages) == pages && offset + length <= file_size(w) ? window + within : NULL;
+}
+
+static bool in_one_window(int64_t offset, int64_t length)
+{
+    return offset >= 0 && length > 0 && length <= WINDOW && offset >> WINDOW_SHIFT < WINDOWS &&
+           (offset + length - 1) >> WINDOW_SHIFT == offset >> WINDOW_SHIFT;
 }
 
 const void *bg_windows_find(bg_windows *w, int64_t offset, int64_t length)
 {
-    return tells_the_truth(w) ? find(w, offset, length) : NULL;
+    return in_one_window(offset, length) && tells_the_truth(w) ? find(w, offset, length) : NULL;
 }
 
 static int less(atomic_int *counter)
@@ -174,10 +172,12 @@ static int less(atomic_int *counter)
 /* For one of many. */
 static char *find_often(bg_windows *w, int64_t offset, int64_t length)
 {
-    if (!bg_guard_ready() || less(&w->pause) > 0)
+    if (!in_one_window(offset, length) || !bg_guard_ready() || less(&w->pause) > 0)
         return NULL;
-    static _Thread_local unsigned asked __attribute__((tls_model("initial-exec")));
-    char *found = asked++ % TRUSTED || tells_the_truth(w) ? find(w, offset, length) : NULL;
+    bool told = less(&w->trusted) > 0;
+    if (!told && (told = tells_the_truth(w)))
+        atomic_store_explicit(&w->trusted, TRUSTED, memory_order_relaxed);
+    char *found = told ? find(w, offset, length) : NULL;
     if (!found)
         atomic_store_explicit(&w->pause, PAUSE, memory_order_relaxed);
     return found;
@@ -194,13 +194,21 @@ bool bg_windows_can_store(bg_windows *w, int64_t offset, int64_t length)
     return w->writable && find_often(w, offset, length);
 }
 
+static void set_times(const bg_windows *w)
+{
+    (void)futimens(w->fd, NULL); /* who may write the file may do that */
+}
+
 int bg_windows_store(bg_windows *w, const void *buf, int64_t length, int64_t offset)
 {
     char *to = w->writable ? find_often(w, offset, length) : NULL;
     if (!to)
         return -EAGAIN;
+    /* As a system call does, once, for whoever knows files by their times (a bitmap's sidecar), even if we are killed now. */
+    if (!atomic_load(&w->stored) && !atomic_exchange(&w->stored, true))
+        set_times(w);
     int ret = bg_guard_store(to, buf, (size_t)length);
-    /* Afterwards: a flush of what was stored finds it. */
+    /* There was a flush meanwhile: the next will find it. */
     if (!atomic_load(&w->stored))
         atomic_store(&w->stored, true);
     return ret == 0 ? 0 : -EAGAIN;
@@ -208,7 +216,6 @@ int bg_windows_store(bg_windows *w, const void *buf, int64_t length, int64_t off
 
 void bg_windows_touch(bg_windows *w)
 {
-    /* Who must not is not told: nothing depends on it. */
     if (atomic_exchange(&w->stored, false))
-        (void)futimens(w->fd, NULL);
+        set_times(w);
 }

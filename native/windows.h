@@ -39,7 +39,10 @@ typedef struct bg_windows bg_windows;
 int bg_windows_new(int fd, bg_windows **out);
 void bg_windows_free(bg_windows *windows);
 
-/* What was stored is not seen in the file's times until this or bg_windows_free; flushes call it. */
+/*
+ * The file's times tell of the first store after a flush, as they do of every system call, and of the last one from this, which
+ * flushes call, or from bg_windows_free on.
+ */
 void bg_windows_touch(bg_windows *windows);
 /* cffi:end */
 

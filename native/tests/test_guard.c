@@ -47,6 +47,13 @@ static void test_cut_off(void)
         CHECK(bg_guard_load(buf, mapped, SIZE / 2) == 0 && bg_guard_store(mapped, buf, SIZE / 2) == 0);
     }
     CHECK(ftruncate(fd, SIZE) == 0 && bg_guard_load(buf, mapped, SIZE) == 0);
+    /* The other side, too. */
+    int other = memfd_create("other", MFD_CLOEXEC);
+    char *gone = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, other, 0);
+    CHECK(gone != MAP_FAILED);
+    CHECK(bg_guard_store(mapped, gone + 1, PAGE - 1) == -EFAULT && bg_guard_load(gone + 1, mapped, PAGE - 1) == -EFAULT);
+    CHECK(munmap(gone, PAGE) == 0);
+    close(other);
 }
 
 static void *blocks_the_signal(void *arg)
@@ -129,7 +136,7 @@ static bool killed(int status)
 static void test_others(void)
 {
     struct sigaction plain = {.sa_handler = exits}, told = {.sa_sigaction = exits_for_its_own, .sa_flags = SA_SIGINFO};
-    struct sigaction fallback = {.sa_handler = SIG_DFL}, ignored = {.sa_handler = SIG_IGN};
+    struct sigaction fallback = {.sa_handler = SIG_DFL}, ignored = {.sa_handler = SIG_IGN, .sa_flags = SA_SIGINFO};
     CHECK(exited(child(&plain, false), HANDLED) && exited(child(&plain, true), HANDLED));
     CHECK(exited(child(&told, false), HANDLED));
     CHECK(killed(child(&fallback, false)) && killed(child(&fallback, true)));

@@ -166,6 +166,47 @@ static void test_end_inside_a_page(void)
     bg_windows_free(windows);
 }
 
+/* A huge page may go on behind the file's end, and all of it is in memory. */
+static void test_end_inside_a_huge_page(void)
+{
+    const int64_t huge = 2048 * KIB, end = HOLE + 100;
+    bg_windows *windows;
+    int file = memfd_create("huge", MFD_CLOEXEC);
+    char *room = mmap(NULL, (size_t)(2 * huge), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(pwrite(file, data, (size_t)end, 0) == end && room != MAP_FAILED && bg_windows_new(file, &windows) == 0);
+    char *at = (char *)(((uintptr_t)room + (uintptr_t)huge - 1) / (uintptr_t)huge * (uintptr_t)huge);
+    CHECK(mmap(at, (size_t)huge, PROT_READ, MAP_SHARED | MAP_FIXED, file, 0) == at);
+    (void)madvise(at, (size_t)huge, 25 /* MADV_COLLAPSE: not of every kernel, then it is an ordinary file */);
+    CHECK(store(windows, data, 100, end - 100) == 0);
+    CHECK(store(windows, data, 101, end - 100) == -EAGAIN && store(windows, data, 100, end + 8 * KIB) == -EAGAIN);
+    CHECK(load(windows, got, 100, end + 8 * KIB) == -EAGAIN && !bg_windows_find(windows, end + 8 * KIB, 1));
+    CHECK(munmap(room, (size_t)(2 * huge)) == 0);
+    bg_windows_free(windows);
+    close(file);
+}
+
+/* Who may only read the file is told that holes are in memory, too. */
+static void test_who_may_only_read(void)
+{
+    if (geteuid() != 0)
+        return;
+    bg_windows *windows, *others;
+    char name[64];
+    snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
+    int reading = open(name, O_RDONLY | O_CLOEXEC);
+    CHECK(bg_windows_new(reading, &windows) == 0 && bg_windows_new(fd, &others) == 0 && fchmod(fd, 0644) == 0);
+    int64_t before = blocks();
+    for (int i = 0; i < 100; i++)
+        (void)bg_windows_load(others, got, PAGE, 0);
+    CHECK(seteuid(65534) == 0);
+    for (int i = 0; i < 300; i++)
+        CHECK(bg_windows_load(windows, got, PAGE, HOLE + i % 100 * PAGE) == -EAGAIN);
+    CHECK(seteuid(0) == 0 && blocks() == before);
+    bg_windows_free(windows);
+    bg_windows_free(others);
+    close(reading);
+}
+
 static int64_t modified(void)
 {
     struct stat st;
@@ -184,13 +225,19 @@ static void test_times(void)
     bg_windows *windows;
     CHECK(bg_windows_new(fd, &windows) == 0);
     set_old();
-    CHECK(store(windows, data, PAGE, 0) == 0 && load(windows, got, PAGE, 0) == 0);
+    CHECK(load(windows, got, PAGE, 0) == 0 && modified() == 1);
+    /* The first store tells at once, the rest when it is flushed, or at the end. */
+    CHECK(store(windows, data, PAGE, 0) == 0 && modified() > 1);
+    set_old();
+    CHECK(store(windows, data, PAGE, 0) == 0 && modified() == 1);
     bg_windows_touch(windows);
     CHECK(modified() > 1);
     set_old();
     bg_windows_touch(windows);
     CHECK(modified() == 1);
-    CHECK(store(windows, data, PAGE, 0) == 0);
+    CHECK(store(windows, data, PAGE, 0) == 0 && modified() > 1);
+    set_old();
+    CHECK(store(windows, data, PAGE, 0) == 0 && modified() == 1);
     bg_windows_free(windows);
     CHECK(modified() > 1);
     /* A flush by the map, too. */
@@ -200,7 +247,7 @@ static void test_times(void)
     CHECK(slot == 0 && bg_map_set_windows(map, slot, windows) == 0);
     CHECK(bg_map_insert(map, bg_map_generation(map), &(bg_map_extent){0, SIZE, 0, slot, BG_MAP_WRITABLE}, 1) == 1);
     bg_map_flushed(map, bg_map_dirt(map));
-    CHECK(bg_map_pwrite(map, 0, data, PAGE) == 0); /* a page's first fault tells, too */
+    CHECK(bg_map_pwrite(map, 0, data, PAGE) == 0);
     set_old();
     CHECK(bg_map_pwrite(map, 0, data, PAGE) == 0 && modified() == 1);
     CHECK(bg_map_flush(map, 1) == 0 && modified() > 1);
@@ -261,6 +308,8 @@ void test_windows(void)
     test_only_read();
     test_loads_and_stores();
     test_end_inside_a_page();
+    test_end_inside_a_huge_page();
+    test_who_may_only_read();
     test_times();
     test_cut_off_in_the_middle();
     close(fd);

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,7 @@ def test_the_file_tells_when_it_was_written_after_a_flush_and_at_the_end(image: 
     with opened(image) as graph:
         disk = graph.backend("disk", writable=True)
         warm(disk)
+        disk.pwrite(0, b"w" * 4096)
         os.utime(image, (1, 1))
         disk.pwrite(0, b"x" * 4096)
         assert image.stat().st_mtime == 1  # else it was not written where it is mapped
@@ -107,7 +111,66 @@ def test_the_file_tells_when_it_was_written_after_a_flush_and_at_the_end(image: 
         disk.flush()
         assert image.stat().st_mtime == 1
         disk.pwrite(0, b"y" * 4096)
+        assert image.stat().st_mtime > 1
+        os.utime(image, (1, 1))
+        disk.pwrite(0, b"z" * 4096)
     assert image.stat().st_mtime > 1
+
+
+def script(image: Path, then: str) -> int:
+    """Run what opens the image as `disk`, in a process of its own. Returns its exit code."""
+    node = {"driver": "raw", "node-name": "disk", "file": {"driver": "file", "filename": str(image)}}
+    text = f"""
+import mmap, os, signal, sys, blockgraph
+graph = blockgraph.open({{"nodes": [{node!r}]}})
+disk = graph.backend("disk", writable=True)
+for _ in range(100):
+    disk.pread(0, 8192)
+{then}
+"""
+    return subprocess.run([sys.executable, "-c", text], check=False, timeout=60).returncode
+
+
+def test_who_was_killed_right_after_a_write_has_changed_the_file_s_times(image: Path) -> None:
+    """A bitmap's sidecar knows by them that somebody else has written."""
+    before = image.stat()
+    assert script(image, "os.kill(os.getpid(), signal.SIGKILL)") == -signal.SIGKILL
+    assert (image.stat().st_mtime_ns, image.stat().st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+    kill = "disk.pwrite(4096, b'new' * 100); os.kill(os.getpid(), signal.SIGKILL)"
+    assert script(image, kill) == -signal.SIGKILL
+    assert image.read_bytes()[4096:4396] == b"new" * 100
+    assert image.stat().st_mtime_ns > before.st_mtime_ns
+    assert image.stat().st_ctime_ns > before.st_ctime_ns
+
+
+def test_a_signal_somebody_waits_for_is_still_his(image: Path) -> None:
+    wait = "os.kill(os.getpid(), signal.SIGBUS); sys.exit(signal.sigwait([signal.SIGBUS]) == signal.SIGBUS and 5)"
+    text = f"""
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])
+import tests.protocols.test_file_mapped as here, pathlib, os, sys, blockgraph
+with here.opened(pathlib.Path({str(image)!r})) as graph:
+    here.warm(graph.backend("disk", writable=True))
+    {wait}
+"""
+    done = subprocess.run([sys.executable, "-c", text], check=False, timeout=60)
+    assert done.returncode == 5
+
+
+def test_memory_of_the_caller_s_that_is_gone_is_an_error(image: Path) -> None:
+    gone = image.with_name("gone")
+    gone.write_bytes(b"x" * 8192)
+    write = f"""
+fd = os.open({str(gone)!r}, os.O_RDWR)
+memory = mmap.mmap(fd, 8192)
+os.truncate(fd, 0)
+try:
+    disk.pwrite(0, memory)
+except blockgraph.errors.IOFailure as error:
+    assert "Bad address" in str(error), error
+    os._exit(5)
+"""
+    assert script(image, write) == 5
 
 
 def test_a_file_cut_off_by_somebody_else_is_written_anew(image: Path) -> None:
