@@ -117,11 +117,12 @@ def test_the_file_tells_when_it_was_written_after_a_flush_and_at_the_end(image: 
     assert image.stat().st_mtime > 1
 
 
-def script(image: Path, then: str) -> int:
+def script(image: Path, then: str, first: str = "") -> int:
     """Run what opens the image as `disk`, in a process of its own. Returns its exit code."""
     node = {"driver": "raw", "node-name": "disk", "file": {"driver": "file", "filename": str(image)}}
     text = f"""
-import mmap, os, signal, sys, blockgraph
+import mmap, os, signal, blockgraph
+{first}
 graph = blockgraph.open({{"nodes": [{node!r}]}})
 disk = graph.backend("disk", writable=True)
 for _ in range(100):
@@ -144,17 +145,14 @@ def test_who_was_killed_right_after_a_write_has_changed_the_file_s_times(image: 
 
 
 def test_a_signal_somebody_waits_for_is_still_his(image: Path) -> None:
-    wait = "os.kill(os.getpid(), signal.SIGBUS); sys.exit(signal.sigwait([signal.SIGBUS]) == signal.SIGBUS and 5)"
-    text = f"""
-import signal
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])
-import tests.protocols.test_file_mapped as here, pathlib, os, sys, blockgraph
-with here.opened(pathlib.Path({str(image)!r})) as graph:
-    here.warm(graph.backend("disk", writable=True))
-    {wait}
+    block = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])"
+    wait = """
+disk.pwrite(0, disk.pread(0, 8192))
+os.kill(os.getpid(), signal.SIGBUS)
+assert signal.sigwait([signal.SIGBUS]) == signal.SIGBUS
+os._exit(5)
 """
-    done = subprocess.run([sys.executable, "-c", text], check=False, timeout=60)
-    assert done.returncode == 5
+    assert script(image, wait, first=block) == 5
 
 
 def test_memory_of_the_caller_s_that_is_gone_is_an_error(image: Path) -> None:
