@@ -13,6 +13,11 @@
 #include <unistd.h>
 
 #define FEW_PIECES 16
+/*
+ * Shorter reads win nothing by windows: to find out whether all is in memory and in the file takes as long. Writes do, as system
+ * calls would wait for each other.
+ */
+#define SHORTEST_LOAD (16 << 10)
 
 /*
  * The entry of `leaf` that holds the region's byte `at`, or -1. A region of `1 << shift` bytes is mostly made of extents of one
@@ -203,7 +208,7 @@ static bg_windows *windows_of(bg_map *map, const bg_map_piece *p)
 static int64_t get(bg_map *map, const bg_map_piece *p, void *buf, int64_t length, int64_t offset, bool now)
 {
     bg_windows *windows = windows_of(map, p);
-    if (windows && bg_windows_load(windows, buf, length, offset) == 0)
+    if (windows && length >= SHORTEST_LOAD && bg_windows_load(windows, buf, length, offset) == 0)
         return length;
     return now ? bg_pread_in(p->haste, p->fd, buf, length, offset) : bg_pread_aligned(p->memory, p->fd, buf, length, offset);
 }

@@ -7,9 +7,9 @@
  *     file     |  1 GiB  |  1 GiB  |  1 GiB  | ...        a window for each, mapped when it is first asked for
  *
  *                          4 KiB at random   64 KiB       of 1 GiB on tmpfs, microseconds (Linux 6.18, Intel Xeon)
- *     pread, pwrite              1.9            16
- *     load                       1.3             8
- *     store                      1.1             5
+ *     pread, pwrite           1.6, 1.8        13, 16
+ *     load                       1.5             8
+ *     store                      1.2             6
  *
  * What is found is never to be looked at otherwise: where the file has been cut off meanwhile that is a SIGBUS, which load and
  * store survive (guard.h), while a system call fails with EFAULT, or does a part. The descriptor then knows more.
