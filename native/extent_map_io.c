@@ -435,7 +435,9 @@ int map_transfer(bg_map *map, int64_t offset, int64_t length, char *into, const 
         pieces = many;
     }
     if (ret == 0) {
-        ret = write == BG_MAP_ERASE ? erase(map, &request, how) : write ? do_write(map, &request, from) : do_read(map, &request, into);
+        ret = write == BG_MAP_ERASE ? erase(map, &request, how)
+              : write               ? do_write(map, &request, from)
+                                    : do_read(map, &request, into);
         bg_map_end(map, &request, ret != BG_MAP_MISS);
     }
     free(many);

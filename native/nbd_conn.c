@@ -267,18 +267,21 @@ static bool take_read(bg_nbd_conn *conn, const bg_nbd_header *header, uint32_t c
     return true;
 }
 
-/*
- * How the payload that is about to be received gets into a file in memory: stored from a buffer that the processor's cache still
- * has, or else, if the map can do it, through a pipe, which is one copy less. True: a pipe.
- */
-static bool wants_pipe(bg_nbd_conn *conn, nbd_request *r)
+/* A write at least this long that may be done part by part, by this thread. */
+static bool in_parts(const nbd_request *r, uint32_t least)
 {
-    bg_map *map = conn->source.map;
+    const bg_nbd_conn *conn = r->conn;
     uint32_t length = r->base.length;
-    if (!map || length < LONG_WRITE || length > LONGEST_IN_PARTS || length > conn->longest || r->base.durable)
-        return false;
-    r->stores = conn->stores = bg_map_can_store(map, (int64_t)r->base.offset, length);
-    if (r->stores || !conn->local || conn->end > conn->start)
+    return conn->source.map && length >= least && length <= LONGEST_IN_PARTS && length <= conn->longest && !r->base.durable;
+}
+
+/*
+ * Whether the payload that is about to be received should go through a pipe: if the map can do it, that is one copy less. If it can
+ * be stored, that is better still, from a buffer that the processor's cache has.
+ */
+static bool wants_pipe(bg_nbd_conn *conn, const nbd_request *r)
+{
+    if (r->stores || !in_parts(r, LONG_WRITE) || !conn->local || conn->end > conn->start)
         return false;
     if (conn->unpiped > 0)
         conn->unpiped--;
@@ -299,7 +302,7 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
                 conn->end - conn->start - BG_NBD_HEADER >= header->length;
     if (!admitted(conn, here ? 0 : cost))
         return false;
-    conn->piped = conn->stores = false;
+    conn->piped = false;
     conn->limit = native && header->command == BG_NBD_WRITE && payload >= LONG_WRITE ? BG_NBD_HEADER : INPUT;
     if (refusal != BG_NBD_FINE)
         return take_refused(conn, header, refusal);
@@ -318,6 +321,7 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
     if (header->command == BG_NBD_WRITE) {
         conn->writing = r;
         conn->have = 0;
+        r->stores = in_parts(r, LONG_WRITE) && bg_map_can_store(conn->source.map, (int64_t)r->base.offset, r->base.length);
         r->pipe = r->base.pipe = wants_pipe(conn, r) ? bg_pipes_take(conn->loop->pipes) : NULL;
         conn->piped = r->pipe != NULL;
     } else {
@@ -332,8 +336,7 @@ static bool begin_moving(nbd_request *r)
 {
     bg_nbd_conn *conn = r->conn;
     bg_map *map = conn->source.map;
-    if (r->base.length < OVERLAP_WRITE || r->base.length > LONGEST_IN_PARTS || r->base.length > conn->longest ||
-        r->base.durable || !map || bg_map_is_direct(map))
+    if (!in_parts(r, OVERLAP_WRITE) || bg_map_is_direct(map))
         return false;
     if (bg_map_begin(map, (int64_t)r->base.offset, r->base.length, 1, conn->pieces, BG_NBD_PIECES, &conn->move) != 0)
         return false;
@@ -428,7 +431,8 @@ static void parse(bg_nbd_conn *conn)
         }
         if (!take_request(conn, &header))
             return;
-        conn->busy |= i > 0 || (header.length >= LONG_WRITE && !conn->stores);
+        bool stores = conn->writing && conn->writing->stores;
+        conn->busy |= i > 0 || (header.length >= LONG_WRITE && !stores);
         bool early = conn->alone && header.command == BG_NBD_WRITE && (i + 1) % EARLY == 0 && conn->output;
         if ((early || conn->output_bytes >= SEND_AT) && !conn->full) {
             nbd_flush(conn);

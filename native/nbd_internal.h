@@ -127,7 +127,6 @@ struct bg_nbd_conn {
     int long_left, receives_left; /* of the turn: long writes that may be done, system calls that may receive more */
     bool more;           /* the turn ended before the input did */
     bool busy;           /* the turn had several requests, or one that takes longer than the client does to send the next */
-    bool stores;         /* the place of the last request was mapped and in memory: the write will not take long */
     bool alone;          /* no other connection of the thread had something to do */
     bool sleeps;         /* its thread has waited for this turn, and so, probably, does the client for the reply */
     bool full;           /* the socket takes no more output */

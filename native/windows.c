@@ -64,6 +64,11 @@ int bg_windows_new(int fd, bg_windows **out)
     return 0;
 }
 
+int bg_windows_writable(const bg_windows *w)
+{
+    return w->writable;
+}
+
 static void unmap(char *window)
 {
     if (window && window != MAP_FAILED)

@@ -14,8 +14,9 @@
  * What is found is never to be looked at otherwise: where the file has been cut off meanwhile that is a SIGBUS, which load and
  * store survive (guard.h), while a system call fails with EFAULT, or does a part. The descriptor then knows more.
  *
- * Only what is in the file and in memory is found: a page fault in a hole would fill the hole. One made a moment later is filled, which costs
- * space and changes nothing that anybody reads; so does a program that locks all it has mapped (MCL_CURRENT) after the fact.
+ * Only what is in the file and in memory is found: a page fault in a hole would fill the hole. One made a moment later is filled,
+ * which costs space and changes nothing that anybody reads; so does a program that locks all it has mapped (MCL_CURRENT) after the
+ * fact.
  *
  * Windows of a file that is open for writing may be stored to. As long as there are any the file can not be sealed, nor its file
  * system be made read-only.
@@ -38,6 +39,8 @@ typedef struct bg_windows bg_windows;
 /* `fd` is open for reading, or both, and needed for this call only. */
 int bg_windows_new(int fd, bg_windows **out);
 void bg_windows_free(bg_windows *windows);
+/* Whether the descriptor might, so that they may be stored to. */
+int bg_windows_writable(const bg_windows *windows);
 
 /*
  * The file's times tell of the first store after a flush, as they do of every system call, and of the last one from this, which

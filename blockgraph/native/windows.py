@@ -7,8 +7,6 @@ own to the one before."""
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 from typing import Any
 
 from blockgraph._native import ffi, lib
@@ -23,9 +21,9 @@ class Windows:
         writable: native code may write there.
     """
 
-    def __init__(self, native: Any, writable: bool) -> None:
+    def __init__(self, native: Any) -> None:
         self.native = native
-        self.writable = writable
+        self.writable = bool(lib.bg_windows_writable(native))
 
     @classmethod
     def of(cls, fd: int) -> Windows | None:
@@ -35,8 +33,7 @@ class Windows:
         if code == -errno.ENOTSUP:
             return None
         check(code)
-        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-        return cls(ffi.gc(out[0], lib.bg_windows_free), writable)
+        return cls(ffi.gc(out[0], lib.bg_windows_free))
 
     def touch(self) -> None:
         """Let the file's times tell of what has been written so far."""

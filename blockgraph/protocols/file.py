@@ -21,7 +21,8 @@ Options (QEMU's BlockdevOptionsFile, beside those of every node):
 * `force-share` (needs `read-only`): read an image that others write. What is read then may be inconsistent.
 * `mapped` (default true; not QEMU's): a file in memory (tmpfs) is mapped, and read and written there where that needs
   nothing that it has not got in memory. It takes a third of the time; the file's modification time then changes with
-  flushes and when the node is closed. The process gets a handler of SIGBUS, see native/guard.h.
+  the first write after a flush, with flushes, and when the node is closed. The process gets a handler of SIGBUS, see
+  native/guard.h.
 * `aio` ("threads", "native", "io_uring"), `aio-max-batch`, `drop-cache`: accepted; one native pool of threads serves
   every value.
 

@@ -25,6 +25,9 @@ static inline uint64_t next_random(uint64_t *state)
     return *state;
 }
 
+/* A file in memory that has what is put into `data`, but for [hole, end), and its descriptor. */
+int file_with_hole(char *data, size_t size, size_t hole, size_t end);
+
 void test_allocator(void);
 void test_allocator_zeroes(void);
 void test_bitmap(void);

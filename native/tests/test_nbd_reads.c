@@ -226,12 +226,7 @@ static void run(bool structured)
 
 void test_nbd_reads(void)
 {
-    fd = memfd_create("reads", MFD_CLOEXEC);
-    for (size_t i = 0; i < SIZE; i++)
-        data[i] = (char)(i * 2654435761U >> 24 | 1);
-    memset(data + HOLE, 0, HOLE_END - HOLE);
-    CHECK(pwrite(fd, data, SIZE, 0) == SIZE);
-    CHECK(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, HOLE, HOLE_END - HOLE) == 0);
+    fd = file_with_hole(data, SIZE, HOLE, HOLE_END);
     run(false);
     run(true);
     close(fd);

@@ -29,16 +29,6 @@
 static int fd;
 static char data[SIZE], got[SIZE];
 
-static void make_file(void)
-{
-    fd = memfd_create("windows", MFD_CLOEXEC);
-    for (size_t i = 0; i < SIZE; i++)
-        data[i] = (char)(i * 2654435761U >> 24 | 1);
-    memset(data + HOLE, 0, HOLE_END - HOLE);
-    CHECK(pwrite(fd, data, SIZE, 0) == SIZE);
-    CHECK(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, HOLE, HOLE_END - HOLE) == 0);
-}
-
 static int64_t blocks(void)
 {
     struct stat st;
@@ -303,7 +293,7 @@ static void test_cut_off_in_the_middle(void)
 
 void test_windows(void)
 {
-    make_file();
+    fd = file_with_hole(data, SIZE, HOLE, HOLE_END);
     test_found();
     test_only_read();
     test_loads_and_stores();
