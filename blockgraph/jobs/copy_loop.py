@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from collections.abc import Awaitable, Callable
 
 from blockgraph.backend import Backend
@@ -19,8 +20,12 @@ from blockgraph.jobs.job import Job
 from blockgraph.jobs.options import OnError
 from blockgraph.jobs.progress import RateLimit
 
-#: Bytes of data copied at a time when the job does not say: more while nobody waits for them, less when a guest does.
-_CHUNKS = (8 << 20, 32 << 20)
+#: Bytes of data copied at a time when the job does not say: more while that is quick and nobody waits for them, less
+#: when a guest does.
+_CHUNKS = (8 << 20, 64 << 20)
+
+#: What is quick, seconds: what comes next, twice as long, is what a guest's write may have to wait for.
+_QUICK = 0.05
 
 #: Pause before an ignored error is tried again, seconds: first, and at most.
 _BACK_OFF = (0.1, 10.0)
@@ -108,12 +113,16 @@ class CopyLoop:
 
     async def _step(self) -> bool:
         """Copy some. False: nothing is left and nothing is in flight."""
+        start = time.perf_counter()
         moved = await self._copy.copy_next(self._chunk_now())
         if moved is None:
             return False
         waits, self._waits = self._waits, self._copy.waits
         least, most = self._bounds
-        self._chunk = max(least, self._chunk // 2) if self._waits > waits else min(most, self._chunk * 2)
+        if self._waits > waits:
+            self._chunk = max(least, self._chunk // 2)
+        elif time.perf_counter() - start < _QUICK:
+            self._chunk = min(most, self._chunk * 2)
         self.limit.charge(moved)
         return True
 

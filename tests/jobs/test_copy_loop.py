@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from blockgraph.api import AsyncGraph
 from blockgraph.block_copy import BlockCopy
 from blockgraph.create import create_file
 from blockgraph.filters.backup_top import BackupTop
+from blockgraph.jobs import copy_loop
 from blockgraph.jobs.backup import BackupJob
 from blockgraph.jobs.manager import JobManager
 from blockgraph.jobs.options import BackupOptions
@@ -114,8 +116,17 @@ def test_blocks_are_shared_where_the_file_system_can_and_guest_writes_stay_apart
     run()
 
 
+@pytest.mark.parametrize(
+    "quick, chunks",
+    [
+        pytest.param(math.inf, [8, 16, 32, 64, 32, 16, 8, 16], id="quick"),
+        pytest.param(0, [8] * 8, id="slow"),
+    ],
+)
 @in_loop
-async def test_chunks_grow_while_nobody_waits_for_them(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_chunks_grow_while_that_is_quick_and_nobody_waits_for_them(
+    tmpfs: Path, monkeypatch: pytest.MonkeyPatch, quick: float, chunks: list[int]
+) -> None:
     asked: list[int] = []
     copy_next = BlockCopy.copy_next
 
@@ -125,9 +136,10 @@ async def test_chunks_grow_while_nobody_waits_for_them(tmpfs: Path, monkeypatch:
         return await copy_next(self, chunk)
 
     monkeypatch.setattr(BlockCopy, "copy_next", waited_for)
-    (tmpfs / "disk").write_bytes(b"d" * 160 * MIB)
-    await create_file(str(tmpfs / "target"), 160 * MIB, "raw", replace=False)
+    monkeypatch.setattr(copy_loop, "_QUICK", quick)
+    (tmpfs / "disk").write_bytes(b"d" * 256 * MIB)
+    await create_file(str(tmpfs / "target"), 256 * MIB, "raw", replace=False)
     async with graph_of(node("disk", tmpfs / "disk", "raw"), node("target", tmpfs / "target", "raw")) as graph:
         job, _ = await start(graph, max_workers=1)
         await job.wait()
-    assert asked[:8] == [8, 16, 32, 32, 16, 8, 8, 16]
+    assert asked[:8] == chunks
