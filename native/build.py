@@ -29,6 +29,7 @@ FILENAME = "_native.abi3.so"
 HEADERS = (
     *(
         "zero.h",
+        "dense.h",
         "bitmap.h",
         "sums.h",
         "io.h",

@@ -29,6 +29,7 @@ from blockgraph.native.copy import (
     CopySide,
     offload,
 )
+from blockgraph.native.dense import is_dense
 from blockgraph.native.extent_map import ExtentMap, MapExtent, MapStats, Zeroing
 from blockgraph.native.l2 import (
     L2Kind,
@@ -88,6 +89,7 @@ __all__ = [
     "fitting",
     "free_run_refcount16",
     "get_pool",
+    "is_dense",
     "is_zero",
     "link_l2",
     "next_nonzero_u64",

@@ -111,7 +111,7 @@ class File(DescriptorDriver):
         if offset >= self._size:
             return length, Status.ZERO
         try:
-            found = await self._data.find(self._fd, offset)
+            found = await self._data.find(self._fd, offset, length)
         except OSError as error:
             raise self._failure(error, "block_status", offset, length) from error
         if found is None:

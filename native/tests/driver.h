@@ -39,6 +39,7 @@ void test_extent_map_slabs(void);
 void test_extent_map_threads(void);
 void test_first_writes(void);
 void test_flight(void);
+void test_dense(void);
 void test_guard(void);
 void test_heavy(void);
 void test_nbd(void);
