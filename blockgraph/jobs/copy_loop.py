@@ -21,11 +21,11 @@ from blockgraph.jobs.options import OnError
 from blockgraph.jobs.progress import RateLimit
 
 #: Bytes of data copied at a time when the job does not say: more while that is quick and nobody waits for them, less
-#: when a guest does.
+#: when it is slow or a guest does.
 _CHUNKS = (8 << 20, 64 << 20)
 
-#: What is quick, seconds: what comes next, twice as long, is what a guest's write may have to wait for.
-_QUICK = 0.05
+#: What is quick, and what is slow, seconds: a guest's write may have to wait for as long.
+_QUICK, _SLOW = 0.05, 0.2
 
 #: Pause before an ignored error is tried again, seconds: first, and at most.
 _BACK_OFF = (0.1, 10.0)
@@ -64,7 +64,6 @@ class CopyLoop:
         self._policy: dict[str, OnError] = {"source": on_source_error, "target": on_target_error}
         self._broken = broken
         self._failure: CopyFailed | None = None
-        self._done = 0
 
     async def run(self) -> None:
         """Until every bit is clear and no copy is in flight.
@@ -114,15 +113,18 @@ class CopyLoop:
     async def _step(self) -> bool:
         """Copy some. False: nothing is left and nothing is in flight."""
         start = time.perf_counter()
-        moved = await self._copy.copy_next(self._chunk_now())
+        asked = self._chunk_now()
+        moved = await self._copy.copy_next(asked)
         if moved is None:
             return False
+        took = time.perf_counter() - start
         waits, self._waits = self._waits, self._copy.waits
         least, most = self._bounds
-        if self._waits > waits:
-            self._chunk = max(least, self._chunk // 2)
-        elif time.perf_counter() - start < _QUICK:
-            self._chunk = min(most, self._chunk * 2)
+        # Of the workers that are at it each knows its own chunk, and the next one is changed once by all.
+        if self._waits > waits or took > _SLOW:
+            self._chunk = max(least, min(self._chunk, asked // 2))
+        elif took < _QUICK:
+            self._chunk = min(most, max(self._chunk, asked * 2))
         self.limit.charge(moved)
         return True
 

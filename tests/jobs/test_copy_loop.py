@@ -8,6 +8,7 @@ import asyncio
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,29 +117,47 @@ def test_blocks_are_shared_where_the_file_system_can_and_guest_writes_stay_apart
     run()
 
 
+def waited_for(monkeypatch: pytest.MonkeyPatch, copy: BlockCopy) -> None:
+    copy.waits += 1
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, copy: BlockCopy) -> None:
+    monkeypatch.setattr(copy_loop, "_SLOW", 0)
+
+
+def neither(monkeypatch: pytest.MonkeyPatch, copy: BlockCopy) -> None:
+    monkeypatch.setattr(copy_loop, "_QUICK", 0)
+
+
 @pytest.mark.parametrize(
-    "quick, chunks",
+    "change, chunks",
     [
-        pytest.param(math.inf, [8, 16, 32, 64, 32, 16, 8, 16], id="quick"),
-        pytest.param(0, [8] * 8, id="slow"),
+        (waited_for, [8, 16, 32, 16, 8, 8, 16, 32]),
+        (slow, [8, 16, 32, 16, 8, 8, 16, 32]),
+        (neither, [8, 16, 32, 32, 32, 32, 64, 64]),
     ],
 )
 @in_loop
-async def test_chunks_grow_while_that_is_quick_and_nobody_waits_for_them(
-    tmpfs: Path, monkeypatch: pytest.MonkeyPatch, quick: float, chunks: list[int]
+async def test_chunks_grow_while_they_are_quick_and_nobody_waits_for_them(
+    tmpfs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[pytest.MonkeyPatch, BlockCopy], None],
+    chunks: list[int],
 ) -> None:
     asked: list[int] = []
     copy_next = BlockCopy.copy_next
 
-    async def waited_for(self: BlockCopy, chunk: int) -> int | None:
+    async def recorded(self: BlockCopy, chunk: int) -> int | None:
         asked.append(chunk // MIB)
-        self.waits += len(asked) in (4, 5, 6)
+        monkeypatch.setattr(copy_loop, "_QUICK", math.inf)
+        monkeypatch.setattr(copy_loop, "_SLOW", math.inf)
+        if len(asked) in (3, 4, 5):
+            change(monkeypatch, self)
         return await copy_next(self, chunk)
 
-    monkeypatch.setattr(BlockCopy, "copy_next", waited_for)
-    monkeypatch.setattr(copy_loop, "_QUICK", quick)
-    (tmpfs / "disk").write_bytes(b"d" * 256 * MIB)
-    await create_file(str(tmpfs / "target"), 256 * MIB, "raw", replace=False)
+    monkeypatch.setattr(BlockCopy, "copy_next", recorded)
+    (tmpfs / "disk").write_bytes(b"d" * 512 * MIB)
+    await create_file(str(tmpfs / "target"), 512 * MIB, "raw", replace=False)
     async with graph_of(node("disk", tmpfs / "disk", "raw"), node("target", tmpfs / "target", "raw")) as graph:
         job, _ = await start(graph, max_workers=1)
         await job.wait()
