@@ -7,9 +7,10 @@ Every run has a server of its own, so no side profits from what another run has 
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,34 @@ def test_raw(benchmark: BenchmarkFixture, shm: Path, shape: tuple[str, str, int,
     }
     what += f", {connections} connections" if connections > 1 else ""
     compare(benchmark, "3.1", f"raw, {what}", sides, {"nbdkit": 1.0, "qemu-nbd": 2.5})
+
+
+@contextmanager
+def one_processor() -> Iterator[None]:
+    """What is started meanwhile shares one."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize("rw", ["read", "write"])
+def test_round_trip_on_one_processor(benchmark: BenchmarkFixture, shm: Path, rw: str) -> None:
+    """How long client and server compute for a request. On two, most of a round trip is that one wakes the other's."""
+    need_fio()
+    need("nbdkit", "qemu-nbd")
+    disk = shm / "disk"
+    make(disk, SIZE, "raw")
+    options = pattern(f"rand{rw}", SIZE, 4 * KIB, 1)
+    sides: dict[str, Callable[[], Figures]] = {
+        "ours": lambda: served(lambda: servers.ours(shm, [node("disk", disk)]), options),
+        "nbdkit": lambda: served(lambda: servers.nbdkit(shm, disk), options),
+        "qemu-nbd": lambda: served(lambda: servers.qemu_nbd(shm, disk), options),
+    }
+    with one_processor():
+        compare(benchmark, "3.1", f"raw, 4 KiB random {rw}, depth 1, one processor", sides, {})
 
 
 @patterns

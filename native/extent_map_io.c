@@ -14,10 +14,12 @@
 
 #define FEW_PIECES 16
 /*
- * Shorter reads win nothing by windows: to find out whether all is in memory and in the file takes as long. Writes do, as system
- * calls would wait for each other.
+ * Shorter reads and writes win nothing by windows: to find out whether all is in memory and in the file takes as long, and after
+ * each switch between client and server the processor has to look for the page anew (4 KiB writes over NBD, depth 1: 47,000 a second
+ * instead of 55,000). Where several are made at a time writes do: the processors would take the file's lock and times from each
+ * other, or even wait for it (4 connections: 92,000 instead of 52,000).
  */
-#define SHORTEST_LOAD (16 << 10)
+#define SHORTEST (16 << 10)
 
 /*
  * The entry of `leaf` that holds the region's byte `at`, or -1. A region of `1 << shift` bytes is mostly made of extents of one
@@ -208,18 +210,27 @@ static bg_windows *windows_of(bg_map *map, const bg_map_piece *p)
 static int64_t get(bg_map *map, const bg_map_piece *p, void *buf, int64_t length, int64_t offset, bool now)
 {
     bg_windows *windows = windows_of(map, p);
-    if (windows && length >= SHORTEST_LOAD && bg_windows_load(windows, buf, length, offset) == 0)
+    if (windows && length >= SHORTEST && bg_windows_load(windows, buf, length, offset) == 0)
         return length;
     return now ? bg_pread_in(p->haste, p->fd, buf, length, offset) : bg_pread_aligned(p->memory, p->fd, buf, length, offset);
+}
+
+static int64_t put(const bg_map_piece *p, const void *buf, int64_t length, int64_t offset, bool now)
+{
+    return now ? bg_pwrite_in(p->haste, p->fd, buf, length, offset)
+               : bg_pwrite_aligned(p->haste, p->memory, p->fd, buf, length, offset);
 }
 
 int64_t map_put(bg_map *map, const bg_map_piece *p, const void *buf, int64_t length, int64_t offset, bool now)
 {
     bg_windows *windows = windows_of(map, p);
-    if (windows && bg_windows_store(windows, buf, length, offset) == 0)
-        return length;
-    return now ? bg_pwrite_in(p->haste, p->fd, buf, length, offset)
-               : bg_pwrite_aligned(p->haste, p->memory, p->fd, buf, length, offset);
+    if (!windows)
+        return put(p, buf, length, offset, now);
+    bool crowded = bg_windows_begin_write(windows);
+    bool stored = (length >= SHORTEST || crowded) && bg_windows_store(windows, buf, length, offset) == 0;
+    int64_t ret = stored ? length : put(p, buf, length, offset, now);
+    bg_windows_end_write(windows);
+    return ret;
 }
 
 static int do_read(bg_map *map, const bg_map_request *request, char *buf)

@@ -24,6 +24,8 @@
 #define TRUSTED 16
 /* After one of what was not in memory, so many more are not tried: most of a file that has holes may be one. */
 #define PAUSE 64
+/* Writes after two that met. */
+#define CROWDED 64
 
 struct bg_windows {
     int fd;
@@ -32,6 +34,8 @@ struct bg_windows {
     bool writable;
     atomic_int trusted, pause; /* counted by many threads, which may lose some of it */
     atomic_bool stored; /* since its times were set */
+    atomic_int writes;  /* under way */
+    atomic_int crowded; /* so many more count as if they met others */
     _Atomic(char *) windows[WINDOWS]; /* NULL: not mapped yet; MAP_FAILED: can not be */
 };
 
@@ -192,6 +196,19 @@ int bg_windows_load(bg_windows *w, void *buf, int64_t length, int64_t offset)
 {
     const char *from = find_often(w, offset, length);
     return from && bg_guard_load(buf, from, (size_t)length) == 0 ? 0 : -EAGAIN;
+}
+
+bool bg_windows_begin_write(bg_windows *w)
+{
+    bool meets = atomic_fetch_add_explicit(&w->writes, 1, memory_order_relaxed) > 0;
+    if (meets)
+        atomic_store_explicit(&w->crowded, CROWDED, memory_order_relaxed);
+    return meets || less(&w->crowded) > 0;
+}
+
+void bg_windows_end_write(bg_windows *w)
+{
+    atomic_fetch_sub_explicit(&w->writes, 1, memory_order_relaxed);
 }
 
 bool bg_windows_can_store(bg_windows *w, int64_t offset, int64_t length)

@@ -56,6 +56,10 @@ const void *bg_windows_find(bg_windows *windows, int64_t offset, int64_t length)
 int bg_windows_load(bg_windows *windows, void *buf, int64_t length, int64_t offset);
 int bg_windows_store(bg_windows *windows, const void *buf, int64_t length, int64_t offset);
 
+/* Around each write of whatever kind, to tell when several are made at a time, of late. */
+bool bg_windows_begin_write(bg_windows *windows);
+void bg_windows_end_write(bg_windows *windows);
+
 /* Whether a store of the range would be worth a try. */
 bool bg_windows_can_store(bg_windows *windows, int64_t offset, int64_t length);
 

@@ -22,9 +22,12 @@
 #define HOLE (1024 * KIB)
 #define HOLE_END (2048 * KIB)
 #define PAGE 4096
+#define LONG (16 * KIB) /* the shortest write that is stored alone */
 #define GIB ((int64_t)1 << 30)
 /* Tries after one that found a hole, until the next is made. */
 #define PAUSE 64
+/* Writes that count as if they met others, after two that did. */
+#define CROWDED 64
 
 static int fd;
 static char data[SIZE], got[SIZE];
@@ -141,6 +144,24 @@ static void test_loads_and_stores(void)
     bg_windows_free(windows);
 }
 
+static void test_writes_that_meet(void)
+{
+    bg_windows *windows;
+    CHECK(bg_windows_new(fd, &windows) == 0);
+    CHECK(!bg_windows_begin_write(windows));
+    bg_windows_end_write(windows);
+    CHECK(!bg_windows_begin_write(windows) && bg_windows_begin_write(windows));
+    bg_windows_end_write(windows);
+    bg_windows_end_write(windows);
+    for (int i = 0; i < CROWDED; i++) {
+        CHECK(bg_windows_begin_write(windows));
+        bg_windows_end_write(windows);
+    }
+    CHECK(!bg_windows_begin_write(windows));
+    bg_windows_end_write(windows);
+    bg_windows_free(windows);
+}
+
 /* A file that ends inside a page has no more of it than that. */
 static void test_end_inside_a_page(void)
 {
@@ -237,9 +258,16 @@ static void test_times(void)
     CHECK(slot == 0 && bg_map_set_windows(map, slot, windows) == 0);
     CHECK(bg_map_insert(map, bg_map_generation(map), &(bg_map_extent){0, SIZE, 0, slot, BG_MAP_WRITABLE}, 1) == 1);
     bg_map_flushed(map, bg_map_dirt(map));
-    CHECK(bg_map_pwrite(map, 0, data, PAGE) == 0);
+    CHECK(bg_map_pwrite(map, 0, data, LONG) == 0);
     set_old();
-    CHECK(bg_map_pwrite(map, 0, data, PAGE) == 0 && modified() == 1);
+    CHECK(bg_map_pwrite(map, 0, data, LONG) == 0 && modified() == 1);
+    /* A short one is stored when there are others. */
+    CHECK(!bg_windows_begin_write(windows) && bg_map_pwrite(map, 0, data, LONG - 1) == 0 && modified() == 1);
+    bg_windows_end_write(windows);
+    for (int i = 0; i < CROWDED; i++)
+        CHECK(bg_map_pwrite(map, 0, data, 1) == 0 && modified() == 1);
+    CHECK(bg_map_pwrite(map, 0, data, LONG - 1) == 0 && modified() > 1);
+    set_old();
     CHECK(bg_map_flush(map, 1) == 0 && modified() > 1);
     bg_map_wait(map, bg_map_remove_slot(map, slot));
     CHECK(bg_map_free(map) == 0);
@@ -297,6 +325,7 @@ void test_windows(void)
     test_found();
     test_only_read();
     test_loads_and_stores();
+    test_writes_that_meet();
     test_end_inside_a_page();
     test_end_inside_a_huge_page();
     test_who_may_only_read();

@@ -20,6 +20,9 @@ from blockgraph.native import Windows
 MIB = 1 << 20
 SIZE = 4 * MIB
 
+#: The shortest write that is worth it when nobody else writes.
+LONG = 16 << 10
+
 
 @pytest.fixture
 def image(tmpfs: Path) -> Path:
@@ -49,7 +52,7 @@ def mappings(path: Path) -> list[str]:
 def warm(disk: SyncBackend, offset: int = 0) -> None:
     """Have the place known, and tried although holes were found."""
     for _ in range(100):
-        disk.pwrite(offset, disk.pread(offset, 512))
+        disk.pwrite(offset, disk.pread(offset, LONG))
 
 
 def test_what_is_written_and_read_is_the_same_as_without(image: Path) -> None:
@@ -101,20 +104,32 @@ def test_the_file_tells_when_it_was_written_after_a_flush_and_at_the_end(image: 
     with opened(image) as graph:
         disk = graph.backend("disk", writable=True)
         warm(disk)
-        disk.pwrite(0, b"w" * 4096)
+        disk.pwrite(0, b"w" * LONG)
         os.utime(image, (1, 1))
-        disk.pwrite(0, b"x" * 4096)
+        disk.pwrite(0, b"x" * LONG)
         assert image.stat().st_mtime == 1  # else it was not written where it is mapped
         disk.flush()
         assert image.stat().st_mtime > 1
         os.utime(image, (1, 1))
         disk.flush()
         assert image.stat().st_mtime == 1
-        disk.pwrite(0, b"y" * 4096)
+        disk.pwrite(0, b"y" * LONG)
         assert image.stat().st_mtime > 1
         os.utime(image, (1, 1))
-        disk.pwrite(0, b"z" * 4096)
+        disk.pwrite(0, b"z" * LONG)
     assert image.stat().st_mtime > 1
+
+
+def test_short_writes_that_meet_no_other_are_left_to_the_kernel(image: Path) -> None:
+    with opened(image) as graph:
+        disk = graph.backend("disk", writable=True)
+        warm(disk)
+        os.utime(image, (1, 1))
+        disk.pwrite(0, b"w" * (LONG - 1))
+        assert image.stat().st_mtime > 1
+        os.utime(image, (1, 1))
+        disk.pwrite(0, b"x" * LONG)
+        assert image.stat().st_mtime == 1
 
 
 def script(image: Path, then: str, first: str = "") -> int:
@@ -126,7 +141,7 @@ import mmap, os, signal, blockgraph
 graph = blockgraph.open({{"nodes": [{node!r}]}})
 disk = graph.backend("disk", writable=True)
 for _ in range(100):
-    disk.pread(0, 8192)
+    disk.pread(0, {LONG})
 {then}
 """
     return subprocess.run([sys.executable, "-c", text], check=False, timeout=60).returncode
@@ -137,9 +152,9 @@ def test_who_was_killed_right_after_a_write_has_changed_the_file_s_times(image: 
     before = image.stat()
     assert script(image, "os.kill(os.getpid(), signal.SIGKILL)") == -signal.SIGKILL
     assert (image.stat().st_mtime_ns, image.stat().st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
-    kill = "disk.pwrite(4096, b'new' * 100); os.kill(os.getpid(), signal.SIGKILL)"
+    kill = "disk.pwrite(4096, b'new' * 10000); os.kill(os.getpid(), signal.SIGKILL)"
     assert script(image, kill) == -signal.SIGKILL
-    assert image.read_bytes()[4096:4396] == b"new" * 100
+    assert image.read_bytes()[4096:34096] == b"new" * 10000
     assert image.stat().st_mtime_ns > before.st_mtime_ns
     assert image.stat().st_ctime_ns > before.st_ctime_ns
 
@@ -147,7 +162,7 @@ def test_who_was_killed_right_after_a_write_has_changed_the_file_s_times(image: 
 def test_a_signal_somebody_waits_for_is_still_his(image: Path) -> None:
     block = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])"
     wait = """
-disk.pwrite(0, disk.pread(0, 8192))
+disk.pwrite(0, disk.pread(0, 16384))
 os.kill(os.getpid(), signal.SIGBUS)
 assert signal.sigwait([signal.SIGBUS]) == signal.SIGBUS
 os._exit(5)
@@ -157,10 +172,10 @@ os._exit(5)
 
 def test_memory_of_the_caller_s_that_is_gone_is_an_error(image: Path) -> None:
     gone = image.with_name("gone")
-    gone.write_bytes(b"x" * 8192)
+    gone.write_bytes(b"x" * LONG)
     write = f"""
 fd = os.open({str(gone)!r}, os.O_RDWR)
-memory = mmap.mmap(fd, 8192)
+memory = mmap.mmap(fd, {LONG})
 os.truncate(fd, 0)
 try:
     disk.pwrite(0, memory)
@@ -184,17 +199,18 @@ def test_a_file_cut_off_by_somebody_else_is_written_anew(image: Path) -> None:
 
 
 def test_a_file_that_ends_inside_a_page_becomes_longer(image: Path) -> None:
-    os.truncate(image, 5000)
+    end = 3 * LONG + 4700
+    os.truncate(image, end + 300)
     with opened(image, locking="off") as graph:
         disk = graph.backend("disk", writable=True)
         warm(disk)
-        os.truncate(image, 4500)
-        disk.pwrite(4600, b"x" * 100)
-        assert image.stat().st_size == 4700
-        assert disk.pread(4400, 600)[200:] == b"x" * 100 + bytes(300)
-        disk.pwrite(4690, b"y" * 10)
-    assert image.stat().st_size == 4700
-    assert image.read_bytes()[4690:] == b"y" * 10
+        os.truncate(image, end - 200)
+        disk.pwrite(end - LONG, b"x" * LONG)
+        assert image.stat().st_size == end
+        assert disk.pread(end - LONG, LONG + 300) == b"x" * LONG + bytes(300)
+        disk.pwrite(end - LONG, b"y" * LONG)
+    assert image.stat().st_size == end
+    assert image.read_bytes()[end - LONG :] == b"y" * LONG
 
 
 def test_a_full_file_system_is_an_error_and_not_a_signal(small_tmpfs: Path) -> None:
