@@ -65,6 +65,15 @@ def compare(
     }
 
 
+def raw_sides(shm: Path, disk: Path, options: list[str]) -> dict[str, Callable[[], Figures]]:
+    """Servers of a raw file."""
+    return {
+        "ours": lambda: served(lambda: servers.ours(shm, [node("disk", disk)]), options),
+        "nbdkit": lambda: served(lambda: servers.nbdkit(shm, disk), options),
+        "qemu-nbd": lambda: served(lambda: servers.qemu_nbd(shm, disk), options),
+    }
+
+
 @patterns
 @connected
 def test_raw(benchmark: BenchmarkFixture, shm: Path, shape: tuple[str, str, int, int], connections: int) -> None:
@@ -74,12 +83,7 @@ def test_raw(benchmark: BenchmarkFixture, shm: Path, shape: tuple[str, str, int,
     what, rw, block, depth = shape
     disk = shm / "disk"
     make(disk, SIZE, "raw")
-    options = pattern(rw, SIZE, block, depth, connections)
-    sides: dict[str, Callable[[], Figures]] = {
-        "ours": lambda: served(lambda: servers.ours(shm, [node("disk", disk)]), options),
-        "nbdkit": lambda: served(lambda: servers.nbdkit(shm, disk), options),
-        "qemu-nbd": lambda: served(lambda: servers.qemu_nbd(shm, disk), options),
-    }
+    sides = raw_sides(shm, disk, pattern(rw, SIZE, block, depth, connections))
     what += f", {connections} connections" if connections > 1 else ""
     compare(benchmark, "3.1", f"raw, {what}", sides, {"nbdkit": 1.0, "qemu-nbd": 2.5})
 
@@ -102,12 +106,7 @@ def test_round_trip_on_one_processor(benchmark: BenchmarkFixture, shm: Path, rw:
     need("nbdkit", "qemu-nbd")
     disk = shm / "disk"
     make(disk, SIZE, "raw")
-    options = pattern(f"rand{rw}", SIZE, 4 * KIB, 1)
-    sides: dict[str, Callable[[], Figures]] = {
-        "ours": lambda: served(lambda: servers.ours(shm, [node("disk", disk)]), options),
-        "nbdkit": lambda: served(lambda: servers.nbdkit(shm, disk), options),
-        "qemu-nbd": lambda: served(lambda: servers.qemu_nbd(shm, disk), options),
-    }
+    sides = raw_sides(shm, disk, pattern(f"rand{rw}", SIZE, 4 * KIB, 1))
     with one_processor():
         compare(benchmark, "3.1", f"raw, 4 KiB random {rw}, depth 1, one processor", sides, {})
 

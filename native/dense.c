@@ -40,7 +40,7 @@ int bg_is_dense(int fd, int64_t offset, int64_t length)
     if (!has_pages(fd, first, count, page))
         return false;
     for (int64_t i = 0; i < PAGES; i++) {
-        int64_t at = (first + (count - 1) / (PAGES - 1) * i + (count - 1) % (PAGES - 1) * i / (PAGES - 1)) * page;
+        int64_t at = (first + (count - 1) * i / (PAGES - 1)) * page;
         if (lseek(fd, at, SEEK_DATA) != at)
             return false;
     }

@@ -276,12 +276,12 @@ static bool in_parts(const nbd_request *r, uint32_t least)
 }
 
 /*
- * Whether the payload that is about to be received should go through a pipe: if the map can do it, that is one copy less. If it can
- * be stored, that is better still, from a buffer that the processor's cache has.
+ * Whether the payload of a long write, about to be received, should go through a pipe: if the map can do it, that is one copy less.
+ * If it can be stored, that is better still, from a buffer that the processor's cache has.
  */
 static bool wants_pipe(bg_nbd_conn *conn, const nbd_request *r)
 {
-    if (r->stores || !in_parts(r, LONG_WRITE) || !conn->local || conn->end > conn->start)
+    if (r->stores || !conn->local || conn->end > conn->start)
         return false;
     if (conn->unpiped > 0)
         conn->unpiped--;
@@ -321,8 +321,9 @@ static bool take_request(bg_nbd_conn *conn, const bg_nbd_header *header)
     if (header->command == BG_NBD_WRITE) {
         conn->writing = r;
         conn->have = 0;
-        r->stores = in_parts(r, LONG_WRITE) && bg_map_can_store(conn->source.map, (int64_t)r->base.offset, r->base.length);
-        r->pipe = r->base.pipe = wants_pipe(conn, r) ? bg_pipes_take(conn->loop->pipes) : NULL;
+        bool parts = in_parts(r, LONG_WRITE);
+        r->stores = parts && bg_map_can_store(conn->source.map, (int64_t)r->base.offset, r->base.length);
+        r->pipe = r->base.pipe = parts && wants_pipe(conn, r) ? bg_pipes_take(conn->loop->pipes) : NULL;
         conn->piped = r->pipe != NULL;
     } else {
         r->base.kind = BG_REQUEST_CACHE;

@@ -20,9 +20,9 @@ Options (QEMU's BlockdevOptionsFile, beside those of every node):
   something above needs to write. With neither it is opened for writing at once.
 * `force-share` (needs `read-only`): read an image that others write. What is read then may be inconsistent.
 * `mapped` (default true; not QEMU's): a file in memory (tmpfs) is mapped, and read and written there where that needs
-  nothing that it has not got in memory. It takes a third of the time; the file's modification time then changes with
-  the first write after a flush, with flushes, and when the node is closed. The process gets a handler of SIGBUS, see
-  native/guard.h.
+  nothing that it has not got in memory, by requests of 16 KiB and more, and by shorter writes of which several are made
+  at a time. It takes a third of the time; the file's modification time then changes with the first write after a flush,
+  with flushes, and when the node is closed. The process gets a handler of SIGBUS, see native/guard.h.
 * `aio` ("threads", "native", "io_uring"), `aio-max-batch`, `drop-cache`: accepted; one native pool of threads serves
   every value.
 

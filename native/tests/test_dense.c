@@ -17,16 +17,10 @@
 
 static char data[SIZE];
 
-/* Kernels before 6.5 can not tell. */
-static bool told(int fd)
-{
-    return bg_is_dense(fd, 0, PAGE);
-}
-
 void test_dense(void)
 {
     int fd = file_with_hole(data, SIZE, HOLE, HOLE_END), pair[2];
-    bool tells = told(fd);
+    bool tells = bg_is_dense(fd, 0, PAGE); /* kernels before 6.5 do not */
     CHECK(bg_is_dense(fd, 0, HOLE) == tells && bg_is_dense(fd, HOLE_END, SIZE - HOLE_END) == tells);
     CHECK(bg_is_dense(fd, HOLE - 1, 1) == tells && bg_is_dense(fd, SIZE - 1, 1) == tells);
     CHECK(!bg_is_dense(fd, HOLE - 1, 2) && !bg_is_dense(fd, HOLE, HOLE_END - HOLE) && !bg_is_dense(fd, 0, SIZE));

@@ -161,8 +161,8 @@ def test_who_was_killed_right_after_a_write_has_changed_the_file_s_times(image: 
 
 def test_a_signal_somebody_waits_for_is_still_his(image: Path) -> None:
     block = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])"
-    wait = """
-disk.pwrite(0, disk.pread(0, 16384))
+    wait = f"""
+disk.pwrite(0, disk.pread(0, {LONG}))
 os.kill(os.getpid(), signal.SIGBUS)
 assert signal.sigwait([signal.SIGBUS]) == signal.SIGBUS
 os._exit(5)

@@ -4,29 +4,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.loop import in_loop
 
 from blockgraph.extent import Status
-from blockgraph.native import is_dense
+from blockgraph.native import get_pool, is_dense
 from blockgraph.protocols import holes
+from blockgraph.protocols.descriptor import KEEP_SIZE, PUNCH_HOLE
 from blockgraph.protocols.holes import find_run
 
 MIB = 1 << 20
 PAGE = 4096
 SIZE = 64 * MIB + 100
 MIDDLE = 32 * MIB
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2) with a mode."""
-    assert _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0, ctypes.get_errno()
 
 
 @pytest.fixture
@@ -72,26 +66,27 @@ def test_short_runs_are_not_worth_the_question(dense: int, walks: list[int]) -> 
     assert walks == [SIZE - MIB, 0]
 
 
-def allocated(fd: int) -> None:
+async def allocated(fd: int) -> None:
     """The second half is allocated, and was never written."""
     os.ftruncate(fd, MIDDLE)
     os.posix_fallocate(fd, 0, SIZE)
 
 
-def hole(fd: int) -> None:
+async def hole(fd: int) -> None:
     """A page is missing."""
-    fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, MIDDLE, PAGE)
+    await get_pool().fallocate(fd, PUNCH_HOLE | KEEP_SIZE, MIDDLE, PAGE)
 
 
-def behind_the_end(fd: int) -> None:
+async def behind_the_end(fd: int) -> None:
     """One is missing, and another there behind the end."""
-    hole(fd)
-    fallocate(fd, _KEEP_SIZE, SIZE + PAGE, PAGE)
+    await hole(fd)
+    await get_pool().fallocate(fd, KEEP_SIZE, SIZE + PAGE, PAGE)
 
 
 @pytest.mark.parametrize("change", [allocated, hole, behind_the_end])
-def test_holes_are_found(dense: int, change: Callable[[int], None]) -> None:
-    change(dense)
+@in_loop
+async def test_holes_are_found(dense: int, change: Callable[[int], Awaitable[None]]) -> None:
+    await change(dense)
     assert find_run(dense, 0, SIZE) == (MIDDLE, Status.DATA)
     assert find_run(dense, MIDDLE, SIZE) == (None if change is allocated else (PAGE, Status.ZERO))
     if change is not allocated:
