@@ -129,10 +129,11 @@ class CopyLoop:
         return True
 
     def _chunk_now(self) -> int:
-        """Under a speed limit no chunk takes longer than about a slice."""
-        if not self.limit.speed:
-            return self._chunk
-        wanted = min(self._chunk, self.limit.speed // 10)
+        """No chunk takes longer than about a slice of a speed limit, and towards the end all workers get their share."""
+        if self.limit.speed:
+            wanted = min(self._chunk, self.limit.speed // 10)
+        else:
+            wanted = min(self._chunk, max(self._bounds[0], self._copy.left // (2 * self._workers)))
         return max(wanted - wanted % self._copy.cluster_size, self._copy.cluster_size)
 
     def _decide(self, failure: CopyFailed) -> bool:

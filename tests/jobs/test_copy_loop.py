@@ -162,3 +162,28 @@ async def test_chunks_grow_while_they_are_quick_and_nobody_waits_for_them(
         job, _ = await start(graph, max_workers=1)
         await job.wait()
     assert asked[:8] == chunks
+
+
+@in_loop
+async def test_the_last_chunks_are_small_so_no_worker_is_left_alone_with_a_large_one(
+    tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    copy_next = BlockCopy.copy_next
+
+    async def recorded(self: BlockCopy, chunk: int) -> int | None:
+        if self.left:
+            asked.append((chunk, self.left))
+        return await copy_next(self, chunk)
+
+    monkeypatch.setattr(BlockCopy, "copy_next", recorded)
+    monkeypatch.setattr(copy_loop, "_QUICK", math.inf)
+    monkeypatch.setattr(copy_loop, "_SLOW", math.inf)
+    (tmpfs / "disk").write_bytes(b"d" * 512 * MIB)
+    await create_file(str(tmpfs / "target"), 512 * MIB, "raw", replace=False)
+    async with graph_of(node("disk", tmpfs / "disk", "raw"), node("target", tmpfs / "target", "raw")) as graph:
+        job, _ = await start(graph, max_workers=4)
+        await job.wait()
+    assert max(chunk for chunk, _ in asked) > CHUNK
+    assert all(chunk <= max(CHUNK, left // 8) for chunk, left in asked)
+    assert asked[-1][0] == CHUNK
