@@ -129,6 +129,9 @@ class SyncBackend:
         self._graph = graph
         self._backend = backend
         self._extents = backend.use_map().extents
+        # What these do not do is done, and explained, in Python.
+        requests = self._extents.requests
+        self._pread, self._pread_into, self._pwrite = requests.pread, requests.pread_into, requests.pwrite
 
     @property
     def size(self) -> int:
@@ -144,39 +147,31 @@ class SyncBackend:
         """The bytes of [offset, offset + length)."""
         if not 0 < length <= self._backend.size() - offset:  # before a buffer is made of whatever length is asked for
             return self._graph.call(self._backend.pread(offset, length))
+        if not trace.enabled and isinstance(data := self._pread(offset, length), bytes):
+            return data
         buf = bytearray(length)
-        self.pread_into(offset, buf)
+        self._pread_slowly(offset, buf)
         return bytes(buf)
 
     def pread_into(self, offset: int, buf: bytearray | memoryview) -> None:
         """Fill `buf`."""
-        if trace.enabled or not (self._pread_native(offset, buf) or self._pread_missed(offset, buf)):
-            self._graph.call(self._backend.pread_into(offset, memoryview(buf).cast("B")))
+        if trace.enabled or self._pread_into(offset, buf):
+            self._pread_slowly(offset, buf)
 
-    def _pread_native(self, offset: int, buf: bytearray | memoryview) -> bool:
-        """Whether it was done here; Python will name node and range in its errors."""
-        try:
-            return self._extents.pread_into(offset, buf)
-        except (OSError, ValueError):
-            return False
-
-    def _pread_missed(self, offset: int, buf: bytearray | memoryview) -> bool:
-        """Whether it was done. Not in Python, if all that is worth while is to look up where its bytes are."""
-        done = self._graph.call(self._backend.pread_missed(offset, memoryview(buf).cast("B")))
-        if done or self._pread_native(offset, buf):
-            return True
-        self._backend.came_back(write=False)
-        return False
+    def _pread_slowly(self, offset: int, buf: bytearray | memoryview) -> None:
+        """On the loop thread; or natively after all, if that only has to look up where the bytes are."""
+        view = memoryview(buf).cast("B")
+        if not trace.enabled:
+            if self._graph.call(self._backend.pread_missed(offset, view)) or not self._pread_into(offset, view):
+                return
+            self._backend.came_back(write=False)
+        self._graph.call(self._backend.pread_into(offset, view))
 
     def pwrite(self, offset: int, buf: bytes | bytearray | memoryview, *, flags: Flag = Flag.NONE) -> None:
         """Write `buf`."""
-        if not (flags or trace.enabled):
-            try:
-                if self._extents.pwrite(offset, buf):
-                    return
-            except (OSError, ValueError):
-                pass  # as in pread_into; writing the same bytes again does no harm
-        self._graph.call(self._backend.pwrite(offset, memoryview(buf).cast("B"), flags))
+        # What has failed is done again in Python: writing the same bytes twice does no harm.
+        if flags or trace.enabled or self._pwrite(offset, buf):
+            self._graph.call(self._backend.pwrite(offset, memoryview(buf).cast("B"), flags))
 
     def write_zeroes(self, offset: int, length: int, *, flags: Flag = Flag.NONE) -> None:
         """Make the range read as zeroes."""

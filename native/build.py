@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: blockgraph contributors
 # SPDX-License-Identifier: MIT
-"""Compile the C of native/ into the cffi module `blockgraph._native`.
+"""Compile the C of native/ into the cffi module `blockgraph._native`, and into `blockgraph._requests` in the same file.
 
     python native/build.py            rebuild in place (blockgraph/_native.abi3.so)
 
@@ -45,7 +45,7 @@ HEADERS = (
     ),
     *("copier.h", "buffers.h", "request.h", "nbd_wire.h", "nbd_loop.h"),
 )
-SOURCES = tuple(sorted(path.name for path in NATIVE.glob("*.c")))
+SOURCES = tuple(sorted(str(path) for pattern in ("*.c", "python/*.c") for path in NATIVE.glob(pattern)))
 
 _DECLARATIONS = re.compile(r"^/\* cffi:begin \*/\n(.*?)^/\* cffi:end \*/$", re.MULTILINE | re.DOTALL)
 # What cffi writes is not ours to tidy.
@@ -84,7 +84,7 @@ def build(target_dir: Path) -> Path:
         ffi.emit_c_code(str(generated))
         extension = Extension(
             MODULE,
-            [str(generated), *(str(NATIVE / name) for name in SOURCES)],
+            [str(generated), *SOURCES],
             include_dirs=[str(NATIVE)],
             depends=[str(NATIVE / name) for name in HEADERS],
             extra_compile_args=compile_flags(),

@@ -129,7 +129,7 @@ class CopyLoop:
         return True
 
     def _chunk_now(self) -> int:
-        """No chunk takes longer than about a slice of a speed limit, and towards the end all workers get their share."""
+        """No longer than about a slice of a speed limit takes, and towards the end a share for each worker."""
         if self.limit.speed:
             wanted = min(self._chunk, self.limit.speed // 10)
         else:

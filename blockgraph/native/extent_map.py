@@ -11,9 +11,8 @@ The rules of who may insert and who must invalidate are in that header; in short
     await extents.invalidate(offset, length)   a change: nobody uses the old place any more when this returns,
     ... move the bytes ...                     and later requests miss
 
-Cost, 4 KiB in the page cache, Linux 6.18 (benchmarks/bench_extent_map.py): `pread_into` takes about 0.4 microseconds
-longer than os.preadv. Of the ways to hand a buffer to C, ffi.from_buffer with one argument is the cheapest (70 ns; with
-require_writable 300), so what is known to be writable goes that way.
+Cost, 4 KiB in the page cache, Linux 6.18 (benchmarks/bench_in_process.py): `pread_into` of a backend takes as long as
+os.preadv.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from blockgraph._native import ffi, lib
 from blockgraph.native.check import check
+from blockgraph.native.requests import Requests, requests_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -48,9 +48,6 @@ _WRITABLE: int = lib.BG_MAP_WRITABLE
 _COPY: int = lib.BG_MAP_COPY
 _ALLOCATE: int = lib.BG_MAP_ALLOCATE
 _EINVAL = -errno.EINVAL
-_from_buffer = ffi.from_buffer
-_pread = lib.bg_map_pread
-_pwrite = lib.bg_map_pwrite
 _EXTENTS = ffi.typeof("bg_map_extent[]")
 
 
@@ -154,6 +151,7 @@ class ExtentMap:
             raise ValueError(f"an extent map of {size} bytes needs at least {MIN_MEMORY} of memory, not {memory}")
         _check_memory(code)
         self._native = ffi.gc(out[0], lib.bg_map_free)
+        self._requests = requests_of(self._native)
         self._waiting: dict[asyncio.Future[None], int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bitmaps: tuple[Bitmap, ...] = ()
@@ -179,6 +177,11 @@ class ExtentMap:
 
     # Requests.
 
+    @property
+    def requests(self) -> Requests:
+        """Reads and writes as below, that return codes."""
+        return self._requests
+
     def pread_into(self, offset: int, buf: Buffer) -> bool:
         """Fill `buf` with the disk's bytes from `offset` on. Blocks for as long as the storage does, without the GIL.
 
@@ -190,22 +193,10 @@ class ExtentMap:
             ValueError: the range is not inside the disk.
             OSError: the storage failed; `buf` is then unspecified.
         """
-        kind = type(buf)
-        if kind is bytearray or (kind is memoryview and not buf.readonly):  # type: ignore[attr-defined]
-            view = _from_buffer(buf)
-        else:
-            view = _from_buffer(buf, require_writable=True)
-        try:
-            code = _pread(self._native, offset, view, len(view))
-        except OverflowError:
-            code = _EINVAL
-        if code == 0:
-            return True
-        if code != _MISS:
-            length = len(view)
-            ffi.release(view)  # an error's traceback keeps it; see tests/native/test_pool_errors.py
-            self._refuse(code, offset, length)
-        return False
+        code = self._requests.pread_into(offset, buf)
+        if code not in (0, _MISS):
+            self._refuse(code, offset, memoryview(buf).nbytes)
+        return code == 0
 
     def pwrite(self, offset: int, buf: Buffer) -> bool:
         """Write `buf` (contiguous) at `offset`, and set the bits of the map's bitmaps. Blocks as `pread_into` does.
@@ -216,18 +207,10 @@ class ExtentMap:
             ValueError: the range is not inside the disk.
             OSError: the storage failed; any part may have been written.
         """
-        view = _from_buffer(buf)
-        try:
-            code = _pwrite(self._native, offset, view, len(view))
-        except OverflowError:
-            code = _EINVAL
-        if code == 0:
-            return True
-        if code != _MISS:
-            length = len(view)
-            ffi.release(view)  # an error's traceback keeps it; see tests/native/test_pool_errors.py
-            self._refuse(code, offset, length)
-        return False
+        code = self._requests.pwrite(offset, buf)
+        if code not in (0, _MISS):
+            self._refuse(code, offset, memoryview(buf).nbytes)
+        return code == 0
 
     def zero(self, offset: int, length: int, how: Zeroing) -> bool:
         """Make zero what `pwrite` might overwrite in place, by the first of PUNCH, ZERO_RANGE and WRITE that `how` has
@@ -657,7 +640,7 @@ class _Places(NamedTuple):
 
 
 def _places(places: L2Places, shift: int, storage_shift: int, within: MapExtent) -> _Places:
-    table, metadata = _from_buffer(places.table), _from_buffer("uint64_t[]", places.metadata)
+    table, metadata = ffi.from_buffer(places.table), ffi.from_buffer("uint64_t[]", places.metadata)
     native = ffi.new(
         "bg_l2_places *",
         {
