@@ -379,6 +379,7 @@ class RootMap:
             storage_shift = found.storage_offset - found.offset - step.child_shift
             within = found._replace(offset=step.low, length=step.high - step.low)
             self.extents.insert_places(generation, places, step.shift, storage_shift, within)
+            self.scattered.entered(found.offset)
 
     def _link(self, copier: Copier, shift: int) -> bool:
         """Let the map ask `copier`, too. False: in this place of the disk it can not, others being in another one."""
@@ -553,6 +554,7 @@ class RootMap:
         self._zeroing.clear()
         self._in_place.clear()
         self._tables.clear()
+        self.scattered.forget()
         self._first_writes = None
         self._offered = False
 

@@ -10,6 +10,9 @@ times what it takes to look up a single cluster.
     tables    | 17 |      | 4  |       | 90 |         faults here and there: each is looked up alone
               |   | | |        |            |         as many in one table as make it local: all of it is entered
 ```
+
+A table's first fault is local, too: once entered the map knows where it is, and looks itself when something of it was
+dropped.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ _MOST = 1 << 14
 _FAULTS = 256
 #: So many look-ups in vain, if they are half of all, are enough: see `came_back`.
 _IN_VAIN = 8
+#: After so many faults a table that was entered is entered again: the map seems not to find it.
+_AGAIN = 64
 #: Bytes of an entry in a map.
 _WORD = 4
 
@@ -45,6 +50,8 @@ class ScatteredFaults:
         self._memory = memory
         #: faults by table, the latest last
         self._tables: OrderedDict[int, int] = OrderedDict()
+        #: faults of tables that were entered, until they are again
+        self._entered: dict[int, int] = {}
         self._most = 0
         self._span_bits = 0
         self._faults = 0
@@ -78,11 +85,25 @@ class ScatteredFaults:
         if not self._full:
             return True
         table = offset >> self._span_bits
+        left = self._entered.get(table, 0)
+        if left == 0:
+            return True
+        self._entered[table] = left - 1
         count = min(self._tables.pop(table, 0) + 1, _LOCAL)
         self._tables[table] = count
         if len(self._tables) > self._most:
             self._tables.popitem(last=False)
         return count == _LOCAL
+
+    def entered(self, offset: int) -> None:
+        """All of the table was."""
+        if len(self._entered) >= _MOST:
+            self._entered.clear()
+        self._entered[offset >> self._span_bits] = _AGAIN
+
+    def forget(self) -> None:
+        """The map has forgotten everything."""
+        self._entered.clear()
 
     def came_back(self, *, write: bool) -> None:
         """A request was looked up, and has missed all the same."""

@@ -67,6 +67,7 @@ int bg_map_free(bg_map *map)
         next = atomic_load(&block->next);
         free(block);
     }
+    map_forget_sources(map);
     space_free(atomic_load(&map->space));
     free(atomic_load(&map->bitmaps));
     free(atomic_load(&map->holds));
@@ -272,6 +273,7 @@ int64_t bg_map_resize(bg_map *map, int64_t size)
         ret = -ENOMEM;
     if (ret == 0) {
         drop_everything(map);
+        map_forget_sources(map);
         atomic_store(&map->space, sp);
         map_retire(map, &map->looked, &old->garbage);
         uint64_t ticket = map_advance(map);
@@ -298,6 +300,7 @@ int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *exte
 {
     if (generation < 1 || count < 0)
         return -EINVAL;
+    map_recall_around(map, extents, count);
     int64_t taken = 0;
     pthread_mutex_lock(&map->lock);
     const space *sp = atomic_load(&map->space);
@@ -506,6 +509,7 @@ void bg_map_get_stats(bg_map *map, bg_map_stats *out)
     out->invalidations = map->invalidations;
     out->protections = map->protections;
     out->evictions = map->evictions;
+    out->recalls = map->recalls;
     out->extents = map->extents;
     out->regions = map->leaves;
     out->bytes = (int64_t)map->bytes;

@@ -213,6 +213,12 @@ typedef struct {
     garbage *first, **last;
 } garbage_list;
 
+/* Where the table of a region is, or was, in the slot of the map's form (0: not known), and what it said when the region was dropped. */
+typedef struct {
+    int64_t at;
+    uint64_t sum; /* of its words; 0: it was not dropped, or something has happened to it since */
+} source;
+
 struct bg_map {
     /* Read by every request, written by changes. */
     _Alignas(LINE) _Atomic(space *) space;
@@ -227,6 +233,7 @@ struct bg_map {
     atomic_bool noted;            /* by an allocator, and Python does not know yet */
     atomic_int slots_used;        /* no slot from here on was ever live */
     atomic_uint ignored;          /* discards: log2 of their unit and 1, or 0 */
+    atomic_bool recalls_some;     /* a region may have a sum */
     storage slots[BG_MAP_SLOTS];
     readers readers;
 
@@ -239,7 +246,10 @@ struct bg_map {
     size_t limit, bytes, retired; /* bytes includes retired */
     int64_t hand;            /* of the clock: a region */
     int64_t pointers;        /* in the region table, not NULL */
-    int64_t leaves, extents, inserts, stale, invalidations, protections, evictions;
+    int64_t leaves, extents, inserts, stale, invalidations, protections, evictions, recalls;
+    bg_map_form form;        /* of all sources */
+    source *sources;         /* of the regions in the region table, or NULL */
+    size_t sources_bytes;
     slab_class classes[SLAB_CLASSES];
     span_list work, wide_work; /* scratch */
     int64_t region;          /* in `work`, -1: none */
@@ -378,6 +388,17 @@ void *map_room(bg_map *map, space *sp, size_t bytes);
 /* The same for a table. */
 leaf *table_room(bg_map *map, space *sp, size_t bytes);
 
+/* A table with these words instead of a region's extents. False: there is no memory. */
+bool map_publish_words(bg_map *map, space *sp, int64_t region, const uint32_t *words, uint64_t count);
+
+/* extent_map_recall.c. Without the lock: look for the dropped region around `offset`. True: it is there again. */
+bool map_recall(bg_map *map, int64_t offset);
+/* So that a few extents that are entered in dropped regions do not take the place of all that was there. */
+void map_recall_around(bg_map *map, const bg_map_extent *extents, int64_t count);
+/* The sum of a region's words; 0: it could not be recalled. */
+uint64_t map_sum(const bg_map *map, const space *sp, int64_t region);
+void map_forget_sources(bg_map *map);
+
 /* extent_map_slabs.c. Of tables of so many bytes; NULL: those are not for slabs. */
 slab_class *slab_class_of(bg_map *map, size_t bytes);
 /* Whether a table may be taken when the map has so many bytes already. */
@@ -393,6 +414,8 @@ bool slab_give_up(bg_map *map, void (*drop)(bg_map *map, int64_t region));
  * one, or it would take more memory. */
 leaf_ref table_form(const span_list *list, int64_t start, int64_t end);
 leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, leaf_ref form);
+/* A table of these short words. `form` as from table_form. */
+leaf_ref table_of_words(bg_map *map, space *sp, const uint32_t *words, uint64_t count, leaf_ref form);
 /* Change the region's table in place. False when there is none, it can not say that, or something else may now be smaller: the change is
  * to be made once more, then, on spans. */
 bool table_change(bg_map *map, space *sp, int64_t region, int64_t start, int64_t end, enum change change, const span *what);

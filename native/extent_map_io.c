@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #define FEW_PIECES 16
+#define MOST_RECALLS 8 /* of a request, which others may take away from it again */
 /*
  * Shorter reads and writes win nothing by windows: to find out whether all is in memory and in the file takes as long, and after
  * each switch between client and server the processor has to look for the page anew (4 KiB writes over NBD, depth 1: 47,000 a second
@@ -98,17 +99,21 @@ static bool all_open(bg_map *map, const bg_map_piece *pieces, int n)
     return true;
 }
 
-/* 0, BG_MAP_MISS, -EINVAL or -E2BIG; *used is the number of pieces. */
-static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_map_piece *pieces, int max, int *used)
+/* 0, BG_MAP_MISS, -EINVAL or -E2BIG; *used is the number of pieces, *missing where there is no extent, or -1. */
+static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_map_piece *pieces, int max, int *used,
+                   int64_t *missing)
 {
+    *missing = -1;
     space *sp = atomic_load(&map->space);
     if (!range_in(sp->size, offset, length))
         return -EINVAL;
     int n = 0;
     for (int64_t at = offset, end = offset + length; at < end;) {
         span s;
-        if (!map_find(sp, at, &s))
+        if (!map_find(sp, at, &s)) {
+            *missing = at;
             return BG_MAP_MISS;
+        }
         bg_map_piece piece = {.length = (s.end < end ? s.end : end) - at, .slot = -1, .fd = -1};
         if (!(s.flags & BG_MAP_ZERO)) {
             piece.storage_offset = s.storage_offset + at - s.start;
@@ -137,21 +142,32 @@ static int look_up(bg_map *map, int64_t offset, int64_t length, bool write, bg_m
 
 int bg_map_begin(bg_map *map, int64_t offset, int64_t length, int write, bg_map_piece *pieces, int max, bg_map_request *request)
 {
-    reader *r = map_enter(map);
-    if (!r)
-        return BG_MAP_MISS;
-    int n = 0, ret = look_up(map, offset, length, write != 0, pieces, max, &n);
-    map_looked(r);
-    if (ret == 0 && !all_open(map, pieces, n))
-        ret = BG_MAP_MISS;
-    if (ret != 0) {
+    for (int recalled = 0;; recalled++) {
+        reader *r = map_enter(map);
+        if (!r)
+            return BG_MAP_MISS;
+        int64_t missing;
+        int n = 0, ret = look_up(map, offset, length, write != 0, pieces, max, &n, &missing);
+        map_looked(r);
+        if (ret == 0 && !all_open(map, pieces, n))
+            ret = BG_MAP_MISS;
+        if (ret == 0) {
+            *request = (bg_map_request){r, pieces, offset, length, n, write};
+            return 0;
+        }
+        /* Memory for a region is free only when nobody looks, so it is left in between. */
+        if (ret == BG_MAP_MISS && missing >= 0 && recalled < MOST_RECALLS) {
+            map_leave(map, r);
+            if (map_recall(map, missing))
+                continue;
+            if (!(r = map_enter(map)))
+                return ret;
+        }
         if (ret == BG_MAP_MISS)
             map_count(&r->misses, 1);
         map_leave(map, r);
         return ret;
     }
-    *request = (bg_map_request){r, pieces, offset, length, n, write};
-    return 0;
 }
 
 void map_mark(bg_map *map, int64_t offset, int64_t length)
@@ -306,7 +322,8 @@ int bg_map_can_store(bg_map *map, int64_t offset, int64_t length)
     reader *r = map_enter(map);
     if (!r)
         return 0;
-    bool can = look_up(map, offset, length, true, pieces, FEW_PIECES, &count) == 0;
+    int64_t missing;
+    bool can = look_up(map, offset, length, true, pieces, FEW_PIECES, &count, &missing) == 0;
     for (int i = 0; i < count && can; i++) {
         bg_windows *windows = windows_of(map, &pieces[i]);
         can = windows && bg_windows_can_store(windows, pieces[i].storage_offset, pieces[i].length);

@@ -58,10 +58,18 @@ void space_free(space *sp)
     free(sp);
 }
 
+/* Something else than being dropped happens to the region. */
+static void forget_sum(bg_map *map, int64_t region)
+{
+    if (map->sources)
+        map->sources[region].sum = 0;
+}
+
 static void publish_leaf(bg_map *map, space *sp, int64_t region, leaf_ref ref)
 {
     leaf *new_leaf = ref_leaf(ref), *old = ref_leaf(atomic_exchange(&sp->leaf[region], ref));
     map->pointers += (new_leaf != NULL) - (old != NULL);
+    forget_sum(map, region);
     if (new_leaf && new_leaf != &no_extents) {
         new_leaf->region = region;
         map->leaves++;
@@ -94,7 +102,13 @@ static void publish_wide(bg_map *map, space *sp, wide *new_wide)
 
 static void drop(bg_map *map, int64_t region)
 {
-    publish_none(map, atomic_load(&map->space), region);
+    space *sp = atomic_load(&map->space);
+    uint64_t sum = map_sum(map, sp, region);
+    publish_none(map, sp, region);
+    if (sum) {
+        map->sources[region].sum = sum;
+        atomic_store(&map->recalls_some, true);
+    }
     map->evictions++;
 }
 
@@ -306,8 +320,10 @@ static void change_region(bg_map *map, space *sp, int64_t region, int64_t start,
         if (table_change(map, sp, region, start, end, change, what))
             return;
         flush(map);
-        if (change != CHANGE_SET && ref_leaf(atomic_load(&sp->leaf[region])) == &no_extents)
+        if (change != CHANGE_SET && ref_leaf(atomic_load(&sp->leaf[region])) == &no_extents) {
+            forget_sum(map, region);
             return;
+        }
         map->region = region;
         if (!load_region(map, sp, region))
             list->count = 0;
@@ -316,6 +332,16 @@ static void change_region(bg_map *map, space *sp, int64_t region, int64_t start,
                                          : spans_put(map, list, start, end, change == CHANGE_SET ? what : NULL);
     if (!done)
         list->count = 0;
+}
+
+bool map_publish_words(bg_map *map, space *sp, int64_t region, const uint32_t *words, uint64_t count)
+{
+    leaf_ref form = (leaf_ref)(map->form.shift - CLUSTER_SHIFT_BASE) << REF_SHIFT | REF_SHORT |
+                    (leaf_ref)map->form.slot << ADDRESS_BITS;
+    leaf_ref made = table_of_words(map, sp, words, count, form);
+    if (made)
+        publish_leaf(map, sp, region, made);
+    return made != 0;
 }
 
 static void change_whole_regions(bg_map *map, space *sp, int64_t start, int64_t end, enum change change, const span *what)
@@ -327,7 +353,7 @@ static void change_whole_regions(bg_map *map, space *sp, int64_t start, int64_t 
         leaf *l = ref_leaf(atomic_load_explicit(&sp->leaf[r], memory_order_relaxed));
         if (l && change != CHANGE_CLEAR)
             publish_leaf(map, sp, r, 0);
-        else if (l && l != &no_extents)
+        else if (l)
             change_region(map, sp, r, r << sp->shift, region_end(sp, r), change, what);
     }
 }

@@ -117,6 +117,19 @@ static uint32_t beginnings(leaf_ref ref, uint64_t from, uint64_t end)
     return n;
 }
 
+leaf_ref table_of_words(bg_map *map, space *sp, const uint32_t *words, uint64_t count, leaf_ref form)
+{
+    leaf *made = table_room(map, sp, sizeof(leaf) + count * sizeof(*words));
+    if (!made)
+        return 0;
+    made->count = (uint32_t)count;
+    leaf_ref ref = leaf_as_ref(made) | form;
+    for (uint64_t i = 0; i < count; i++)
+        atomic_store_explicit(&ref_short_words(ref)[i], words[i], memory_order_relaxed);
+    made->extents = beginnings(ref, 0, count);
+    return ref;
+}
+
 bool table_change(bg_map *map, space *sp, int64_t region, int64_t start, int64_t end, enum change change, const span *what)
 {
     leaf_ref ref = atomic_load(&sp->leaf[region]);

@@ -8,8 +8,6 @@
 #include <stdbool.h>
 
 #define BATCH 256 /* the map's lock is held for that many at a time */
-#define L1_COPIED ((uint64_t)1 << 63)
-#define L1_OFFSET 0x00fffffffffffe00u /* bits 9-55 */
 
 static bool touches_metadata(const bg_l2_places *p, uint64_t first, uint64_t count)
 {
@@ -62,6 +60,25 @@ static bool place_zero(const bg_l2_places *p, const bg_l2_run *run, int64_t disk
     return true;
 }
 
+/* Where the clusters of plain data are, as `place` has it of those in the middle of things. */
+static void decode_plain(const bg_map_form *form, uint64_t *entries, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t entry = load_be64(entries, i), host = entry & QCOW2_HOST_OFFSET;
+        bool plain = host && !(entry & QCOW2_COMPRESSED) && !(form->version >= 3 && entry & QCOW2_ZERO);
+        entries[i] = plain ? (host + (uint64_t)form->storage) | (entry & QCOW2_COPIED ? (uint64_t)form->flags : 0) : BG_MAP_NO_PLACE;
+    }
+}
+
+static int note(bg_map *map, const bg_l2_places *p)
+{
+    if (p->host < 1 || p->host > INT64_MAX - (p->storage > 0 ? p->storage : 0) || p->host + p->storage < 1 ||
+        p->flags & ~(BG_MAP_WRITABLE | BG_MAP_COPY | BG_MAP_ALLOCATE))
+        return 0;
+    bg_map_form form = {decode_plain, p->storage, p->slot, p->cluster_bits, p->flags, p->version};
+    return bg_map_note_table(map, &form, p->disk, p->entries, p->host + p->storage);
+}
+
 int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *places)
 {
     bg_l2_run runs[BATCH];
@@ -79,15 +96,16 @@ int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *pl
             return ret;
         taken += ret;
     }
-    return taken;
+    int ret = note(map, places);
+    return ret < 0 ? ret : taken;
 }
 
 /* The table of an L1 entry: 0, there is none; -1: it breaks the specification. */
 static int64_t table_of(const void *l1, int64_t index, int cluster_bits, int64_t host_end)
 {
-    uint64_t entry = load_be64(l1, index), host = entry & L1_OFFSET;
+    uint64_t entry = load_be64(l1, index), host = entry & QCOW2_HOST_OFFSET;
     uint64_t cluster = (uint64_t)1 << cluster_bits;
-    if (entry & ~(L1_OFFSET | L1_COPIED) || (host && (host % cluster || host < cluster || host >= (uint64_t)host_end)))
+    if (entry & ~(QCOW2_HOST_OFFSET | QCOW2_COPIED) || (host && (host % cluster || host < cluster || host >= (uint64_t)host_end)))
         return -1;
     return (int64_t)host;
 }

@@ -22,6 +22,7 @@ typedef struct {
     const uint64_t *metadata; /* sorted numbers of the host clusters that guest data must not be written to */
     int64_t metadata_count;
     int64_t host_end;   /* end of the image's file: what lies behind it is left out */
+    int64_t host;       /* where the table is in the file; 0: not there, or not as it is here */
     int64_t disk;       /* offset in the disk of entry 0; may be negative */
     int64_t low, high;  /* of the disk: what lies outside is left out */
     int64_t storage;    /* to be added to host offsets to get the slot's */
@@ -29,7 +30,7 @@ typedef struct {
     int32_t flags; /* of what is COPIED; the rest, and what touches metadata, may not be written */
 } bg_l2_places;
 
-/* Insert the clusters that are plain data; returns how many extents the map took. */
+/* Insert the clusters that are plain data; returns how many extents the map took. Notes where the table is (bg_map_note_table). */
 int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *places);
 
 /* Some entries of a table. */

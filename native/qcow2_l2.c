@@ -6,19 +6,15 @@
 #include <stdbool.h>
 #include <string.h>
 
-#define COPIED ((uint64_t)1 << 63)
-#define COMPRESSED ((uint64_t)1 << 62)
-#define HOST_OFFSET 0x00fffffffffffe00u /* bits 9-55 */
 #define HOST_LIMIT ((uint64_t)1 << 56)
 #define RESERVED 0x3f000000000001feu /* bits 1-8 and 56-61 of a standard entry */
-#define ZERO 1u
 #define SECTOR 512u
 
 static bg_l2_run decode_compressed(uint64_t entry, int cluster_bits)
 {
     int offset_bits = 62 - (cluster_bits - 8);
     uint64_t offset = entry & (((uint64_t)1 << offset_bits) - 1);
-    uint64_t sectors = ((entry & (COMPRESSED - 1)) >> offset_bits) + 1;
+    uint64_t sectors = ((entry & (QCOW2_COMPRESSED - 1)) >> offset_bits) + 1;
     if (offset >= HOST_LIMIT)
         return (bg_l2_run){.kind = BG_L2_INVALID, .host_offset = (int64_t)entry};
     return (bg_l2_run){
@@ -31,15 +27,15 @@ static bg_l2_run decode_compressed(uint64_t entry, int cluster_bits)
 /* Kind, host offset and compressed length of one entry. */
 static bg_l2_run decode_entry(uint64_t entry, int cluster_bits, int version, int options)
 {
-    if (entry & COMPRESSED)
+    if (entry & QCOW2_COMPRESSED)
         return decode_compressed(entry, cluster_bits);
     bg_l2_run invalid = {.kind = BG_L2_INVALID, .host_offset = (int64_t)entry};
-    uint64_t host = entry & HOST_OFFSET;
-    bool zero = entry & ZERO;
+    uint64_t host = entry & QCOW2_HOST_OFFSET;
+    bool zero = entry & QCOW2_ZERO;
     if ((entry & RESERVED) || (host & (((uint64_t)1 << cluster_bits) - 1)) || (zero && version < 3))
         return invalid;
     bool allocated = host != 0;
-    if (!allocated && (entry & COPIED)) {
+    if (!allocated && (entry & QCOW2_COPIED)) {
         if (!(options & BG_L2_DATA_FILE))
             return invalid;
         allocated = true;
@@ -78,7 +74,7 @@ int64_t bg_l2_decode(const void *table, int64_t start, int64_t end, int cluster_
         bg_l2_run next = decode_entry(entry, cluster_bits, version, options);
         next.index = i;
         next.count = 1;
-        next.flags = entry & COPIED && next.kind != BG_L2_INVALID ? BG_L2_COPIED : 0;
+        next.flags = entry & QCOW2_COPIED && next.kind != BG_L2_INVALID ? BG_L2_COPIED : 0;
         if (runs && continues(&out[runs - 1], &next, cluster_bits)) {
             out[runs - 1].count++;
         } else {
@@ -116,10 +112,10 @@ int bg_l2_link(void *table, int table_bits, int cluster_bits, const bg_allocator
         *low = first < *low ? first : *low;
         *high = first + link->clusters > *high ? first + link->clusters : *high;
         for (int64_t j = 0; j < link->clusters; j++) {
-            uint64_t place = (uint64_t)(link->host + (j << cluster_bits)) | COPIED, before = load_be64(table, first + j);
-            if (link->zero ? before != place : before & ~(uint64_t)ZERO)
+            uint64_t place = (uint64_t)(link->host + (j << cluster_bits)) | QCOW2_COPIED, before = load_be64(table, first + j);
+            if (link->zero ? before != place : before & ~(uint64_t)QCOW2_ZERO)
                 return -EINVAL;
-            store_be64(table, first + j, link->zero ? place | ZERO : place);
+            store_be64(table, first + j, link->zero ? place | QCOW2_ZERO : place);
         }
     }
     return 0;

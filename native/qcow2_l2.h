@@ -71,6 +71,12 @@ int64_t bg_next_nonzero_u64(const void *table, int64_t start, int64_t count);
 int64_t bg_refcount16_free_run(const void *block, int64_t start, int64_t count, int64_t want, int64_t *length);
 /* cffi:end */
 
+/* Of entries of L1 and L2 tables; the last two are L2's. */
+#define QCOW2_COPIED ((uint64_t)1 << 63)
+#define QCOW2_HOST_OFFSET 0x00fffffffffffe00u /* bits 9-55 */
+#define QCOW2_COMPRESSED ((uint64_t)1 << 62)
+#define QCOW2_ZERO 1u
+
 static inline uint64_t load_be64(const void *table, int64_t index)
 {
     uint64_t raw;

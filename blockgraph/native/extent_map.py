@@ -125,6 +125,8 @@ class MapStats(NamedTuple):
     """Memory that may be used."""
     first_writes: int
     """Writes done with the help of a copier or an allocator; not among the hits."""
+    recalls: int
+    """Regions that were dropped for want of memory and looked up natively again, in the image's table."""
 
 
 class ExtentMap:
@@ -262,7 +264,7 @@ class ExtentMap:
     def insert_places(
         self, generation: int, places: L2Places, shift: int, storage_shift: int, within: MapExtent
     ) -> int:
-        """Insert all data clusters of an L2 table, as `insert` does.
+        """Insert all data clusters of an L2 table, as `insert` does. What memory is short of later is read there again.
 
         Args:
             generation: as read before the drivers were asked.
@@ -651,6 +653,7 @@ def _places(places: L2Places, shift: int, storage_shift: int, within: MapExtent)
             "metadata": metadata,
             "metadata_count": len(places.metadata),
             "host_end": places.host_end,
+            "host": places.host,
             "disk": places.first + shift,
             "low": within.offset,
             "high": within.offset + within.length,

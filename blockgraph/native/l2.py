@@ -57,6 +57,7 @@ class L2Places(NamedTuple):
         cluster_bits, version: as for decode_l2.
         host_end: end of the file, bytes; a multiple of the cluster size.
         metadata: numbers of the host clusters that guest data must not be written to, sorted.
+        host: where the table is in the file; 0: it is not there yet as it is here.
     """
 
     table: bytearray
@@ -65,6 +66,7 @@ class L2Places(NamedTuple):
     version: int
     host_end: int
     metadata: array[int]
+    host: int
 
 
 class L2Parts:

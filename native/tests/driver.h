@@ -35,6 +35,7 @@ void test_copier(void);
 void test_copy(void);
 void test_direct(void);
 void test_extent_map(void);
+void test_extent_map_recall(void);
 void test_extent_map_slabs(void);
 void test_extent_map_threads(void);
 void test_first_writes(void);

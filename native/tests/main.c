@@ -15,6 +15,7 @@ int main(void)
         {"dense", test_dense}, {"guard", test_guard}, {"windows", test_windows}, {"bitmap", test_bitmap}, {"zero", test_zero}, {"wait", test_wait}, {"pipe", test_pipe}, {"pool", test_pool},
         {"queue", test_queue}, {"direct", test_direct}, {"copy", test_copy}, {"qcow2_l2", test_qcow2_l2},
         {"extent_map", test_extent_map}, {"extent_map_slabs", test_extent_map_slabs},
+        {"extent_map_recall", test_extent_map_recall},
         {"extent_map_threads", test_extent_map_threads}, {"first_writes", test_first_writes}, {"copier", test_copier},
         {"allocator", test_allocator}, {"allocator_zeroes", test_allocator_zeroes}, {"request", test_request},
         {"flight", test_flight}, {"heavy", test_heavy}, {"nbd", test_nbd}, {"nbd_reads", test_nbd_reads},

@@ -153,7 +153,7 @@ def test_places_are_the_data_clusters_inside_the_range_and_the_file(
     extents = ExtentMap(size)
     slot = extents.add_slot(0)
     table = bytearray(struct.pack(f">{len(entries)}Q", *entries))
-    places = L2Places(table, 1 << 16, 16, 3, host_end << 16, array("Q", sorted(metadata)))
+    places = L2Places(table, 1 << 16, 16, 3, host_end << 16, array("Q", sorted(metadata)), 0)
     high = min(low + length, size)
     within = MapExtent(low, high - low, slot, 0, writable)
     extents.insert_places(extents.generation(), places, (disk - 1) << 16, 1 << 30, within)
@@ -179,7 +179,7 @@ def test_places_of_a_run_that_touches_metadata_are_not_writable() -> None:
     extents = ExtentMap(6 << 16)
     slot = extents.add_slot(0)
     within = MapExtent(0, 6 << 16, slot, 0, True)
-    places = L2Places(table, 0, 16, 3, 100 << 16, array("Q", [6, 20]))
+    places = L2Places(table, 0, 16, 3, 100 << 16, array("Q", [6, 20]), 0)
     assert extents.insert_places(extents.generation(), places, 0, 0, within) == 5
     assert [(found := extents.find(i << 16)) and found.writable for i in range(6)] == [0, 0, 1, 1, 0, 1]
 

@@ -354,7 +354,8 @@ class Qcow2(Format):
             return None
         image, end = self.image, self.image.whole_end()
         metadata = self.refcounts.overlaps.clusters
-        return L2Places(table.buf, index << self._span_bits, image.cluster_bits, image.header.version, end, metadata)
+        first, bits, version = index << self._span_bits, image.cluster_bits, image.header.version
+        return L2Places(table.buf, first, bits, version, end, metadata, 0 if table.dirty else table.host)
 
     async def look_up(self, runs: Sequence[tuple[int, int]], *, write: bool = False) -> Lookup | None:
         return await look_up(self, runs, write=write)

@@ -53,7 +53,7 @@ async def look_up(driver: Qcow2, runs: Sequence[tuple[int, int]], *, write: bool
     end, metadata = image.file_end(), _NO_METADATA
     if writable:
         end, metadata = image.whole_end(), driver.refcounts.overlaps.clusters
-    places = L2Places(parts.table, 0, image.cluster_bits, image.header.version, end, metadata)
+    places = L2Places(parts.table, 0, image.cluster_bits, image.header.version, end, metadata, 0)
     return Lookup(parts, places, driver.cow() is None, storage, writable)
 
 
