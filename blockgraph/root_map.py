@@ -133,7 +133,7 @@ class RootMap:
         #: ticket: who asks fewer copiers has ended
         self._linked: int | None = None
         #: faults, by node, offset in it, and offset of the range of the disk that shows it
-        self._tables: dict[tuple[Node, int, int], int] = {}
+        self._tables: dict[tuple[Node, int, int, bool], int] = {}
         #: formats whose storage was found to be written in place by whoever may write to them
         self._in_place: set[Node] = set()
         #: does the first writes of this map
@@ -371,15 +371,15 @@ class RootMap:
             return
         if len(self._tables) >= _MAX_TABLES:
             self._tables.clear()
-        key = step.node, places.first, step.low
+        key = step.node, places.first, step.low, found.writable
         faults = self._tables[key] = self._tables.get(key, -1) + 1
         if faults == 0 and not storage.options.cache.direct:  # else nothing is looked up
             self.scattered.use_tables(len(places.table) // 8, places.cluster_bits)
-        if faults % _TABLE_FAULTS == 0 and self.scattered.is_local(found.offset):
+        if faults % _TABLE_FAULTS == 0 and self.scattered.is_local(found.offset, write=found.writable):
             storage_shift = found.storage_offset - found.offset - step.child_shift
             within = found._replace(offset=step.low, length=step.high - step.low)
             self.extents.insert_places(generation, places, step.shift, storage_shift, within)
-            self.scattered.entered(found.offset)
+            self.scattered.entered(found.offset, writable=found.writable)
 
     def _link(self, copier: Copier, shift: int) -> bool:
         """Let the map ask `copier`, too. False: in this place of the disk it can not, others being in another one."""

@@ -11,8 +11,8 @@ times what it takes to look up a single cluster.
               |   | | |        |            |         as many in one table as make it local: all of it is entered
 ```
 
-A table's first fault is local, too: once entered the map knows where it is, and looks itself when something of it was
-dropped.
+A table's first fault is local, too, and the first of a write if it could not be written then: once entered, the map
+knows where it is, and looks itself when something of it was dropped.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ScatteredFaults:
         self._memory = memory
         #: faults by table, the latest last
         self._tables: OrderedDict[int, int] = OrderedDict()
-        #: faults of tables that were entered, until they are again
-        self._entered: dict[int, int] = {}
+        #: faults of tables that were entered, until they are again; for reads, and for writes
+        self._entered: tuple[dict[int, int], dict[int, int]] = ({}, {})
         self._most = 0
         self._span_bits = 0
         self._faults = 0
@@ -75,35 +75,38 @@ class ScatteredFaults:
             self._full = stats.evictions > 0 and 2 * stats.bytes > self._memory
             self._looked_up, self._came_back = [0, 0], [0, 0]
         self._faults += 1
-        if self.is_local(offset) or self._came_back[write] >= max(_IN_VAIN, self._looked_up[write] / 2):
+        if self.is_local(offset, write=write) or self._came_back[write] >= max(_IN_VAIN, self._looked_up[write] / 2):
             return False
         self._looked_up[write] += 1
         return True
 
-    def is_local(self, offset: int) -> bool:
+    def is_local(self, offset: int, *, write: bool) -> bool:
         """A fault is there; whether all of its table is to be entered."""
         if not self._full:
             return True
         table = offset >> self._span_bits
-        left = self._entered.get(table, 0)
+        entered = self._entered[write]
+        left = entered.get(table, 0)
         if left == 0:
             return True
-        self._entered[table] = left - 1
+        entered[table] = left - 1
         count = min(self._tables.pop(table, 0) + 1, _LOCAL)
         self._tables[table] = count
         if len(self._tables) > self._most:
             self._tables.popitem(last=False)
         return count == _LOCAL
 
-    def entered(self, offset: int) -> None:
+    def entered(self, offset: int, *, writable: bool) -> None:
         """All of the table was."""
-        if len(self._entered) >= _MOST:
-            self._entered.clear()
-        self._entered[offset >> self._span_bits] = _AGAIN
+        for entered in self._entered if writable else self._entered[:1]:
+            if len(entered) >= _MOST:
+                entered.clear()
+            entered[offset >> self._span_bits] = _AGAIN
 
     def forget(self) -> None:
         """The map has forgotten everything."""
-        self._entered.clear()
+        for entered in self._entered:
+            entered.clear()
 
     def came_back(self, *, write: bool) -> None:
         """A request was looked up, and has missed all the same."""

@@ -191,7 +191,7 @@ struct bg_map_form {
 /*
  * A table of `entries` for the disk from `offset` on, which may be negative, is at `at` in the form's slot, or was. Regions that it has
  * all of, and that are dropped for want of memory, are looked for there when they are needed again, if it is in memory. A map has
- * one form; another one takes the place of all tables noted before.
+ * one form, but for the flags; another one takes the place of all tables noted before.
  */
 int bg_map_note_table(bg_map *map, const bg_map_form *form, int64_t offset, int64_t entries, int64_t at);
 /* cffi:begin */

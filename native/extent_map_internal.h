@@ -213,9 +213,9 @@ typedef struct {
     garbage *first, **last;
 } garbage_list;
 
-/* Where the table of a region is, or was, in the slot of the map's form (0: not known), and what it said when the region was dropped. */
+/* Where the table of a region is, or was, and what it said when the region was dropped. */
 typedef struct {
-    int64_t at;
+    int64_t at;   /* in the slot of the map's form, with its flags: see extent_map_recall.c; 0: not known */
     uint64_t sum; /* of its words; 0: it was not dropped, or something has happened to it since */
 } source;
 

@@ -22,6 +22,9 @@
 
 #define MOST_WORDS 2048 /* of a region that is recalled; its entries are read on the stack */
 #define ENTRY 8
+/* A source's flags are in the bits that the place of an entry leaves free. */
+#define FLAG_SHIFT 1
+_Static_assert(WRITES >> FLAG_SHIFT < ENTRY && !(BG_MAP_ZERO >> FLAG_SHIFT), "flags fit their bits");
 #define FEW_EXTENTS 64
 /* The places and sums of regions may take this part of the memory. */
 #define PART 4
@@ -59,7 +62,7 @@ static uint64_t words_of(const space *sp, int64_t region, unsigned shift)
 static bool same_form(const bg_map_form *a, const bg_map_form *b)
 {
     return a->decode == b->decode && a->slot == b->slot && a->shift == b->shift && a->storage == b->storage &&
-           a->flags == b->flags && a->version == b->version;
+           a->version == b->version;
 }
 
 void map_forget_sources(bg_map *map)
@@ -90,8 +93,8 @@ static bool has_sources(bg_map *map, const space *sp, const bg_map_form *form)
 int bg_map_note_table(bg_map *map, const bg_map_form *form, int64_t offset, int64_t entries, int64_t at)
 {
     if (form->shift <= CLUSTER_SHIFT_BASE || form->shift > CLUSTER_SHIFT_MAX || form->slot < 0 || form->slot >= BG_MAP_SLOTS ||
-        entries < 0 || entries > INT64_MAX >> form->shift || offset > INT64_MAX - (entries << form->shift) ||
-        !range_in(INT64_MAX, at, entries * ENTRY))
+        form->flags & ~WRITES || entries < 0 || entries > INT64_MAX >> form->shift || offset > INT64_MAX - (entries << form->shift) ||
+        !range_in(INT64_MAX, at, entries * ENTRY) || at % ENTRY)
         return -EINVAL;
     pthread_mutex_lock(&map->lock);
     space *sp = atomic_load(&map->space);
@@ -102,7 +105,7 @@ int bg_map_note_table(bg_map *map, const bg_map_form *form, int64_t offset, int6
         if (words_of(sp, region, (unsigned)form->shift) > MOST_WORDS || from & (((int64_t)1 << form->shift) - 1) ||
             !has_sources(map, sp, form))
             break;
-        map->sources[region].at = at + (from >> form->shift) * ENTRY;
+        map->sources[region].at = (at + (from >> form->shift) * ENTRY) | form->flags >> FLAG_SHIFT;
     }
     pthread_mutex_unlock(&map->lock);
     return 0;
@@ -166,9 +169,14 @@ bool map_recall(bg_map *map, int64_t offset)
     space *sp = atomic_load(&map->space);
     bool going = offset < sp->size && is_dropped(map, sp, offset, &before);
     bg_map_form form = map->form;
+    int64_t at = 0;
+    if (going) {
+        form.flags = (before.at & (ENTRY - 1)) << FLAG_SHIFT;
+        at = before.at & ~(int64_t)(ENTRY - 1);
+    }
     uint64_t count = going ? words_of(sp, offset >> sp->shift, (unsigned)form.shift) : 0;
     pthread_mutex_unlock(&map->lock);
-    if (!going || !read_words(map, &form, before.at, count, words) || sum_of(words, count) != before.sum)
+    if (!going || !read_words(map, &form, at, count, words) || sum_of(words, count) != before.sum)
         return false;
     pthread_mutex_lock(&map->lock);
     sp = atomic_load(&map->space);

@@ -73,7 +73,7 @@ static void decode_plain(const bg_map_form *form, uint64_t *entries, int64_t cou
 static int note(bg_map *map, const bg_l2_places *p)
 {
     if (p->host < 1 || p->host > INT64_MAX - (p->storage > 0 ? p->storage : 0) || p->host + p->storage < 1 ||
-        p->flags & ~(BG_MAP_WRITABLE | BG_MAP_COPY | BG_MAP_ALLOCATE))
+        (p->host + p->storage) % 8)
         return 0;
     bg_map_form form = {decode_plain, p->storage, p->slot, p->cluster_bits, p->flags, p->version};
     return bg_map_note_table(map, &form, p->disk, p->entries, p->host + p->storage);

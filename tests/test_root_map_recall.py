@@ -111,6 +111,27 @@ def test_what_was_dropped_is_found_again_without_python(tmpfs: Path) -> None:
             g.read(cluster)
 
 
+def test_what_was_only_read_before_is_written_natively(tmpfs: Path) -> None:
+    rng = random.Random(5)
+    fragmented(tmpfs / "disk", SIZE, BITS)
+    with (
+        blockgraph.open({"nodes": [description(tmpfs / "disk")]}) as graph,
+        graph.backend("disk", writable=True, extent_map_size=MIN_MEMORY) as disk,
+    ):
+        g = Guest(graph, tmpfs, disk)
+        for cluster in range(0, CLUSTERS, PER_TABLE):
+            g.read(cluster)
+        for cluster in g.all_over(2000, rng):
+            g.read(cluster)
+        for cluster in g.all_over(2000, rng):
+            g.write(cluster)
+        # Each table is entered to be read, and once more to be written.
+        assert disk.stats().misses <= 3 * CLUSTERS // PER_TABLE
+        for cluster in g.stored:
+            g.read(cluster)
+        assert disk.stats().recalls > 2000
+
+
 def test_table_that_is_not_written_back_yet_is_left_to_python(tmpfs: Path) -> None:
     rng = random.Random(2)
     with guest(tmpfs) as g:

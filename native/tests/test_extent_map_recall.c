@@ -52,7 +52,7 @@ static int64_t length_of(int64_t c)
 /* While entries have been read, and nothing is published yet. */
 static void (*meanwhile)(void);
 
-/* Entries are place << 8 | flags; 0: none. */
+/* Entries are place << 8 | flags ^ those of the form; 0: none. */
 static void decode(const bg_map_form *form, uint64_t *entries, int64_t count)
 {
     void (*act)(void) = meanwhile;
@@ -60,17 +60,25 @@ static void decode(const bg_map_form *form, uint64_t *entries, int64_t count)
     if (act)
         act();
     for (int64_t i = 0; i < count; i++)
-        entries[i] = entries[i] ? (uint64_t)form->storage + (entries[i] >> 8 << SHIFT) | (entries[i] & 0xf) : BG_MAP_NO_PLACE;
+        entries[i] = entries[i] ? ((uint64_t)form->storage + (entries[i] >> 8 << SHIFT)) |
+                                      ((entries[i] & 0xf) ^ (uint64_t)form->flags)
+                                : BG_MAP_NO_PLACE;
 }
 
-static bg_map_form form(void)
+/* A map has tables of all flags. */
+static int flags_of(int64_t region)
 {
-    return (bg_map_form){decode, DATA, slot, SHIFT, 0, 0};
+    return (int)(region % 8) << 1;
+}
+
+static bg_map_form form(int64_t region)
+{
+    return (bg_map_form){decode, DATA, slot, SHIFT, flags_of(region), 0};
 }
 
 static void write_entry(int64_t c)
 {
-    uint64_t entry = (uint64_t)disk[c].place << 8 | disk[c].flags;
+    uint64_t entry = (uint64_t)disk[c].place << 8 | (disk[c].flags ^ (uint64_t)flags_of(c / PER_REGION));
     CHECK(bg_pwrite(fd, &entry, sizeof(entry), TABLES + c * 8) == sizeof(entry));
 }
 
@@ -96,7 +104,7 @@ static void enter(int64_t region)
         disk[c].known = true;
     }
     CHECK(bg_map_insert(map, bg_map_generation(map), e, n) == n);
-    bg_map_form f = form();
+    bg_map_form f = form(region);
     CHECK(bg_map_note_table(map, &f, region * REGION, n, TABLES + region * PER_REGION * 8) == 0);
 }
 
@@ -282,7 +290,9 @@ static void table_of_something_else(void)
 {
     start();
     int64_t region = find_dropped(), c = region * PER_REGION + 500;
-    uint64_t wrong[] = {0, (uint64_t)disk[c].place << 8, (uint64_t)(disk[c].place + 1) << 8 | disk[c].flags, UINT64_MAX};
+    uint64_t right;
+    CHECK(bg_pread(fd, &right, 8, TABLES + c * 8) == 8);
+    uint64_t wrong[] = {0, right ^ BG_MAP_WRITABLE, right + (1 << 8), UINT64_MAX};
     for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
         CHECK(bg_pwrite(fd, &wrong[i], 8, TABLES + c * 8) == 8);
         CHECK(!look(c) && !look(c + 1));
@@ -313,11 +323,14 @@ static void inserted_in_a_dropped_region(void)
 static void refuses_what_is_no_table(void)
 {
     start();
-    bg_map_form f = form(), large = f, odd = f;
+    bg_map_form f = form(0), large = f, odd = f, zero = f;
     large.shift = 40;
     odd.slot = -1;
+    zero.flags = BG_MAP_ZERO;
     CHECK(bg_map_note_table(map, &large, 0, 1, 0) == -EINVAL);
     CHECK(bg_map_note_table(map, &odd, 0, 1, 0) == -EINVAL);
+    CHECK(bg_map_note_table(map, &zero, 0, 1, 0) == -EINVAL);
+    CHECK(bg_map_note_table(map, &f, 0, 1, 4) == -EINVAL);
     CHECK(bg_map_note_table(map, &f, 0, -1, 0) == -EINVAL);
     CHECK(bg_map_note_table(map, &f, 0, INT64_MAX / 8, 0) == -EINVAL);
     CHECK(bg_map_note_table(map, &f, INT64_MAX - 5, 1, 0) == -EINVAL);
