@@ -296,6 +296,17 @@ static bool extent_ok(const space *sp, const bg_map_extent *e)
            (e->slot >= 0 && e->slot < BG_MAP_SLOTS && range_in(INT64_MAX, e->storage_offset, e->length));
 }
 
+bool map_is_stale(const bg_map *map, int64_t generation, int64_t offset, int64_t length)
+{
+    return latest(map->removed, offset, length) >= (uint64_t)generation ||
+           latest(map->placed, offset, length) >= (uint64_t)generation;
+}
+
+bool map_is_protected(const bg_map *map, int64_t generation, int64_t offset, int64_t length)
+{
+    return latest(map->protected, offset, length) >= (uint64_t)generation;
+}
+
 int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *extents, int64_t count)
 {
     if (generation < 1 || count < 0)
@@ -312,15 +323,13 @@ int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *exte
     for (int64_t i = 0; i < count; i++) {
         const bg_map_extent *e = &extents[i];
         bool zero = e->flags & BG_MAP_ZERO;
-        if (latest(map->removed, e->offset, e->length) >= (uint64_t)generation ||
-            latest(map->placed, e->offset, e->length) >= (uint64_t)generation ||
-            (!zero && map->slots[e->slot].state != SLOT_LIVE)) {
+        if (map_is_stale(map, generation, e->offset, e->length) || (!zero && map->slots[e->slot].state != SLOT_LIVE)) {
             map->stale++;
             continue;
         }
         span what = {e->offset, e->offset + e->length, zero ? 0 : e->storage_offset, zero ? 0 : (uint16_t)e->slot,
                      (uint16_t)(zero ? e->flags & ~BG_MAP_WRITABLE : e->flags)};
-        if (what.flags & WRITES && latest(map->protected, e->offset, e->length) >= (uint64_t)generation)
+        if (what.flags & WRITES && map_is_protected(map, generation, e->offset, e->length))
             what.flags &= (uint16_t)~WRITES;
         map_change(map, what.start, what.end, CHANGE_SET, &what);
         taken++;

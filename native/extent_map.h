@@ -189,11 +189,13 @@ struct bg_map_form {
 };
 
 /*
- * A table of `entries` for the disk from `offset` on, which may be negative, is at `at` in the form's slot, or was. Regions that it has
- * all of, and that are dropped for want of memory, are looked for there when they are needed again, if it is in memory. A map has
- * one form, but for the flags; another one takes the place of all tables noted before.
+ * A table of `entries` for the disk from `offset` on, which may be negative, is at `at` in the form's slot, or was, and says `places`.
+ * Regions that it has all of are looked for there when they are needed, if it is in memory: at once those that nothing is known of, whose
+ * places become BG_MAP_NO_PLACE, for they need not be inserted; others after they were dropped for want of memory. A map
+ * has one form, but for the flags; another one takes the place of all tables noted before.
  */
-int bg_map_note_table(bg_map *map, const bg_map_form *form, int64_t offset, int64_t entries, int64_t at);
+int bg_map_note_table(bg_map *map, int64_t generation, const bg_map_form *form, int64_t offset, uint64_t *places, int64_t entries,
+                      int64_t at);
 /* cffi:begin */
 
 /*

@@ -353,6 +353,10 @@ void map_leave(bg_map *map, reader *r);
 /* The oldest epoch among records in use (that still look, when `looking`), or the present epoch. */
 uint64_t map_oldest(bg_map *map, bool looking);
 
+/* extent_map.c. Under the lock: whether something has happened to the range since, of which who asked before does not know. */
+bool map_is_stale(const bg_map *map, int64_t generation, int64_t offset, int64_t length);
+bool map_is_protected(const bg_map *map, int64_t generation, int64_t offset, int64_t length);
+
 /* extent_map_holds.c. */
 bool map_alignments_ok(int alignment, int memory_alignment);
 
@@ -388,6 +392,8 @@ void *map_room(bg_map *map, space *sp, size_t bytes);
 /* The same for a table. */
 leaf *table_room(bg_map *map, space *sp, size_t bytes);
 
+/* Nothing is known of the region, but what map_recall may find by the sum of its words; 0: not even that. */
+void map_publish_dropped(bg_map *map, space *sp, int64_t region, uint64_t sum);
 /* A table with these words instead of a region's extents. False: there is no memory. */
 bool map_publish_words(bg_map *map, space *sp, int64_t region, const uint32_t *words, uint64_t count);
 

@@ -201,7 +201,7 @@ void bg_map_end(bg_map *map, bg_map_request *request, int touched)
     map_leave(map, r);
 }
 
-int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out)
+static int find(bg_map *map, int64_t offset, bg_map_extent *out)
 {
     span s;
     reader *r = map_enter(map);
@@ -215,6 +215,11 @@ int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out)
     if (found)
         *out = (bg_map_extent){s.start, s.end - s.start, s.storage_offset, s.flags & BG_MAP_ZERO ? -1 : s.slot, s.flags};
     return found;
+}
+
+int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out)
+{
+    return find(map, offset, out) || (offset >= 0 && map_recall(map, offset) && find(map, offset, out));
 }
 
 /* Of a file in memory, or NULL. */

@@ -90,11 +90,49 @@ static bool has_sources(bg_map *map, const space *sp, const bg_map_form *form)
     return true;
 }
 
-int bg_map_note_table(bg_map *map, const bg_map_form *form, int64_t offset, int64_t entries, int64_t at)
+/* False: a table of short words can not say it, or it says nothing. */
+static bool to_words(const bg_map_form *form, const uint64_t *places, uint64_t count, uint32_t *words)
 {
-    if (form->shift <= CLUSTER_SHIFT_BASE || form->shift > CLUSTER_SHIFT_MAX || form->slot < 0 || form->slot >= BG_MAP_SLOTS ||
-        form->flags & ~WRITES || entries < 0 || entries > INT64_MAX >> form->shift || offset > INT64_MAX - (entries << form->shift) ||
-        !range_in(INT64_MAX, at, entries * ENTRY) || at % ENTRY)
+    uint64_t others = ((uint64_t)1 << form->shift) - (1 << FLAG_BITS), misplaced = 0, some = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        bool none = places[i] == BG_MAP_NO_PLACE;
+        misplaced |= none ? 0 : (places[i] & others) | (places[i] >> form->shift >= SHORT_END);
+        some |= !none;
+        words[i] = none ? SHORT_NONE : (uint32_t)(places[i] >> form->shift << FLAG_BITS | (places[i] & ((1 << FLAG_BITS) - 1)));
+    }
+    return some && !misplaced;
+}
+
+/* Under the lock: nothing is known of the region, and who asked the drivers at `generation` knows all that has happened to it. */
+static bool is_unknown(const bg_map *map, const space *sp, int64_t region, int64_t generation)
+{
+    int64_t start = region << sp->shift, length = region_end(sp, region) - start;
+    leaf_ref ref = atomic_load(&sp->leaf[region]);
+    span s;
+    return (ref ? ref_leaf(ref) == &no_extents : !map_find((space *)sp, start, &s)) &&
+           !map_is_stale(map, generation, start, length) && !map_is_protected(map, generation, start, length);
+}
+
+/* Under the lock. `places` are the region's. */
+static void note_region(bg_map *map, space *sp, int64_t region, int64_t generation, uint64_t *places)
+{
+    uint32_t words[MOST_WORDS];
+    uint64_t count = words_of(sp, region, (unsigned)map->form.shift);
+    const storage *slot = &map->slots[map->form.slot];
+    if (slot->state != SLOT_LIVE || bg_always_waits(atomic_load(&slot->haste)) || !is_unknown(map, sp, region, generation) ||
+        !to_words(&map->form, places, count, words))
+        return;
+    map_publish_dropped(map, sp, region, sum_of(words, count));
+    for (uint64_t i = 0; i < count; i++)
+        places[i] = BG_MAP_NO_PLACE;
+}
+
+int bg_map_note_table(bg_map *map, int64_t generation, const bg_map_form *form, int64_t offset, uint64_t *places, int64_t entries,
+                      int64_t at)
+{
+    if (generation < 1 || form->shift <= CLUSTER_SHIFT_BASE || form->shift > CLUSTER_SHIFT_MAX || form->slot < 0 ||
+        form->slot >= BG_MAP_SLOTS || form->flags & ~WRITES || entries < 0 || entries > INT64_MAX >> form->shift ||
+        offset > INT64_MAX - (entries << form->shift) || !range_in(INT64_MAX, at, entries * ENTRY) || at % ENTRY)
         return -EINVAL;
     pthread_mutex_lock(&map->lock);
     space *sp = atomic_load(&map->space);
@@ -105,7 +143,9 @@ int bg_map_note_table(bg_map *map, const bg_map_form *form, int64_t offset, int6
         if (words_of(sp, region, (unsigned)form->shift) > MOST_WORDS || from & (((int64_t)1 << form->shift) - 1) ||
             !has_sources(map, sp, form))
             break;
-        map->sources[region].at = (at + (from >> form->shift) * ENTRY) | form->flags >> FLAG_SHIFT;
+        from >>= form->shift;
+        map->sources[region].at = (at + from * ENTRY) | form->flags >> FLAG_SHIFT;
+        note_region(map, sp, region, generation, places + from);
     }
     pthread_mutex_unlock(&map->lock);
     return 0;
@@ -142,11 +182,7 @@ static bool read_words(bg_map *map, const bg_map_form *form, int64_t at, uint64_
     if (!done)
         return false;
     form->decode(form, entries, (int64_t)count);
-    for (uint64_t i = 0; i < count; i++)
-        words[i] = entries[i] == BG_MAP_NO_PLACE
-                       ? SHORT_NONE
-                       : (uint32_t)(entries[i] >> form->shift << FLAG_BITS | (entries[i] & ((1 << FLAG_BITS) - 1)));
-    return true;
+    return to_words(form, entries, count, words);
 }
 
 /* Under the lock: what is needed to recall the region around `offset`. */

@@ -100,15 +100,19 @@ static void publish_wide(bg_map *map, space *sp, wide *new_wide)
     }
 }
 
-static void drop(bg_map *map, int64_t region)
+void map_publish_dropped(bg_map *map, space *sp, int64_t region, uint64_t sum)
 {
-    space *sp = atomic_load(&map->space);
-    uint64_t sum = map_sum(map, sp, region);
     publish_none(map, sp, region);
     if (sum) {
         map->sources[region].sum = sum;
         atomic_store(&map->recalls_some, true);
     }
+}
+
+static void drop(bg_map *map, int64_t region)
+{
+    space *sp = atomic_load(&map->space);
+    map_publish_dropped(map, sp, region, map_sum(map, sp, region));
     map->evictions++;
 }
 

@@ -6,12 +6,16 @@
 
 #include <errno.h>
 #include <stdbool.h>
+#include <stdlib.h>
 
+#define SECTOR 512 /* places are multiples of it */
 #define BATCH 256 /* the map's lock is held for that many at a time */
 
 static bool touches_metadata(const bg_l2_places *p, uint64_t first, uint64_t count)
 {
     int64_t low = 0, n = p->metadata_count;
+    if (n == 0 || p->metadata[n - 1] < first)
+        return false;
     while (n > 0) {
         int64_t half = n / 2;
         if (p->metadata[low + half] < first) {
@@ -70,34 +74,77 @@ static void decode_plain(const bg_map_form *form, uint64_t *entries, int64_t cou
     }
 }
 
-static int note(bg_map *map, const bg_l2_places *p)
+/* What is left of a table when it was noted. */
+static int64_t insert_places(bg_map *map, int64_t generation, const bg_l2_places *p, const uint64_t *places)
 {
-    if (p->host < 1 || p->host > INT64_MAX - (p->storage > 0 ? p->storage : 0) || p->host + p->storage < 1 ||
-        (p->host + p->storage) % 8)
-        return 0;
-    bg_map_form form = {decode_plain, p->storage, p->slot, p->cluster_bits, p->flags, p->version};
-    return bg_map_note_table(map, &form, p->disk, p->entries, p->host + p->storage);
+    bg_map_extent extents[BATCH];
+    int64_t taken = 0, count = 0, cluster = (int64_t)1 << p->cluster_bits;
+    for (int64_t i = 0; i <= p->entries; i++) {
+        if (count == BATCH || i == p->entries) {
+            int64_t ret = bg_map_insert(map, generation, extents, count);
+            if (ret < 0)
+                return ret;
+            taken += ret;
+            count = 0;
+        }
+        if (i == p->entries || places[i] == BG_MAP_NO_PLACE)
+            continue;
+        if (i > 0 && count > 0 && places[i - 1] + (uint64_t)cluster == places[i])
+            extents[count - 1].length += cluster;
+        else
+            extents[count++] = (bg_map_extent){p->disk + (i << p->cluster_bits), cluster,
+                                               (int64_t)(places[i] & ~(uint64_t)(SECTOR - 1)), p->slot,
+                                               (int32_t)(places[i] & (SECTOR - 1))};
+    }
+    return taken;
 }
 
-int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *places)
+/* Whole clusters of the runs, into `places`; what is not whole is inserted. */
+static int64_t find_places(bg_map *map, int64_t generation, const bg_l2_places *p, uint64_t *places)
 {
     bg_l2_run runs[BATCH];
-    bg_map_extent extents[BATCH];
     int64_t taken = 0;
-    for (int64_t at = 0, n; at < places->entries; at = runs[n - 1].index + runs[n - 1].count) {
-        n = bg_l2_decode(places->table, at, places->entries, places->cluster_bits, places->version, 0, runs, BATCH);
+    for (int64_t at = 0, n; at < p->entries; at = runs[n - 1].index + runs[n - 1].count) {
+        n = bg_l2_decode(p->table, at, p->entries, p->cluster_bits, p->version, 0, runs, BATCH);
         if (n < 0)
             return n;
-        int64_t count = 0;
-        for (int64_t i = 0; i < n; i++)
-            count += place(places, &runs[i], places->disk, &extents[count]);
-        int64_t ret = bg_map_insert(map, generation, extents, count);
-        if (ret < 0)
-            return ret;
-        taken += ret;
+        for (int64_t i = 0; i < n; i++) {
+            const bg_l2_run *run = &runs[i];
+            int64_t start = p->disk + (run->index << p->cluster_bits), length = run->count << p->cluster_bits;
+            bg_map_extent e;
+            if (!place(p, run, p->disk, &e))
+                continue;
+            bool whole = e.offset == start && e.length == length && !(e.storage_offset & (SECTOR - 1));
+            for (int64_t k = 0; whole && k < run->count; k++)
+                places[run->index + k] = (uint64_t)(e.storage_offset + (k << p->cluster_bits)) | (uint64_t)e.flags;
+            int64_t ret = whole ? 0 : bg_map_insert(map, generation, &e, 1);
+            if (ret < 0)
+                return ret;
+            taken += ret;
+        }
     }
-    int ret = note(map, places);
-    return ret < 0 ? ret : taken;
+    return taken;
+}
+
+int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *p)
+{
+    int64_t host = 0;
+    if (p->entries < 0 || p->cluster_bits < 9 || p->cluster_bits > 21)
+        return -EINVAL;
+    uint64_t *places = malloc((size_t)p->entries * sizeof(*places) + 1);
+    if (!places)
+        return 0;
+    for (int64_t i = 0; i < p->entries; i++)
+        places[i] = BG_MAP_NO_PLACE;
+    int64_t ret = find_places(map, generation, p, places), left = 0;
+    if (ret >= 0 && p->host > 0 && !__builtin_add_overflow(p->host, p->storage, &host) && host > 0 && host % 8 == 0) {
+        bg_map_form form = {decode_plain, p->storage, p->slot, p->cluster_bits, p->flags, p->version};
+        bg_map_note_table(map, generation, &form, p->disk, places, p->entries, host);
+    }
+    if (ret >= 0)
+        left = insert_places(map, generation, p, places);
+    free(places);
+    return ret < 0 ? ret : left < 0 ? left : ret + left;
 }
 
 /* The table of an L1 entry: 0, there is none; -1: it breaks the specification. */

@@ -30,7 +30,7 @@ typedef struct {
     int32_t flags; /* of what is COPIED; the rest, and what touches metadata, may not be written */
 } bg_l2_places;
 
-/* Insert the clusters that are plain data; returns how many extents the map took. Notes where the table is (bg_map_note_table). */
+/* Insert the clusters that are plain data, or note where they are (bg_map_note_table); returns how many extents the map took. */
 int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *places);
 
 /* Some entries of a table. */

@@ -95,23 +95,55 @@ static void enter_cluster(int64_t c)
     disk[c].known = true;
 }
 
-static void enter(int64_t region)
+/* Of a region; how many clusters it has. */
+static int64_t places_of(int64_t region, uint64_t *places)
+{
+    int64_t n = 0;
+    for (int64_t c = region * PER_REGION; c < (region + 1) * PER_REGION && c <= LAST; c++, n++)
+        places[n] = (uint64_t)storage_of(disk[c].place) | disk[c].flags;
+    return n;
+}
+
+static void note(int64_t region, int64_t generation, uint64_t *places, int64_t n)
+{
+    bg_map_form f = form(region);
+    CHECK(bg_map_note_table(map, generation, &f, region * REGION, places, n, TABLES + region * PER_REGION * 8) == 0);
+}
+
+static void insert(int64_t region, const uint64_t *places, int64_t n)
 {
     bg_map_extent e[PER_REGION];
-    int64_t n = 0;
-    for (int64_t c = region * PER_REGION; c < (region + 1) * PER_REGION && c <= LAST; c++, n++) {
-        e[n] = (bg_map_extent){c * CLUSTER, length_of(c), storage_of(disk[c].place), slot, (int32_t)disk[c].flags};
+    int64_t count = 0;
+    for (int64_t i = 0, c = region * PER_REGION; i < n; i++, c++)
+        if (places[i] != BG_MAP_NO_PLACE)
+            e[count++] = (bg_map_extent){c * CLUSTER, length_of(c), (int64_t)places[i] & -CLUSTER, slot, (int32_t)places[i] & 0xf};
+    CHECK(bg_map_insert(map, bg_map_generation(map), e, count) == count);
+    for (int64_t c = region * PER_REGION; c < region * PER_REGION + n; c++)
         disk[c].known = true;
-    }
-    CHECK(bg_map_insert(map, bg_map_generation(map), e, n) == n);
-    bg_map_form f = form(region);
-    CHECK(bg_map_note_table(map, &f, region * REGION, n, TABLES + region * PER_REGION * 8) == 0);
+}
+
+/* All of it is held. */
+static void enter(int64_t region)
+{
+    uint64_t places[PER_REGION];
+    int64_t n = places_of(region, places);
+    insert(region, places, n);
+    note(region, bg_map_generation(map), places, n);
+}
+
+/* It need not be, unless some of it is. */
+static void learn(int64_t region)
+{
+    uint64_t places[PER_REGION];
+    int64_t n = places_of(region, places);
+    note(region, bg_map_generation(map), places, n);
+    insert(region, places, n);
 }
 
 static bool is_dropped(int64_t region)
 {
-    bg_map_extent e;
-    return !bg_map_find(map, region * REGION, &e);
+    const leaf *l = ref_leaf(atomic_load(&atomic_load(&map->space)->leaf[region]));
+    return !l || l == &no_extents;
 }
 
 /* Whether it is known. */
@@ -190,7 +222,7 @@ static void what_happens_is_not_undone(void)
     for (int event = 0; event < 6; event++) {
         start();
         int64_t region = find_dropped(), c = region * PER_REGION + 5;
-        bg_map_extent e;
+        char byte;
         switch (event) {
         case 0:
             bg_map_wait(map, bg_map_invalidate(map, c * CLUSTER, CLUSTER));
@@ -210,7 +242,7 @@ static void what_happens_is_not_undone(void)
         default:
             bg_map_wait(map, bg_map_resize(map, SIZE));
         }
-        CHECK(bg_map_pread(map, c * CLUSTER, &e, 1) == BG_MAP_MISS);
+        CHECK(bg_map_pread(map, c * CLUSTER, &byte, 1) == BG_MAP_MISS);
         CHECK(is_dropped(region));
         end();
     }
@@ -276,6 +308,63 @@ static void meanwhile_it_happens(void)
     }
 }
 
+/* Who asked the drivers before something happened knows nothing. */
+static void noted_too_late(void)
+{
+    for (int event = 0; event < 4; event++) {
+        start();
+        uint64_t places[PER_REGION];
+        int64_t region = 3, c = region * PER_REGION + 7, generation = bg_map_generation(map);
+        bg_map_wait(map, bg_map_invalidate(map, region * REGION, REGION));
+        CHECK(!look(c));
+        if (event > 0)
+            generation = bg_map_generation(map);
+        if (event == 2)
+            bg_map_wait(map, bg_map_protect(map, c * CLUSTER, CLUSTER));
+        else if (event == 3)
+            bg_map_wait(map, bg_map_remove_slot(map, slot));
+        note(region, generation, places, places_of(region, places));
+        CHECK((places[0] == BG_MAP_NO_PLACE) == (event == 1) && look(c) == (event == 1));
+        end();
+    }
+}
+
+/* Nor what it does not say: a hole stays one, and a table that short words can not say is left to who asked. */
+static void noted_with_holes(void)
+{
+    start();
+    uint64_t places[PER_REGION];
+    int64_t region = 3, c = region * PER_REGION, n = places_of(region, places);
+    for (int odd = 0; odd < 3; odd++) {
+        bg_map_wait(map, bg_map_invalidate(map, region * REGION, REGION));
+        places_of(region, places);
+        if (odd)
+            places[5] = odd == 1 ? places[5] + 512 : (uint64_t)1 << 62;
+        places[6] = BG_MAP_NO_PLACE;
+        note(region, bg_map_generation(map), places, n);
+        CHECK((places[5] == BG_MAP_NO_PLACE) == !odd);
+        CHECK(!look(c)); /* the table has the sixth */
+    }
+    bg_map_wait(map, bg_map_invalidate(map, region * REGION, REGION));
+    CHECK(bg_pwrite(fd, &(uint64_t){0}, 8, TABLES + (c + 6) * 8) == 8);
+    places_of(region, places);
+    places[6] = BG_MAP_NO_PLACE;
+    note(region, bg_map_generation(map), places, n);
+    CHECK(look(c + 5));
+    bg_map_extent e;
+    CHECK(!bg_map_find(map, (c + 6) * CLUSTER, &e));
+    /* Of nothing but holes nothing is to be found. */
+    for (int64_t i = 0; i < n; i++) {
+        places[i] = BG_MAP_NO_PLACE;
+        CHECK(bg_pwrite(fd, &(uint64_t){0}, 8, TABLES + (c + i) * 8) == 8);
+    }
+    bg_map_wait(map, bg_map_invalidate(map, region * REGION, REGION));
+    note(region, bg_map_generation(map), places, n);
+    int64_t before = stats().recalls;
+    CHECK(!look(c) && stats().recalls == before);
+    end();
+}
+
 /* What is not the image's any more is not read. */
 static void slot_removed(void)
 {
@@ -323,29 +412,34 @@ static void inserted_in_a_dropped_region(void)
 static void refuses_what_is_no_table(void)
 {
     start();
+    uint64_t none[2 * PER_REGION];
+    int64_t generation = bg_map_generation(map);
+    for (int64_t i = 0; i < 2 * PER_REGION; i++)
+        none[i] = BG_MAP_NO_PLACE;
     bg_map_form f = form(0), large = f, odd = f, zero = f;
     large.shift = 40;
     odd.slot = -1;
     zero.flags = BG_MAP_ZERO;
-    CHECK(bg_map_note_table(map, &large, 0, 1, 0) == -EINVAL);
-    CHECK(bg_map_note_table(map, &odd, 0, 1, 0) == -EINVAL);
-    CHECK(bg_map_note_table(map, &zero, 0, 1, 0) == -EINVAL);
-    CHECK(bg_map_note_table(map, &f, 0, 1, 4) == -EINVAL);
-    CHECK(bg_map_note_table(map, &f, 0, -1, 0) == -EINVAL);
-    CHECK(bg_map_note_table(map, &f, 0, INT64_MAX / 8, 0) == -EINVAL);
-    CHECK(bg_map_note_table(map, &f, INT64_MAX - 5, 1, 0) == -EINVAL);
-    CHECK(bg_map_note_table(map, &f, 0, 1, -1) == -EINVAL);
-    CHECK(bg_map_note_table(map, &f, 0, 2, INT64_MAX - 8) == -EINVAL);
+    CHECK(bg_map_note_table(map, generation, &large, 0, none, 1, 0) == -EINVAL);
+    CHECK(bg_map_note_table(map, generation, &odd, 0, none, 1, 0) == -EINVAL);
+    CHECK(bg_map_note_table(map, 0, &f, 0, none, 1, 0) == -EINVAL);
+    CHECK(bg_map_note_table(map, generation, &zero, 0, none, 1, 0) == -EINVAL);
+    CHECK(bg_map_note_table(map, generation, &f, 0, none, 1, 4) == -EINVAL);
+    CHECK(bg_map_note_table(map, generation, &f, 0, none, -1, 0) == -EINVAL);
+    CHECK(bg_map_note_table(map, generation, &f, 0, none, INT64_MAX / 8, 0) == -EINVAL);
+    CHECK(bg_map_note_table(map, generation, &f, INT64_MAX - 5, none, 1, 0) == -EINVAL);
+    CHECK(bg_map_note_table(map, generation, &f, 0, none, 1, -1) == -EINVAL);
+    CHECK(bg_map_note_table(map, generation, &f, 0, none, 2, INT64_MAX - 8) == -EINVAL);
     /* Such as are of no use: for no whole region, not for its clusters, or for another disk. */
-    CHECK(bg_map_note_table(map, &f, 0, PER_REGION - 1, 0) == 0);
-    CHECK(bg_map_note_table(map, &f, -512, 2 * PER_REGION, 0) == 0);
-    CHECK(bg_map_note_table(map, &f, SIZE, PER_REGION, 0) == 0);
-    CHECK(bg_map_note_table(map, &f, -2 * REGION, PER_REGION, 0) == 0);
+    CHECK(bg_map_note_table(map, generation, &f, 0, none, PER_REGION - 1, 0) == 0);
+    CHECK(bg_map_note_table(map, generation, &f, -512, none, 2 * PER_REGION, 0) == 0);
+    CHECK(bg_map_note_table(map, generation, &f, SIZE, none, PER_REGION, 0) == 0);
+    CHECK(bg_map_note_table(map, generation, &f, -2 * REGION, none, PER_REGION, 0) == 0);
     int64_t region = find_dropped();
     CHECK(look(region * PER_REGION));
     /* Another form takes the place of all. */
     f.version = 7;
-    CHECK(bg_map_note_table(map, &f, 0, PER_REGION, TABLES) == 0);
+    CHECK(bg_map_note_table(map, generation, &f, 0, none, PER_REGION, TABLES) == 0);
     region = find_dropped();
     CHECK(!look(region * PER_REGION));
     end();
@@ -389,7 +483,10 @@ static void change(uint64_t *seed)
     case 9:
     case 10:
         write_table(region);
-        enter(region);
+        if (r >> 32 & 1)
+            enter(region);
+        else
+            learn(region);
         break;
     default:
         for (int i = 0; i < 8; i++)
@@ -430,8 +527,11 @@ static void *watch(void *arg)
         if (ret == BG_MAP_MISS) {
             pthread_mutex_lock(&resolver);
             CHECK(bg_pread(fd, &found, 8, storage_of(disk[c].place)) == 8);
-            if (next_random(&seed) % 4 == 0)
+            uint64_t how = next_random(&seed) % 8;
+            if (how == 0)
                 enter(c / PER_REGION);
+            else if (how == 1)
+                learn(c / PER_REGION);
             else
                 enter_cluster(c);
             pthread_mutex_unlock(&resolver);
@@ -484,6 +584,8 @@ void test_extent_map_recall(void)
     recall_all();
     what_happens_is_not_undone();
     meanwhile_it_happens();
+    noted_too_late();
+    noted_with_holes();
     slot_removed();
     table_of_something_else();
     inserted_in_a_dropped_region();
