@@ -190,11 +190,12 @@ struct bg_map_form {
 
 /*
  * A table of `entries` for the disk from `offset` on, which may be negative, is at `at` in the form's slot, or was, and says `places`.
- * Regions that it has all of are looked for there when they are needed, if it is in memory: at once those that nothing is known of, whose
- * places become BG_MAP_NO_PLACE, for they need not be inserted; others after they were dropped for want of memory. A map
- * has one form, but for the flags; another one takes the place of all tables noted before.
+ * Regions that it has all of are looked for there when they are needed, and are not held. So regions that nothing is known of
+ * are taken over at once while there is room, and else need not be; their places become BG_MAP_NO_PLACE, for who inserts the
+ * others. Returns how many extents were taken over. A map has one form, but for the flags; another one takes the place of all tables
+ * noted before.
  */
-int bg_map_note_table(bg_map *map, int64_t generation, const bg_map_form *form, int64_t offset, uint64_t *places, int64_t entries,
+int64_t bg_map_note_table(bg_map *map, int64_t generation, const bg_map_form *form, int64_t offset, uint64_t *places, int64_t entries,
                       int64_t at);
 /* cffi:begin */
 

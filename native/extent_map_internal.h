@@ -394,6 +394,8 @@ leaf *table_room(bg_map *map, space *sp, size_t bytes);
 
 /* Nothing is known of the region, but what map_recall may find by the sum of its words; 0: not even that. */
 void map_publish_dropped(bg_map *map, space *sp, int64_t region, uint64_t sum);
+/* Whether a table of so many words drives out nothing. */
+bool map_has_table_room(bg_map *map, uint64_t count);
 /* A table with these words instead of a region's extents. False: there is no memory. */
 bool map_publish_words(bg_map *map, space *sp, int64_t region, const uint32_t *words, uint64_t count);
 

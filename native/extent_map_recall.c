@@ -113,8 +113,8 @@ static bool is_unknown(const bg_map *map, const space *sp, int64_t region, int64
            !map_is_stale(map, generation, start, length) && !map_is_protected(map, generation, start, length);
 }
 
-/* Under the lock. `places` are the region's. */
-static void note_region(bg_map *map, space *sp, int64_t region, int64_t generation, uint64_t *places)
+/* Under the lock. `places` are the region's; adds how many extents of it are held to *taken. */
+static void note_region(bg_map *map, space *sp, int64_t region, int64_t generation, uint64_t *places, int64_t *taken)
 {
     uint32_t words[MOST_WORDS];
     uint64_t count = words_of(sp, region, (unsigned)map->form.shift);
@@ -122,18 +122,22 @@ static void note_region(bg_map *map, space *sp, int64_t region, int64_t generati
     if (slot->state != SLOT_LIVE || bg_always_waits(atomic_load(&slot->haste)) || !is_unknown(map, sp, region, generation) ||
         !to_words(&map->form, places, count, words))
         return;
-    map_publish_dropped(map, sp, region, sum_of(words, count));
+    if (map_has_table_room(map, count) && map_publish_words(map, sp, region, words, count))
+        *taken += ref_leaf(atomic_load(&sp->leaf[region]))->extents;
+    else
+        map_publish_dropped(map, sp, region, sum_of(words, count));
     for (uint64_t i = 0; i < count; i++)
         places[i] = BG_MAP_NO_PLACE;
 }
 
-int bg_map_note_table(bg_map *map, int64_t generation, const bg_map_form *form, int64_t offset, uint64_t *places, int64_t entries,
+int64_t bg_map_note_table(bg_map *map, int64_t generation, const bg_map_form *form, int64_t offset, uint64_t *places, int64_t entries,
                       int64_t at)
 {
     if (generation < 1 || form->shift <= CLUSTER_SHIFT_BASE || form->shift > CLUSTER_SHIFT_MAX || form->slot < 0 ||
         form->slot >= BG_MAP_SLOTS || form->flags & ~WRITES || entries < 0 || entries > INT64_MAX >> form->shift ||
         offset > INT64_MAX - (entries << form->shift) || !range_in(INT64_MAX, at, entries * ENTRY) || at % ENTRY)
         return -EINVAL;
+    int64_t taken = 0;
     pthread_mutex_lock(&map->lock);
     space *sp = atomic_load(&map->space);
     int64_t end = offset + (entries << form->shift);
@@ -145,10 +149,12 @@ int bg_map_note_table(bg_map *map, int64_t generation, const bg_map_form *form, 
             break;
         from >>= form->shift;
         map->sources[region].at = (at + from * ENTRY) | form->flags >> FLAG_SHIFT;
-        note_region(map, sp, region, generation, places + from);
+        note_region(map, sp, region, generation, places + from, &taken);
     }
+    map->inserts += taken;
+    map_finish(map);
     pthread_mutex_unlock(&map->lock);
-    return 0;
+    return taken;
 }
 
 uint64_t map_sum(const bg_map *map, const space *sp, int64_t region)

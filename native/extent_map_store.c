@@ -338,6 +338,12 @@ static void change_region(bg_map *map, space *sp, int64_t region, int64_t start,
         list->count = 0;
 }
 
+bool map_has_table_room(bg_map *map, uint64_t count)
+{
+    size_t bytes = sizeof(leaf) + count * sizeof(uint32_t);
+    return has_room(map, bytes + LEAF_ALIGN + MALLOC_HEAD, slab_class_of(map, bytes));
+}
+
 bool map_publish_words(bg_map *map, space *sp, int64_t region, const uint32_t *words, uint64_t count)
 {
     leaf_ref form = (leaf_ref)(map->form.shift - CLUSTER_SHIFT_BASE) << REF_SHIFT | REF_SHORT |

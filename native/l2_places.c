@@ -139,7 +139,8 @@ int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *p)
     int64_t ret = find_places(map, generation, p, places), left = 0;
     if (ret >= 0 && p->host > 0 && !__builtin_add_overflow(p->host, p->storage, &host) && host > 0 && host % 8 == 0) {
         bg_map_form form = {decode_plain, p->storage, p->slot, p->cluster_bits, p->flags, p->version};
-        bg_map_note_table(map, generation, &form, p->disk, places, p->entries, host);
+        left = bg_map_note_table(map, generation, &form, p->disk, places, p->entries, host);
+        ret += left > 0 ? left : 0;
     }
     if (ret >= 0)
         left = insert_places(map, generation, p, places);
