@@ -167,7 +167,8 @@ int64_t bg_map_generation(bg_map *map);
  */
 int64_t bg_map_insert(bg_map *map, int64_t generation, const bg_map_extent *extents, int64_t count);
 
-/* 1 and the extent around `offset` in *out (it may be cut at the ends of a region or a cluster), or 0. */
+/* 1 and the extent around `offset` in *out (it may be cut at the ends of a region or a cluster), or 0. As a request, it looks for what was
+ * dropped. */
 int bg_map_find(bg_map *map, int64_t offset, bg_map_extent *out);
 
 /* Remove, or only take WRITABLE, COPY and ALLOCATE away. Return a ticket (> 0). */

@@ -50,15 +50,15 @@ static int64_t length_of(int64_t c)
 }
 
 /* While entries have been read, and nothing is published yet. */
-static void (*meanwhile)(void);
+typedef void (*act)(void);
+static _Atomic(act) meanwhile;
 
 /* Entries are place << 8 | flags ^ those of the form; 0: none. */
 static void decode(const bg_map_form *form, uint64_t *entries, int64_t count)
 {
-    void (*act)(void) = meanwhile;
-    meanwhile = NULL;
-    if (act)
-        act();
+    act now = atomic_exchange(&meanwhile, NULL);
+    if (now)
+        now();
     for (int64_t i = 0; i < count; i++)
         entries[i] = entries[i] ? ((uint64_t)form->storage + (entries[i] >> 8 << SHIFT)) |
                                       ((entries[i] & 0xf) ^ (uint64_t)form->flags)
@@ -288,15 +288,14 @@ static void move_and_drop_meanwhile(void)
 /* What happens between the reading of a table and what comes of it counts. */
 static void meanwhile_it_happens(void)
 {
-    void (*const acts[])(void) = {invalidate_meanwhile, resize_meanwhile, cut_meanwhile, move_meanwhile,
-                                   move_and_drop_meanwhile};
+    const act acts[] = {invalidate_meanwhile, resize_meanwhile, cut_meanwhile, move_meanwhile, move_and_drop_meanwhile};
     for (int i = 0; i < 5; i++) {
         start();
         int64_t region = find_dropped();
         reading = region * PER_REGION + 5;
-        meanwhile = acts[i];
+        atomic_store(&meanwhile, acts[i]);
         char byte;
-        CHECK(bg_map_pread(map, (reading + 1) * CLUSTER, &byte, 1) == BG_MAP_MISS && !meanwhile);
+        CHECK(bg_map_pread(map, (reading + 1) * CLUSTER, &byte, 1) == BG_MAP_MISS && !atomic_load(&meanwhile));
         if (acts[i] == cut_meanwhile) {
             CHECK(bg_map_pread(map, region * REGION, &byte, 1) == -EINVAL);
         } else {
