@@ -98,6 +98,8 @@ class ScatteredFaults:
 
     def entered(self, offset: int, *, writable: bool) -> None:
         """All of the table was."""
+        if not self._most:
+            return  # nothing is looked up alone
         for entered in self._entered if writable else self._entered[:1]:
             if len(entered) >= _MOST:
                 entered.clear()

@@ -280,6 +280,17 @@ static inline leaf_ref leaf_as_ref(leaf *l)
     return (leaf_ref)(uintptr_t)l;
 }
 
+/* What a reference to a table of short words says, without the address. */
+static inline leaf_ref short_form(unsigned shift, unsigned slot)
+{
+    return (leaf_ref)(shift - CLUSTER_SHIFT_BASE) << REF_SHIFT | REF_SHORT | (leaf_ref)slot << ADDRESS_BITS;
+}
+
+static inline leaf_ref ref_form(leaf_ref ref)
+{
+    return ref & ~((((leaf_ref)1 << ADDRESS_BITS) - LEAF_ALIGN) | REF_USED);
+}
+
 /* log2 of a table's clusters; 0: a list. */
 static inline unsigned ref_shift(leaf_ref ref)
 {

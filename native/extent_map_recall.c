@@ -104,12 +104,12 @@ static bool to_words(const bg_map_form *form, const uint64_t *places, uint64_t c
 }
 
 /* Under the lock: nothing is known of the region, and who asked the drivers at `generation` knows all that has happened to it. */
-static bool is_unknown(const bg_map *map, const space *sp, int64_t region, int64_t generation)
+static bool is_unknown(const bg_map *map, space *sp, int64_t region, int64_t generation)
 {
     int64_t start = region << sp->shift, length = region_end(sp, region) - start;
     leaf_ref ref = atomic_load(&sp->leaf[region]);
     span s;
-    return (ref ? ref_leaf(ref) == &no_extents : !map_find((space *)sp, start, &s)) &&
+    return (ref ? ref_leaf(ref) == &no_extents : !map_find(sp, start, &s)) &&
            !map_is_stale(map, generation, start, length) && !map_is_protected(map, generation, start, length);
 }
 
@@ -161,8 +161,8 @@ uint64_t map_sum(const bg_map *map, const space *sp, int64_t region)
 {
     uint32_t words[MOST_WORDS];
     leaf_ref ref = atomic_load(&sp->leaf[region]);
-    if (!map->sources || !map->sources[region].at || !(ref & REF_SHORT) || ref_shift(ref) != (unsigned)map->form.shift ||
-        ref_slot(ref) != (unsigned)map->form.slot)
+    if (!map->sources || !map->sources[region].at ||
+        ref_form(ref) != short_form((unsigned)map->form.shift, (unsigned)map->form.slot))
         return 0;
     uint64_t count = words_of(sp, region, ref_shift(ref));
     for (uint64_t i = 0; i < count; i++)

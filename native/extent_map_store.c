@@ -346,8 +346,7 @@ bool map_has_table_room(bg_map *map, uint64_t count)
 
 bool map_publish_words(bg_map *map, space *sp, int64_t region, const uint32_t *words, uint64_t count)
 {
-    leaf_ref form = (leaf_ref)(map->form.shift - CLUSTER_SHIFT_BASE) << REF_SHIFT | REF_SHORT |
-                    (leaf_ref)map->form.slot << ADDRESS_BITS;
+    leaf_ref form = short_form((unsigned)map->form.shift, (unsigned)map->form.slot);
     leaf_ref made = table_of_words(map, sp, words, count, form);
     if (made)
         publish_leaf(map, sp, region, made);

@@ -80,19 +80,27 @@ leaf_ref table_form(const span_list *list, int64_t start, int64_t end)
     for (size_t i = 0; is_short && i < list->count; i++)
         is_short = has_short_words(&list->spans[i], shift, slot);
     if (is_short)
-        form |= REF_SHORT | (leaf_ref)slot << ADDRESS_BITS;
+        form = short_form(shift, slot);
     return is_smaller(form, ((uint64_t)(end - start - 1) >> shift) + 1, list->count) ? form : 0;
+}
+
+/* Without words yet; 0: there is no memory. */
+static leaf_ref new_table(bg_map *map, space *sp, uint64_t words, leaf_ref form)
+{
+    leaf *made = table_room(map, sp, sizeof(leaf) + words * word_size(form));
+    if (!made)
+        return 0;
+    made->count = (uint32_t)words;
+    return leaf_as_ref(made) | form;
 }
 
 leaf_ref table_leaf(bg_map *map, space *sp, const span_list *list, int64_t start, int64_t end, leaf_ref form)
 {
     unsigned shift = ref_shift(form);
     uint64_t words = ((uint64_t)(end - start - 1) >> shift) + 1;
-    leaf *made = table_room(map, sp, sizeof(leaf) + words * word_size(form));
-    if (!made)
+    leaf_ref ref = new_table(map, sp, words, form);
+    if (!ref)
         return 0;
-    made->count = (uint32_t)words;
-    leaf_ref ref = leaf_as_ref(made) | form;
     for (uint64_t i = 0; i < words; i++)
         put_word(ref, i, WORD_NONE, memory_order_relaxed);
     for (size_t i = 0; i < list->count; i++) {
@@ -119,14 +127,12 @@ static uint32_t beginnings(leaf_ref ref, uint64_t from, uint64_t end)
 
 leaf_ref table_of_words(bg_map *map, space *sp, const uint32_t *words, uint64_t count, leaf_ref form)
 {
-    leaf *made = table_room(map, sp, sizeof(leaf) + count * sizeof(*words));
-    if (!made)
+    leaf_ref ref = new_table(map, sp, count, form);
+    if (!ref)
         return 0;
-    made->count = (uint32_t)count;
-    leaf_ref ref = leaf_as_ref(made) | form;
     for (uint64_t i = 0; i < count; i++)
         atomic_store_explicit(&ref_short_words(ref)[i], words[i], memory_order_relaxed);
-    made->extents = beginnings(ref, 0, count);
+    ref_leaf(ref)->extents = beginnings(ref, 0, count);
     return ref;
 }
 

@@ -136,16 +136,15 @@ int64_t bg_map_insert_l2(bg_map *map, int64_t generation, const bg_l2_places *p)
         return 0;
     for (int64_t i = 0; i < p->entries; i++)
         places[i] = BG_MAP_NO_PLACE;
-    int64_t ret = find_places(map, generation, p, places), left = 0;
-    if (ret >= 0 && p->host > 0 && !__builtin_add_overflow(p->host, p->storage, &host) && host > 0 && host % 8 == 0) {
+    int64_t cut = find_places(map, generation, p, places), noted = 0;
+    if (cut >= 0 && p->host > 0 && !__builtin_add_overflow(p->host, p->storage, &host) && host > 0) {
         bg_map_form form = {decode_plain, p->storage, p->slot, p->cluster_bits, p->flags, p->version};
-        left = bg_map_note_table(map, generation, &form, p->disk, places, p->entries, host);
-        ret += left > 0 ? left : 0;
+        noted = bg_map_note_table(map, generation, &form, p->disk, places, p->entries, host);
     }
-    if (ret >= 0)
-        left = insert_places(map, generation, p, places);
+    /* What can not be noted is inserted. */
+    int64_t inserted = cut < 0 ? cut : insert_places(map, generation, p, places);
     free(places);
-    return ret < 0 ? ret : left < 0 ? left : ret + left;
+    return inserted < 0 ? inserted : cut + (noted > 0 ? noted : 0) + inserted;
 }
 
 /* The table of an L1 entry: 0, there is none; -1: it breaks the specification. */

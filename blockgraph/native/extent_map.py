@@ -196,7 +196,7 @@ class ExtentMap:
             OSError: the storage failed; `buf` is then unspecified.
         """
         code = self._requests.pread_into(offset, buf)
-        if code not in (0, _MISS):
+        if code < 0:
             self._refuse(code, offset, memoryview(buf).nbytes)
         return code == 0
 
@@ -210,7 +210,7 @@ class ExtentMap:
             OSError: the storage failed; any part may have been written.
         """
         code = self._requests.pwrite(offset, buf)
-        if code not in (0, _MISS):
+        if code < 0:
             self._refuse(code, offset, memoryview(buf).nbytes)
         return code == 0
 

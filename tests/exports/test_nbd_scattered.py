@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import random
-import struct
-from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.fragmented import fragmented
 from helpers.loop import graph_of
 
 from blockgraph.backend import Backend
@@ -190,9 +188,7 @@ async def test_closing_server_lets_what_is_looked_up_end() -> None:
 # A fragmented image, for whose map there is no room.
 
 CLUSTER = 4096
-ENTRIES = CLUSTER // 8
 CLUSTERS = 1 << 17
-TABLES = CLUSTERS // ENTRIES
 SIZE = CLUSTERS * CLUSTER
 SMALL_MAP = 256 << 10  # half of what it takes
 
@@ -204,28 +200,9 @@ def content(cluster: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full image in which no two neighbours of the disk are neighbours in the file.
-
-    It has no refcounts, so it is for reading only.
-    Source: QEMU docs/interop/qcow2.rst.
-    """
+    """A full image in which no two neighbours of the disk are neighbours in the file."""
     path = tmp_path_factory.mktemp("scattered") / "disk.qcow2"
-    l1_at, l1_clusters = 2 * CLUSTER, -(-TABLES // ENTRIES)
-    l2_at = l1_at + l1_clusters * CLUSTER
-    data_at = l2_at + TABLES * CLUSTER
-    head = (b"QFI\xfb", 3, 0, 0, 12, SIZE, 0, TABLES, l1_at, CLUSTER, 1, 0, 0, 0, 0, 0, 4, 104)
-    places = [(cluster * 0x9E3779B1) % CLUSTERS for cluster in range(CLUSTERS)]
-    l1 = array("Q", [1 << 63 | l2_at + i * CLUSTER for i in range(TABLES)])
-    l2 = array("Q", [1 << 63 | data_at + place * CLUSTER for place in places])
-    l1.byteswap()
-    l2.byteswap()
-    with path.open("wb") as file:
-        file.write(struct.pack(">4sIQIIQIIQQIIQQQQII", *head).ljust(l1_at, b"\0"))
-        file.write(l1.tobytes().ljust(l1_clusters * CLUSTER, b"\0") + l2.tobytes())
-        file.truncate(data_at + SIZE)
-        for cluster in range(0, CLUSTERS, 16):
-            os.pwrite(file.fileno(), content(cluster), data_at + places[cluster] * CLUSTER)
-    return path
+    return fragmented(path, SIZE, 12, {cluster: content(cluster) for cluster in range(0, CLUSTERS, 16)})
 
 
 @asynccontextmanager
