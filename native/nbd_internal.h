@@ -2,7 +2,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * One connection (nbd_conn.c input and requests, nbd_reads.c reads of what is in memory, nbd_output.c replies and the end) and
- * the thread it belongs to (nbd_loop.c).
+ * the thread it belongs to (nbd_loop.c; nbd_threads.c which).
  *
  * A connection's lock guards all of it but `posted` and `wanted`. Its thread waits for the lock. Others leave their news
  * in those two, and then only try the lock: whoever has it looks for news after unlocking. So a thread of the pool, or
@@ -15,10 +15,12 @@
 #define BG_NBD_INTERNAL_H
 
 #include "nbd_loop.h"
+#include "nbd_home.h"
 #include "nbd_watch.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/epoll.h>
 
 #define INPUT (128 << 10) /* received at once where it is not known to be payload */
 
@@ -50,14 +52,19 @@ typedef struct nbd_thread {
     bg_nbd_conn *kicked;
     pthread_t thread;
     bg_nbd_watch watch;
+    atomic_int crowd;     /* turns for which it counts as sharing its processor with clients */
+    atomic_int processor; /* of the latest turn */
+    unsigned given;       /* connections, to the others in turn */
+    int trust;            /* in that clients are elsewhere: see nbd_threads.c */
     pthread_mutex_t lock;  /* of the two lists */
     bg_nbd_conn *first;    /* connections, until they are released */
     bg_nbd_conn *released; /* to be freed when no event can name them any more */
+    atomic_int connections; /* how many there are in `first` */
     atomic_bool stop;
 } nbd_thread;
 
 typedef struct {
-    atomic_uint_fast64_t requests, hits, blocked, piped, stored, faults, refused, received, sent, receives, sends, wakeups;
+    atomic_uint_fast64_t requests, hits, blocked, piped, stored, faults, refused, received, sent, receives, sends, wakeups, moved;
 } nbd_counters;
 
 struct bg_nbd_loop {
@@ -69,14 +76,14 @@ struct bg_nbd_loop {
     pthread_mutex_t lock; /* of the spare requests */
     nbd_request *spare_requests;
     int caller_epoll; /* connections that bg_nbd_poll serves */
-    atomic_uint next_thread;
+    atomic_uint turn;
     int nthreads;
     nbd_thread threads[];
 };
 
 struct bg_nbd_conn {
     bg_source source; /* first: see conn_of */
-    nbd_thread *thread; /* of its own */
+    nbd_thread *thread; /* that serves it; while there is no request in flight it may change */
     bg_nbd_loop *loop;
     bg_nbd_settings settings;
     pthread_mutex_t lock;
@@ -138,6 +145,9 @@ struct bg_nbd_conn {
     bg_request ended; /* reports the end */
 
     bg_nbd_stats counted; /* since the last turn */
+    bg_nbd_home home;
+    bool probing; /* in this turn */
+    bool away;    /* it is to go to another thread */
     bool is_kicked;
     bg_nbd_conn *next_kicked;
     bg_nbd_conn *next, **prev;  /* connections of the thread */
@@ -149,6 +159,18 @@ void nbd_watch(bg_nbd_conn *conn);   /* ask epoll for what the connection waits 
 void nbd_unwatch(bg_nbd_conn *conn); /* before its socket is closed */
 void nbd_move(bg_nbd_conn *conn, bool to_caller);
 void nbd_use_aio(bg_nbd_conn *conn); /* on its own thread: requests may be begun at devices from now on */
+
+/* nbd_threads.c */
+nbd_thread *nbd_next_thread(bg_nbd_loop *loop); /* for a new connection */
+void nbd_join(nbd_thread *thread, bg_nbd_conn *conn);
+void nbd_part(bg_nbd_conn *conn, bool for_good);
+/* On the thread itself. At the end of a wait: whether others had its processor meanwhile. */
+void nbd_note_crowd(nbd_thread *thread, bool shared);
+/* With the lock, too: whether to watch who gets the processor while the reply to the only request is sent; who did. */
+bool nbd_probes(bg_nbd_conn *conn);
+long nbd_switches(void);
+void nbd_probed(bg_nbd_conn *conn, bool met);
+bool nbd_give_away(bg_nbd_conn *conn, uint32_t events);
 
 /* nbd_conn.c; with the lock */
 void nbd_turn(bg_nbd_conn *conn, uint32_t events); /* what epoll has said */

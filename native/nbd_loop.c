@@ -92,23 +92,27 @@ static int64_t now(void)
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
-/* Wait for events, as nbd_watch.h says. *watched: until they came, in vain at first. */
+/* Wait for events, as nbd_watch.h says. *watched: until they came, in vain at first, and nobody else wanted the processor. */
 static int await(nbd_thread *thread, struct epoll_event *events, bool *watched)
 {
     bg_nbd_watch *watch = &thread->watch;
     if (!bg_nbd_watch_naps(watch)) {
-        bg_nbd_watch_begin(watch, now());
+        int64_t offered = now();
+        bg_nbd_watch_begin(watch, offered);
         do {
             int n = epoll_wait(thread->epoll, events, EVENTS, 0);
             if (n != 0) {
-                *watched = watch->looked;
+                *watched = watch->looked && !watch->shared;
                 bg_nbd_watch_found(watch);
+                nbd_note_crowd(thread, watch->shared);
                 return n;
             }
+            offered = now();
             sched_yield();
-        } while (bg_nbd_watch_again(watch, now()));
+        } while (bg_nbd_watch_again(watch, offered, now()));
     }
     *watched = false;
+    nbd_note_crowd(thread, false);
     return epoll_wait(thread->epoll, events, EVENTS, -1);
 }
 
@@ -151,8 +155,13 @@ static bool serve(bg_nbd_loop *loop, nbd_thread *thread, const struct epoll_even
             reap(thread);
         } else if (conn) {
             pthread_mutex_lock(&conn->lock);
+            if (thread && conn->away && nbd_give_away(conn, events[i].events)) {
+                nbd_leave(conn);
+                continue;
+            }
             conn->alone = n == 1;
             conn->sleeps = watched && n == 1;
+            conn->probing = thread && nbd_probes(conn);
             nbd_turn(conn, events[i].events);
             busy |= conn->busy;
             nbd_leave(conn);
@@ -243,16 +252,19 @@ int bg_nbd_loop_new(int threads, bg_pool *pool, bg_nbd_loop **out)
 
 void bg_nbd_loop_stop(bg_nbd_loop *loop)
 {
+    /* First all of them, as they give connections to each other. */
     for (int i = 0; i < loop->nthreads; i++) {
         nbd_thread *thread = &loop->threads[i];
         if (!atomic_exchange(&thread->stop, true)) {
             eventfd_write(thread->wakeup, 1);
             pthread_join(thread->thread, NULL);
-            for (bg_nbd_conn *conn = thread->first; conn; conn = conn->next)
-                bg_nbd_abort(conn);
-            for (bg_nbd_conn *conn = thread->first; conn; conn = conn->next)
-                bg_source_wait(&conn->source);
         }
+    }
+    for (int i = 0; i < loop->nthreads; i++) {
+        for (bg_nbd_conn *conn = loop->threads[i].first; conn; conn = conn->next)
+            bg_nbd_abort(conn);
+        for (bg_nbd_conn *conn = loop->threads[i].first; conn; conn = conn->next)
+            bg_source_wait(&conn->source);
     }
 }
 
@@ -308,6 +320,7 @@ void bg_nbd_loop_stats(bg_nbd_loop *loop, bg_nbd_stats *out)
         .receives = atomic_load(&c->receives),
         .sends = atomic_load(&c->sends),
         .wakeups = atomic_load(&c->wakeups),
+        .moved = atomic_load(&c->moved),
     };
 }
 
@@ -326,7 +339,7 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
         free(conn);
         return -ENOMEM;
     }
-    nbd_thread *thread = &loop->threads[atomic_fetch_add(&loop->next_thread, 1) % (unsigned)loop->nthreads];
+    nbd_thread *thread = nbd_next_thread(loop);
     conn->source = (bg_source){.map = map,
                                .pool = loop->pool,
                                .faults = loop->faults,
@@ -336,7 +349,6 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
                                .step = BG_NBD_CACHE_STEP};
     conn->ended = (bg_request){.source = &conn->source, .kind = BG_REQUEST_ENDED};
     conn->loop = loop;
-    conn->thread = thread;
     conn->settings = *settings;
     conn->fd = fd;
     conn->limit = INPUT;
@@ -348,13 +360,7 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
     conn->last_output = &conn->output;
     conn->interest = EPOLLIN;
     pthread_mutex_init(&conn->lock, NULL);
-    pthread_mutex_lock(&thread->lock);
-    conn->next = thread->first;
-    conn->prev = &thread->first;
-    if (conn->next)
-        conn->next->prev = &conn->next;
-    thread->first = conn;
-    pthread_mutex_unlock(&thread->lock);
+    nbd_join(thread, conn);
     *out = conn;
     /* From here on the thread may have it in hand. */
     int ret = watch_first(conn, map == NULL);
@@ -367,12 +373,5 @@ int bg_nbd_conn_new(bg_nbd_loop *loop, int fd, int64_t id, const bg_nbd_settings
 
 void bg_nbd_release(bg_nbd_conn *conn)
 {
-    nbd_thread *thread = conn->thread;
-    pthread_mutex_lock(&thread->lock);
-    *conn->prev = conn->next;
-    if (conn->next)
-        conn->next->prev = conn->prev;
-    conn->next_released = thread->released;
-    thread->released = conn;
-    pthread_mutex_unlock(&thread->lock);
+    nbd_part(conn, true);
 }

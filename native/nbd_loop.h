@@ -10,7 +10,8 @@
  *
  * What the extent map knows is done where it is parsed, and what the protocol forbids is refused there. Whoever completes a request (the loop's thread, a pool's, Python's)
  * sends its reply, unless another thread is at work on that connection, which then sends it too. A thread that has answered
- * one short request looks for the next for some microseconds before it sleeps.
+ * one short request looks for the next for some microseconds before it sleeps. Where clients and threads have to share the
+ * processors, connections go to the thread that is nearest to their clients.
  *
  * Memory is bounded whatever a client does: a request is taken while those whose replies have not reached the socket are
  * fewer than BG_NBD_MAX_REQUESTS and their payload is at most BG_NBD_MAX_BYTES (one is always taken); the rest stays in
@@ -63,6 +64,7 @@ typedef struct {
     uint64_t receives; /* system calls that received something */
     uint64_t sends;
     uint64_t wakeups; /* of the loop's threads */
+    uint64_t moved;   /* connections, to the thread whose processor their clients share */
 } bg_nbd_stats;
 
 int bg_nbd_loop_new(int threads, bg_pool *pool, bg_nbd_loop **out);

@@ -171,6 +171,7 @@ void nbd_count(bg_nbd_conn *conn)
     add(&all->sent, own->sent);
     add(&all->receives, own->receives);
     add(&all->sends, own->sends);
+    add(&all->moved, own->moved);
     conn->counted = (bg_nbd_stats){0};
 }
 
@@ -184,6 +185,8 @@ void nbd_flush(bg_nbd_conn *conn)
         size_t total;
         struct msghdr message = {.msg_iov = iov};
         message.msg_iovlen = gather(conn, iov, &total);
+        bool probing = conn->probing && conn->requests == 1;
+        long before = probing ? nbd_switches() : 0;
         ssize_t sent = sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (sent < 0 && errno == EINTR)
             continue;
@@ -194,6 +197,8 @@ void nbd_flush(bg_nbd_conn *conn)
         if (sent >= 0) {
             conn->counted.sends++;
             conn->counted.sent += (uint64_t)sent;
+            if (probing)
+                nbd_probed(conn, nbd_switches() != before);
             took(conn, (size_t)sent);
         }
         if (sent < 0 || (size_t)sent < total) {
@@ -270,6 +275,7 @@ void nbd_leave(bg_nbd_conn *conn)
 {
     for (;;) {
         nbd_attend(conn);
+        conn->probing = false;
         nbd_count(conn);
         if (!conn->closed) {
             nbd_watch(conn);

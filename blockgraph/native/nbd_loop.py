@@ -63,6 +63,8 @@ class NbdStats(NamedTuple):
     sends: int
     wakeups: int
     """of the loop's threads"""
+    moved: int
+    """connections, to the thread whose processor their clients share"""
 
 
 _NOTHING = NbdStats(*[0] * len(NbdStats._fields))

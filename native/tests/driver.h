@@ -45,6 +45,7 @@ void test_guard(void);
 void test_heavy(void);
 void test_nbd(void);
 void test_nbd_reads(void);
+void test_nbd_threads(void);
 void test_nbd_watch(void);
 void test_pipe(void);
 void test_pool(void);

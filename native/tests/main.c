@@ -19,7 +19,7 @@ int main(void)
         {"extent_map_threads", test_extent_map_threads}, {"first_writes", test_first_writes}, {"copier", test_copier},
         {"allocator", test_allocator}, {"allocator_zeroes", test_allocator_zeroes}, {"request", test_request},
         {"flight", test_flight}, {"heavy", test_heavy}, {"nbd", test_nbd}, {"nbd_reads", test_nbd_reads},
-        {"nbd_watch", test_nbd_watch}, {"sums", test_sums},
+        {"nbd_threads", test_nbd_threads}, {"nbd_watch", test_nbd_watch}, {"sums", test_sums},
     };
     for (size_t i = 0; i < sizeof(tests) / sizeof(tests[0]); i++) {
         tests[i].run();

@@ -4,22 +4,23 @@
 #define _GNU_SOURCE
 #include "driver.h"
 #include "nbd_internal.h"
+#include "nbd_peer.h"
 
-#include <endian.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
 #define LOOK 1000 /* ns, of those that nobody disturbs */
-#define BLOCK 512
-#define SIZE (64 * BLOCK)
+#define OFFER 500 /* of these, that nobody has taken */
 
-/* A watch that finds something at its look number `at`, counted from 0, or nothing at all; returns its looks. */
-static int watch_once(bg_nbd_watch *w, int64_t *clock, int at, int64_t look)
+/*
+ * A watch that finds something at its look number `at`, counted from 0, or nothing at all; returns its looks. After each the
+ * processor is offered to others, who keep it for `offer`.
+ */
+static int watch_once(bg_nbd_watch *w, int64_t *clock, int at, int64_t offer)
 {
     int looks = 0;
     bg_nbd_watch_begin(w, *clock);
@@ -28,9 +29,11 @@ static int watch_once(bg_nbd_watch *w, int64_t *clock, int at, int64_t look)
             bg_nbd_watch_found(w);
             return looks;
         }
-        *clock += look;
-    } while (bg_nbd_watch_again(w, *clock));
-    return looks;
+        *clock += LOOK - OFFER + offer;
+        if (!bg_nbd_watch_again(w, *clock - offer, *clock))
+            return looks;
+        CHECK(w->shared == (offer > BG_NBD_OFFER));
+    } while (true);
 }
 
 static void rules(void)
@@ -41,7 +44,7 @@ static void rules(void)
     unsigned naps = 0;
     for (int round = 0; round < 15; round++) {
         CHECK(!bg_nbd_watch_naps(&w));
-        CHECK(watch_once(&w, &clock, -1, LOOK) == BG_NBD_WATCH / LOOK);
+        CHECK(watch_once(&w, &clock, -1, OFFER) == BG_NBD_WATCH / LOOK);
         naps = naps < BG_NBD_MOST_NAPS ? naps * 2 + 1 : BG_NBD_MOST_NAPS;
         CHECK(w.naps == naps && w.next_naps == naps);
         for (unsigned i = 0; i < naps; i++)
@@ -49,16 +52,23 @@ static void rules(void)
     }
     CHECK(naps == BG_NBD_MOST_NAPS);
     /* What is there at once proves nothing; what comes while it watches halves them, and none is due. */
-    CHECK(!bg_nbd_watch_naps(&w) && watch_once(&w, &clock, 0, LOOK) == 1 && w.next_naps == BG_NBD_MOST_NAPS);
+    CHECK(!bg_nbd_watch_naps(&w) && watch_once(&w, &clock, 0, OFFER) == 1 && w.next_naps == BG_NBD_MOST_NAPS);
     for (; naps; naps /= 2) {
         CHECK(!bg_nbd_watch_naps(&w) && w.next_naps == naps);
-        CHECK(watch_once(&w, &clock, 1 + (int)(naps % 7), LOOK) == 2 + (int)(naps % 7));
+        CHECK(watch_once(&w, &clock, 1 + (int)(naps % 7), OFFER) == 2 + (int)(naps % 7));
     }
     CHECK(!bg_nbd_watch_naps(&w) && w.next_naps == 0);
     /* When others have had the processor, it gives up after one look; just not yet, it goes on. */
     CHECK(watch_once(&w, &clock, -1, BG_NBD_CROWDED + 1) == 1 && w.naps == 1);
     CHECK(bg_nbd_watch_naps(&w) && !bg_nbd_watch_naps(&w));
-    CHECK(watch_once(&w, &clock, -1, BG_NBD_CROWDED) == BG_NBD_WATCH / BG_NBD_CROWDED && w.naps == 3);
+    CHECK(watch_once(&w, &clock, -1, BG_NBD_CROWDED) == 1 + BG_NBD_WATCH / BG_NBD_CROWDED && w.naps == 3);
+    /* Whether they have had it counts from one look to the next, not from one watch to the next. */
+    bg_nbd_watch_begin(&w, clock);
+    CHECK(bg_nbd_watch_again(&w, clock, clock + BG_NBD_OFFER + 1) && w.shared);
+    CHECK(bg_nbd_watch_again(&w, clock, clock + BG_NBD_OFFER) && !w.shared);
+    CHECK(bg_nbd_watch_again(&w, clock, clock + BG_NBD_OFFER + 1));
+    bg_nbd_watch_begin(&w, clock);
+    CHECK(!w.shared && !w.looked);
     /* Busy: not less than so many, never fewer than were due. */
     bg_nbd_watch_busy(&w);
     CHECK(w.naps == BG_NBD_BUSY_NAPS && w.next_naps == 3);
@@ -96,38 +106,22 @@ static void until_asleep(int state)
     }
 }
 
-static void ask(int sock, uint64_t cookie)
-{
-    unsigned char request[28] = {0x25, 0x60, 0x95, 0x13}, reply[16 + BLOCK];
-    uint64_t block = cookie % (SIZE / BLOCK), offset = htobe64(block * BLOCK), tag = htobe64(cookie);
-    uint32_t length = htobe32(BLOCK);
-    memcpy(request + 8, &tag, 8);
-    memcpy(request + 16, &offset, 8);
-    memcpy(request + 24, &length, 4);
-    CHECK(send(sock, request, sizeof(request), 0) == sizeof(request));
-    CHECK(recv(sock, reply, sizeof(reply), MSG_WAITALL) == sizeof(reply));
-    CHECK(!memcmp(reply + 8, &tag, 8) && reply[16] == block && reply[16 + BLOCK - 1] == block);
-}
-
 /* A client that asks only when the thread has gone to sleep: every watch is in vain. */
-static void asleep(bg_pool *pool, bg_map *map, unsigned rounds)
+static void asleep(bg_pool *pool, const peer_disk *disk, unsigned rounds)
 {
     bg_nbd_loop *loop;
-    bg_nbd_conn *conn;
-    int pair[2];
-    bg_nbd_settings settings = {.size = SIZE};
+    int sock;
     CHECK(bg_nbd_loop_new(1, pool, &loop) == 0);
     int state = open_state(loop);
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
     until_asleep(state);
-    CHECK(bg_nbd_conn_new(loop, pair[0], 1, &settings, map, &conn) == 0);
+    bg_nbd_conn *conn = peer_connect(loop, disk, 1, &sock);
     bg_nbd_watch model = {.naps = 1, .next_naps = 1};
     for (unsigned i = 0; i < rounds; i++) {
-        ask(pair[1], i);
+        CHECK(peer_send(sock, i) && peer_receive(sock, i));
         until_asleep(state);
         if (!bg_nbd_watch_naps(&model)) {
             bg_nbd_watch_begin(&model, 0);
-            CHECK(!bg_nbd_watch_again(&model, BG_NBD_WATCH));
+            CHECK(!bg_nbd_watch_again(&model, BG_NBD_WATCH, BG_NBD_WATCH));
         }
     }
     bg_nbd_stats stats;
@@ -137,34 +131,21 @@ static void asleep(bg_pool *pool, bg_map *map, unsigned rounds)
     bg_nbd_loop_stop(loop);
     CHECK(loop->threads[0].watch.naps == model.naps && loop->threads[0].watch.next_naps == model.next_naps);
     CHECK(rounds < 3000 || model.next_naps == BG_NBD_MOST_NAPS);
-    bg_fault end;
-    while (bg_nbd_take(loop, &end, 1) == 0)
-        ;
-    CHECK(end.ticket == 0 && end.error == 0);
+    CHECK(peer_ended(loop) == 1);
     bg_nbd_release(conn);
     CHECK(bg_nbd_loop_free(loop) == 0);
     char byte;
-    CHECK(recv(pair[1], &byte, 1, 0) == 0);
-    close(pair[1]);
+    CHECK(recv(sock, &byte, 1, 0) == 0);
+    close(sock);
     close(state);
 }
 
 void test_nbd_watch(void)
 {
     bg_pool *pool;
-    bg_map *map;
-    unsigned char block[BLOCK];
     rules();
     CHECK(bg_pool_new(1, 1, &pool) == 0);
-    CHECK(bg_map_new(SIZE, BG_MAP_MIN_MEMORY, &map) == 0);
-    int fd = memfd_create("watch", MFD_CLOEXEC);
-    for (int i = 0; i < SIZE / BLOCK; i++) {
-        memset(block, i, sizeof(block));
-        CHECK(pwrite(fd, block, BLOCK, i * BLOCK) == BLOCK);
-    }
-    int slot = bg_map_add_slot(map, fd, 1, 1);
-    bg_map_extent all = {0, SIZE, 0, slot, 0};
-    CHECK(bg_map_insert(map, bg_map_generation(map), &all, 1) == 1);
+    peer_disk disk = peer_disk_new();
     /* Ended while it watches for the first time, or before it has begun to, or asleep. */
     for (int i = 0; i < 200; i++) {
         bg_nbd_loop *loop;
@@ -175,10 +156,8 @@ void test_nbd_watch(void)
         CHECK(bg_nbd_loop_free(loop) == 0);
     }
     for (unsigned rounds = 0; rounds < 12; rounds++)
-        asleep(pool, map, rounds);
-    asleep(pool, map, 3100); /* through a thousand naps, and a watch behind them */
-    bg_map_wait(map, bg_map_remove_slot(map, slot));
-    CHECK(bg_map_free(map) == 0);
+        asleep(pool, &disk, rounds);
+    asleep(pool, &disk, 3100); /* through a thousand naps, and a watch behind them */
+    peer_disk_free(&disk);
     bg_pool_free(pool);
-    close(fd);
 }
