@@ -95,7 +95,7 @@ struct bg_nbd_conn {
 
     _Atomic(nbd_request *) posted; /* completed by other threads, newest first */
     atomic_uint wanted;
-    atomic_int visitors; /* threads of the pool that may still look at the connection */
+    atomic_int visitors; /* threads that it does not belong to and that may still look at it */
 
     /* Input: bytes [start, end) are not parsed yet. */
     unsigned char *input;

@@ -156,7 +156,10 @@ static bool serve(bg_nbd_loop *loop, nbd_thread *thread, const struct epoll_even
         } else if (conn) {
             pthread_mutex_lock(&conn->lock);
             if (thread && conn->away && nbd_give_away(conn, events[i].events)) {
+                /* Who has it now may be done with it at once. */
+                atomic_fetch_add(&conn->visitors, 1);
                 nbd_leave(conn);
+                atomic_fetch_sub(&conn->visitors, 1);
                 continue;
             }
             conn->alone = n == 1;

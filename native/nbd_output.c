@@ -185,7 +185,7 @@ void nbd_flush(bg_nbd_conn *conn)
         size_t total;
         struct msghdr message = {.msg_iov = iov};
         message.msg_iovlen = gather(conn, iov, &total);
-        bool probing = conn->probing && conn->requests == 1;
+        bool probing = conn->probing && conn->requests == 1 && !conn->sent;
         long before = probing ? nbd_switches() : 0;
         ssize_t sent = sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (sent < 0 && errno == EINTR)
