@@ -102,6 +102,8 @@ static void who_gives_what(bg_pool *pool, const peer_disk *disk)
         CHECK(conn[i]->thread == &loop->threads[i % 3] && peer_send(sock[i], 7));
     }
     /* To who shares its processor with clients, and is on another. */
+    /* Whatever they have seen before they ended. */
+    a->crowd = b->crowd = c->crowd = 0;
     a->processor = b->processor = 0;
     c->processor = 1;
     stays(conn[0], EPOLLIN);
