@@ -112,8 +112,9 @@ static int await(nbd_thread *thread, struct epoll_event *events, bool *watched)
         } while (bg_nbd_watch_again(watch, offered, now()));
     }
     *watched = false;
+    int n = epoll_wait(thread->epoll, events, EVENTS, -1);
     nbd_note_crowd(thread, false);
-    return epoll_wait(thread->epoll, events, EVENTS, -1);
+    return n;
 }
 
 void nbd_use_aio(bg_nbd_conn *conn)

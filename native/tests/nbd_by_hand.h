@@ -22,7 +22,8 @@ static inline int connect_by_hand(bg_nbd_loop *loop, bg_map *map, const bg_nbd_s
     return pair[1];
 }
 
-static inline void send_header(int sock, uint16_t command, uint16_t flags, uint64_t cookie, uint64_t offset, uint32_t length)
+/* Whether the server was there to take it. */
+static inline bool try_send_header(int sock, uint16_t command, uint16_t flags, uint64_t cookie, uint64_t offset, uint32_t length)
 {
     struct __attribute__((packed)) {
         uint32_t magic;
@@ -30,7 +31,12 @@ static inline void send_header(int sock, uint16_t command, uint16_t flags, uint6
         uint64_t cookie, offset;
         uint32_t length;
     } header = {htobe32(0x25609513), htobe16(flags), htobe16(command), htobe64(cookie), htobe64(offset), htobe32(length)};
-    CHECK(send(sock, &header, sizeof(header), 0) == sizeof(header));
+    return send(sock, &header, sizeof(header), MSG_NOSIGNAL) == sizeof(header);
+}
+
+static inline void send_header(int sock, uint16_t command, uint16_t flags, uint64_t cookie, uint64_t offset, uint32_t length)
+{
+    CHECK(try_send_header(sock, command, flags, cookie, offset, length));
 }
 
 #endif

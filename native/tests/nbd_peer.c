@@ -3,13 +3,11 @@
 #define _GNU_SOURCE
 #include "nbd_peer.h"
 
-#include "driver.h"
+#include "nbd_by_hand.h"
 
-#include <endian.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #define HEAD 16 /* of a reply */
@@ -48,25 +46,19 @@ bg_nbd_conn *peer_connect(bg_nbd_loop *loop, const peer_disk *disk, int64_t id, 
     return conn;
 }
 
-int peer_send(int sock, uint64_t cookie)
+bool peer_send(int sock, uint64_t cookie)
 {
-    unsigned char request[28] = {0x25, 0x60, 0x95, 0x13};
-    uint64_t tag = htobe64(cookie), offset = htobe64(cookie % (PEER_SIZE / PEER_BLOCK) * PEER_BLOCK);
-    uint32_t length = htobe32(PEER_BLOCK);
-    memcpy(request + 8, &tag, 8);
-    memcpy(request + 16, &offset, 8);
-    memcpy(request + 24, &length, 4);
-    return send(sock, request, sizeof(request), MSG_NOSIGNAL) == sizeof(request);
+    return try_send_header(sock, BG_NBD_READ, 0, cookie, cookie % (PEER_SIZE / PEER_BLOCK) * PEER_BLOCK, PEER_BLOCK);
 }
 
-int peer_receive(int sock, uint64_t cookie)
+bool peer_receive(int sock, uint64_t cookie)
 {
     unsigned char reply[HEAD + PEER_BLOCK];
     uint64_t tag = htobe64(cookie), block = cookie % (PEER_SIZE / PEER_BLOCK);
     if (recv(sock, reply, sizeof(reply), MSG_WAITALL) != sizeof(reply))
-        return 0;
+        return false;
     CHECK(!memcmp(reply + 8, &tag, 8) && reply[HEAD] == block && reply[HEAD + PEER_BLOCK - 1] == block);
-    return 1;
+    return true;
 }
 
 int64_t peer_ended(bg_nbd_loop *loop)
@@ -75,6 +67,6 @@ int64_t peer_ended(bg_nbd_loop *loop)
     struct pollfd wait = {bg_nbd_loop_eventfd(loop), POLLIN, 0};
     while (bg_nbd_take(loop, &fault, 1) == 0)
         CHECK(poll(&wait, 1, -1) == 1);
-    CHECK(fault.ticket == 0);
+    CHECK(fault.ticket == 0 && fault.error == 0);
     return fault.source;
 }

@@ -6,6 +6,8 @@
 
 #include "nbd_loop.h"
 
+#include <stdbool.h>
+
 #define PEER_BLOCK 512
 #define PEER_SIZE (64 * PEER_BLOCK)
 
@@ -20,11 +22,11 @@ void peer_disk_free(peer_disk *disk);
 /* A connection to the disk, and its client's socket in *sock. */
 bg_nbd_conn *peer_connect(bg_nbd_loop *loop, const peer_disk *disk, int64_t id, int *sock);
 
-/* One request, and the reply to it, looked at. 0: the connection has ended. */
-int peer_send(int sock, uint64_t cookie);
-int peer_receive(int sock, uint64_t cookie);
+/* One request, and the reply to it, looked at. False: the connection has ended. */
+bool peer_send(int sock, uint64_t cookie);
+bool peer_receive(int sock, uint64_t cookie);
 
-/* Python's part of a connection's end, when nothing else is to be taken: waits for it. Returns its id. */
+/* Python's part of a connection's end, in order, when nothing else is to be taken: waits for it. Returns its id. */
 int64_t peer_ended(bg_nbd_loop *loop);
 
 #endif

@@ -7,7 +7,6 @@
 #include "nbd_peer.h"
 
 #include <sched.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #define CONNS 6
@@ -101,8 +100,7 @@ static void who_gives_what(bg_pool *pool, const peer_disk *disk)
         conn[i] = peer_connect(loop, disk, i, &sock[i]);
         CHECK(conn[i]->thread == &loop->threads[i % 3] && peer_send(sock[i], 7));
     }
-    /* To who shares its processor with clients, and is on another. */
-    /* Whatever they have seen before they ended. */
+    /* To who shares its processor with clients, and is on another, whatever they have seen before they ended. */
     a->crowd = b->crowd = c->crowd = 0;
     a->processor = b->processor = 0;
     c->processor = 1;
@@ -181,7 +179,6 @@ static void who_gives_what(bg_pool *pool, const peer_disk *disk)
 static bg_nbd_loop *shared;
 static peer_disk *shared_disk;
 static bg_nbd_conn *conns[CLIENTS];
-static int socks[CLIENTS];
 static atomic_bool over, connected[CLIENTS];
 static atomic_int next[CLIENTS]; /* what the client does after its connection: 0 not known yet */
 enum { AGAIN = 1, STOP };
@@ -210,21 +207,21 @@ static void send_away(bg_nbd_conn *conn)
 /* Asks one thing at a time, now on one processor and now on the other, by one connection after the other. */
 static void *client(void *arg)
 {
-    int id = (int)(intptr_t)arg;
+    int id = (int)(intptr_t)arg, sock;
     for (uint64_t turn = (uint64_t)id; next[id] != STOP; turn++) {
         next[id] = 0;
         run_on((int)(turn / 2 % 2));
-        conns[id] = peer_connect(shared, shared_disk, id, &socks[id]);
+        conns[id] = peer_connect(shared, shared_disk, id, &sock);
         connected[id] = true;
         for (uint64_t i = 0; i < REQUESTS; i++) {
             if (i % 8 == 7)
                 send_away(conns[id]);
-            if (!peer_send(socks[id], i) || !peer_receive(socks[id], i)) {
+            if (!peer_send(sock, i) || !peer_receive(sock, i)) {
                 CHECK(over);
                 break;
             }
         }
-        close(socks[id]);
+        close(sock);
         while (!next[id])
             sched_yield();
     }
